@@ -1,0 +1,73 @@
+"""thriftnet makes ConvNets small: five published techniques as siblings, for any PyTorch network.
+
+The names below load on first use; importing thriftnet loads neither torch nor anything else heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "thriftnet.core.plan": ("Plan",),
+    "thriftnet.core.recalibrate": ("recalibrate",),
+    "thriftnet.core.verbs": ("fold", "freeze", "param_groups", "penalty"),
+    "thriftnet.core.width": ("set_width",),
+    "thriftnet.errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "ExportError",
+        "IncompatibleModelError",
+        "ThriftnetError",
+    ),
+    "thriftnet.interop.checkpoints": ("load", "save"),
+    "thriftnet.measure": ("Report", "inspect"),
+    "thriftnet.models": ("create_model", "list_models"),
+    "thriftnet.techniques": ("TECHNIQUES", "convert", "plan"),
+    "thriftnet.techniques.filter_basis": ("BasisConv2d", "FilterBasis"),
+    "thriftnet.techniques.shift": ("Shift", "Shift2d", "ShiftConv2d"),
+    "thriftnet.techniques.slimmable": ("Slimmable",),
+    "thriftnet.techniques.soft_sharing": ("SConv2d", "SoftSharing", "TemplateBank", "fold_recurrence", "similarity"),
+    "thriftnet.techniques.weight_sharing": ("WeightSharing",),
+}
+_WHERE = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from thriftnet.core.plan import Plan
+    from thriftnet.core.recalibrate import recalibrate
+    from thriftnet.core.verbs import fold, freeze, param_groups, penalty
+    from thriftnet.core.width import set_width
+    from thriftnet.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ExportError,
+        IncompatibleModelError,
+        ThriftnetError,
+    )
+    from thriftnet.interop.checkpoints import load, save
+    from thriftnet.measure import Report, inspect
+    from thriftnet.models import create_model, list_models
+    from thriftnet.techniques import TECHNIQUES, convert, plan
+    from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
+    from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
+    from thriftnet.techniques.slimmable import Slimmable
+    from thriftnet.techniques.soft_sharing import SConv2d, SoftSharing, TemplateBank, fold_recurrence, similarity
+    from thriftnet.techniques.weight_sharing import WeightSharing
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'thriftnet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

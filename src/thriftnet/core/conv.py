@@ -1,0 +1,165 @@
+"""Convolutions whose weight is computed, tied or narrowed. Each behaves as the `nn.Conv2d` it stands for."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.tied import Tied
+from thriftnet.core.width import WidthAware
+
+ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class GeneratedConv2d(Tied, WidthAware):
+    """A convolution whose weight is computed: subclasses define the property ``weight`` (O, I/groups, kh, kw).
+
+    It has the public attributes of `nn.Conv2d`, may be tied to several users and may run at several widths.
+
+    Shape: (N, I, H, W) -> (N, O, H', W') as `nn.Conv2d`; at a narrower width I and O shrink.
+
+    Args:
+        like: The convolution it stands for: geometry and bias are copied from it.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
+    bias: Tensor | None
+
+    def __init__(self, like: Convolution) -> None:
+        super().__init__()
+        for name in ATTRIBUTES:
+            setattr(self, name, getattr(like, name))
+        self._adopt_bias(like)
+        if isinstance(like, WidthAware):
+            self.slim, self.width_index = like.slim, like.width_index
+
+    def _adopt_bias(self, like: Convolution) -> None:
+        self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
+
+    @property
+    def generation_macs(self) -> int:
+        """Multiply-accumulates that computing the weight takes, per forward."""
+        return 0
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain convolution it stands for."""
+        kh, kw = self.kernel_size
+        return self.out_channels * self.in_channels // self.groups * kh * kw + (0 if self.bias is None else self.out_channels)
+
+    def active(self) -> tuple[Tensor, Tensor | None, int]:
+        """Weight, bias and groups at the selected width."""
+        weight, bias = self.weight, self.bias
+        if self.slim is None:
+            return weight, bias, self.groups
+        ins, outs = self.active_ins(self.in_channels), self.active_outs(self.out_channels)
+        per_group = self.in_channels // self.groups
+        groups = self.groups if self.groups == 1 else ins // per_group
+        return weight[:outs, : ins // groups], None if bias is None else bias[:outs], groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, groups = self.active()
+        x, padding = pad(x, self)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """The plain convolution that computes the same, at the selected width."""
+        weight, bias, groups = self.active()
+        return plain_conv2d(self, weight, bias, groups)
+
+    def extra_repr(self) -> str:
+        kh, kw = self.kernel_size
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size=({kh}, {kw}), stride={self.stride}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        return text + ("" if self.slim is None else f", widths={self.slim.widths}")
+
+
+class PlainConv2d(GeneratedConv2d):
+    """A convolution with a weight of its own, as `nn.Conv2d`; in addition it may be tied and have several widths."""
+
+    def __init__(self, like: Convolution) -> None:
+        super().__init__(like)
+        self.weight = nn.Parameter(like.weight.detach().clone(memory_format=torch.contiguous_format))
+
+
+Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it."""
+    return type(module) in (nn.Conv2d, PlainConv2d)
+
+
+def geometry(conv: Convolution) -> tuple[int, int, tuple[int, int], int]:
+    """What two convolutions must have in common to use one weight: channels, kernel and groups."""
+    return conv.in_channels, conv.out_channels, _pair(conv.kernel_size), conv.groups
+
+
+def is_depthwise(conv: Convolution) -> bool:
+    """One filter per input channel."""
+    return conv.groups == conv.in_channels > 1
+
+
+def is_pointwise(conv: Convolution) -> bool:
+    """A 1 x 1 kernel."""
+    return _pair(conv.kernel_size) == (1, 1)
+
+
+def pad(x: Tensor, conv: Convolution) -> tuple[Tensor, str | tuple[int, int]]:
+    """Apply a padding mode other than zeros to ``x``; returns it with the padding left for the convolution itself."""
+    if conv.padding_mode == "zeros":
+        return x, conv.padding  # type: ignore[return-value]
+    return F.pad(x, margins(conv), mode=conv.padding_mode), (0, 0)
+
+
+def margins(conv: Convolution) -> list[int]:
+    """Padding in the order of `F.pad`: left, right, top, bottom."""
+    sides: list[int] = []
+    for axis in (1, 0):
+        if isinstance(conv.padding, str):
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1) if conv.padding == "same" else 0
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [conv.padding[axis]] * 2
+    return sides
+
+
+def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
+    """An `nn.Conv2d` that holds copies of ``weight`` and ``bias``, with the geometry of ``like``."""
+    conv = torch.nn.utils.skip_init(
+        nn.Conv2d,
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2:],
+        stride=like.stride,
+        padding=like.padding,
+        dilation=like.dilation,
+        groups=groups,
+        bias=bias is not None,
+        padding_mode=like.padding_mode,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if bias is not None and conv.bias is not None:
+            conv.bias.copy_(bias)
+    conv.kernel_size = (weight.shape[2], weight.shape[3])
+    return conv.train(like.training)
+
+
+def _pair(size: tuple[int, ...] | int) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

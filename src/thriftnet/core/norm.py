@@ -1,0 +1,190 @@
+"""Normalisation that may be tied and have several widths: separate statistics per width, one shared affine."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from thriftnet.core.tied import Tied
+from thriftnet.core.width import Slim, WidthAware
+from thriftnet.errors import IncompatibleModelError
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
+    """A batch norm as `nn.BatchNorm2d`; in addition it may be tied and have several widths.
+
+    Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own:
+    the widest under the usual names, narrower ones as ``running_mean_0``, ``running_var_0``, ... narrowest first.
+
+    Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.3.
+    """
+
+    def __init__(self, like: nn.BatchNorm2d) -> None:
+        super().__init__(
+            like.num_features,
+            like.eps,
+            like.momentum,
+            like.affine,
+            like.track_running_stats,
+            device=device_of(like),
+            dtype=dtype_of(like),
+        )
+        self.load_state_dict(like.state_dict())
+        self.train(like.training)
+
+    def set_slim(self, slim: Slim | None) -> None:
+        super().set_slim(slim)
+        if slim is None or self.running_mean is None:
+            return
+        for index, channels in enumerate(slim.outs[:-1]):
+            for name in STATISTICS:
+                full = self.get_buffer(name)
+                self.register_buffer(f"{name}_{index}", (full[:channels] if full.ndim else full).clone())
+
+    def statistics(self) -> dict[str, Tensor | None]:
+        """Running mean, variance and batch count of the selected width."""
+        widest = self.slim is None or self.width_index % len(self.slim.widths) == len(self.slim.widths) - 1
+        suffix = "" if self.slim is None or widest else f"_{self.width_index % len(self.slim.widths)}"
+        return {name: getattr(self, name + suffix) for name in STATISTICS}
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = self.active_outs(self.num_features)
+        mean, var, count = self.statistics().values()
+        momentum = self.momentum
+        if self.training and mean is not None and var is not None and count is not None:
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        return F.batch_norm(
+            input,
+            None if mean is None else mean[:channels],
+            None if var is None else var[:channels],
+            self.weight[:channels] if self.affine else None,
+            self.bias[:channels] if self.affine else None,
+            self.training or mean is None,
+            0.0 if momentum is None else momentum,
+            self.eps,
+        )
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain norm it stands for."""
+        return 2 * self.num_features if self.affine else 0
+
+    @torch.no_grad()
+    def fold(self) -> nn.BatchNorm2d:
+        """The plain norm that computes the same, at the selected width."""
+        channels = self.active_outs(self.num_features)
+        norm = skip_init(
+            nn.BatchNorm2d,
+            channels,
+            self.eps,
+            self.momentum,
+            self.affine,
+            self.track_running_stats,
+            device=device_of(self),
+            dtype=dtype_of(self),
+        )
+        state = {"weight": self.weight, "bias": self.bias} if self.affine else {}
+        state |= {name: value for name, value in self.statistics().items() if value is not None}
+        norm.load_state_dict({name: value[:channels] if value.ndim else value for name, value in state.items()})
+        return norm.train(self.training)
+
+
+class PlainGroupNorm(Tied, WidthAware, nn.GroupNorm):
+    """A group norm as `nn.GroupNorm`; at a narrower width it keeps its channels per group and has fewer groups."""
+
+    def __init__(self, like: nn.GroupNorm) -> None:
+        super().__init__(
+            like.num_groups, like.num_channels, like.eps, like.affine, device=device_of(like), dtype=dtype_of(like)
+        )
+        self.load_state_dict(like.state_dict())
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = self.active_outs(self.num_channels)
+        groups = channels // (self.num_channels // self.num_groups)
+        weight, bias = (self.weight[:channels], self.bias[:channels]) if self.affine else (None, None)
+        return F.group_norm(input, groups, weight, bias, self.eps)
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain norm it stands for."""
+        return 2 * self.num_channels if self.affine else 0
+
+    @torch.no_grad()
+    def fold(self) -> nn.GroupNorm:
+        """The plain norm that computes the same, at the selected width."""
+        channels = self.active_outs(self.num_channels)
+        groups = channels // (self.num_channels // self.num_groups)
+        norm = nn.GroupNorm(groups, channels, self.eps, self.affine, device=device_of(self), dtype=dtype_of(self))
+        norm.load_state_dict({name: value[:channels] for name, value in self.state_dict().items()})
+        return norm.train(self.training)
+
+
+class PlainLayerNorm(Tied, WidthAware, nn.LayerNorm):
+    """A layer norm over the last axis as `nn.LayerNorm`; in addition it may be tied and have several widths."""
+
+    def __init__(self, like: nn.LayerNorm) -> None:
+        super().__init__(
+            like.normalized_shape,
+            like.eps,
+            like.elementwise_affine,
+            bias=like.bias is not None,
+            device=device_of(like),
+            dtype=dtype_of(like),
+        )
+        self.load_state_dict(like.state_dict())
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = self.active_outs(self.normalized_shape[0])
+        weight = self.weight[:channels] if self.elementwise_affine else None
+        return F.layer_norm(input, (channels,), weight, None if self.bias is None else self.bias[:channels], self.eps)
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain norm it stands for."""
+        return sum(p.numel() for p in self.parameters(recurse=False))
+
+    @torch.no_grad()
+    def fold(self) -> nn.LayerNorm:
+        """The plain norm that computes the same, at the selected width."""
+        channels = self.active_outs(self.normalized_shape[0])
+        norm = nn.LayerNorm(
+            channels,
+            self.eps,
+            self.elementwise_affine,
+            bias=self.bias is not None,
+            device=device_of(self),
+            dtype=dtype_of(self),
+        )
+        norm.load_state_dict({name: value[:channels] for name, value in self.state_dict().items()})
+        return norm.train(self.training)
+
+
+def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a batch norm does in eval mode at the selected width: ``x * scale + shift``, each (C,)."""
+    plain = norm.fold() if isinstance(norm, PlainBatchNorm2d) else norm
+    if plain.running_mean is None or plain.running_var is None:
+        raise IncompatibleModelError(f"{norm} keeps no running statistics, so that it cannot be folded into a convolution")
+    scale = (plain.running_var + plain.eps).rsqrt()
+    scale = scale * plain.weight.detach() if plain.affine else scale
+    return scale, (plain.bias.detach() if plain.affine else 0.0) - plain.running_mean * scale
+
+
+def _first_tensor(module: nn.Module) -> Tensor | None:
+    return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where the module's tensors are."""
+    tensor = _first_tensor(module)
+    return None if tensor is None else tensor.device
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Type of the module's floating point tensors."""
+    tensor = _first_tensor(module)
+    return None if tensor is None else tensor.dtype

@@ -1,0 +1,129 @@
+"""Finding layers in a network and replacing them everywhere they are reachable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from torch import nn
+
+from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.errors import ConfigError, unknown
+
+M = TypeVar("M", bound=nn.Module, covariant=True)
+
+Want: TypeAlias = Callable[[str, nn.Module], bool]
+Select: TypeAlias = str | Sequence[str] | Want
+Replacement: TypeAlias = tuple[nn.Module, nn.Module]
+
+
+@dataclass(frozen=True)
+class Site(Generic[M]):
+    """A module, and every name it has in the network.
+
+    Args:
+        names: Dotted names, in registration order.
+        module: The module itself.
+        role: "stem" for the layer that reads the image, "classifier" for the one that gives the classes, else "body".
+    """
+
+    names: tuple[str, ...]
+    module: M
+    role: str = "body"
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
+    """Modules for which ``want(name, module)`` holds, each once, with all its names, in registration order.
+
+    The outermost wanted module counts: what lies inside it is not looked at.
+    """
+    roles = {id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None}
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(prefix) for prefix in inside[-1:]):
+            continue
+        if want(name, module):
+            found.setdefault(id(module), (module, []))[1].append(name)
+            inside.append(f"{name}." if name else "")
+    return [Site(tuple(names), module, roles.get(id(module), "body")) for module, names in found.values()]
+
+
+def replace(model: nn.Module, table: Mapping[int, nn.Module]) -> nn.Module:
+    """Swap modules, given as {id of the old: new}, in every place they are registered. Ties survive."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is not None and id(child) in table:
+                parent._modules[key] = table[id(child)]
+    return table.get(id(model), model)
+
+
+def group_by(found: Sequence[Site[M]], key: Callable[[Site[M]], Hashable]) -> list[list[Site[M]]]:
+    """Sites of equal key together, groups and members in the order met."""
+    groups: dict[Hashable, list[Site[M]]] = {}
+    for site in found:
+        groups.setdefault(key(site), []).append(site)
+    return list(groups.values())
+
+
+def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The stem (the first convolution or linear layer) and the classifier of a network, by registration order.
+
+    The classifier is the last linear layer or, in a network without one, a last 1 x 1 convolution that no norm
+    follows. None where there is no such layer.
+    """
+    weighted: list[nn.Module] = []
+    norm_follows = False
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d):
+            weighted.append(module)
+            norm_follows = False
+        elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
+            norm_follows = True
+    linears = [module for module in weighted if isinstance(module, nn.Linear)]
+    stem = weighted[0] if weighted else None
+    if linears:
+        return stem, linears[-1] if linears[-1] is not stem else None
+    last = weighted[-1] if len(weighted) > 1 else None
+    is_head = last is not None and tuple(last.kernel_size) == (1, 1) and not norm_follows  # type: ignore[arg-type]
+    return stem, last if is_head else None
+
+
+def default_select(model: nn.Module) -> Want:
+    """Everything but the stem and the classifier: small layers that the papers leave alone."""
+    spared = {id(module) for module in ends(model) if module is not None}
+    return lambda name, module: id(module) not in spared
+
+
+def selection(model: nn.Module, select: Select) -> Want:
+    """The predicate that ``select`` stands for.
+
+    Args:
+        model: The network.
+        select: A regular expression searched for in module names; a list of names (a container's name stands for all
+            it holds); or a callable ``(name, module) -> bool``.
+
+    Raises:
+        ConfigError: The expression is malformed, or a listed name does not exist.
+    """
+    if callable(select):
+        return select
+    if isinstance(select, str):
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
+        return lambda name, module: pattern.search(name) is not None
+    listed = tuple(select)
+    existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name in listed:
+        if name not in existing:
+            raise unknown("layer in select", name, existing - {""})
+    return lambda name, module: any(name == entry or name.startswith(f"{entry}.") for entry in listed)

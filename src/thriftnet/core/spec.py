@@ -1,0 +1,106 @@
+"""Technique configs as text and JSON: ``soft-sharing(templates=4)``. Parsed by `ast.literal_eval`, never run."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from thriftnet.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+def spec_name(config: object | type) -> str:
+    """``SoftSharing`` -> "soft-sharing"."""
+    cls = config if isinstance(config, type) else type(config)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def format_spec(config: object) -> str:
+    """A config as text: its name and the fields that differ from their defaults."""
+    fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
+    parts = [
+        f"{field.name}={getattr(config, field.name)!r}" for field in fields if getattr(config, field.name) != field.default
+    ]
+    return f"{spec_name(config)}({', '.join(parts)})" if parts else spec_name(config)
+
+
+def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
+    """The config that ``text`` stands for.
+
+    Args:
+        text: ``name`` or ``name(field=value, ...)``; CamelCase and underscores are understood in names.
+        table: Possible configs by name.
+
+    Raises:
+        ConfigError: Malformed text, unknown name or field, or a value the config refuses.
+
+    Example:
+        >>> from thriftnet.techniques import TECHNIQUES
+        >>> parse_spec("shift(expansion=3.0)", TECHNIQUES)
+        Shift(kernel_size=3, dilation=1, expansion=3.0, init='weights')
+    """
+    match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if match is None:
+        raise ConfigError(f"cannot read technique {text!r}: write it as name(field=value, ...), as soft-sharing(templates=4)")
+    try:
+        call = ast.parse(f"f({match[2] or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("only field=value is possible")
+        kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"cannot read the fields of {text!r} ({error}): write them as field=value with plain values") from None
+    return make(match[1], kwargs, table)
+
+
+def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
+    """The config written as ``{"technique": name, field: value, ...}``."""
+    if not isinstance(data.get("technique"), str):
+        raise ConfigError(f"a technique in JSON needs a key 'technique' with its name; got keys {sorted(map(str, data))}")
+    return make(data["technique"], {key: value for key, value in data.items() if key != "technique"}, table)
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A config as JSON-ready dict, all fields included."""
+    return {"technique": spec_name(config), **dataclasses.asdict(config)}  # type: ignore[call-overload]
+
+
+def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
+    """Build the config called ``name``."""
+    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
+    if key not in table:
+        raise unknown("technique", name, table)
+    cls = table[key]
+    possible = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    for field in kwargs:
+        if field not in possible:
+            raise unknown(f"field of {key}", field, possible)
+    return cls(**{field: _tuples(value) for field, value in kwargs.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, so that configs stay hashable and JSON round trips are exact."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def check_whole_number(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: possible is a whole number of at least {least}")
+
+
+def check_number(name: str, value: object, above: float) -> None:
+    """Raise unless ``value`` is a finite number greater than ``above``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < float("inf"):
+        raise ConfigError(f"{name}={value!r}: possible is a number greater than {above:g}")
+
+
+def check_choice(name: str, value: object, possible: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``possible``."""
+    if not any(value == item and type(value) is type(item) for item in possible):
+        if isinstance(value, str):
+            raise unknown(name, value, map(str, possible))
+        raise ConfigError(f"{name}={value!r}: possible are {', '.join(map(repr, possible))}")

@@ -1,0 +1,323 @@
+"""The verbs. Each is written once and names no technique."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.plan import Plan, PlanRow
+from thriftnet.core.sites import Select, Site, Want, default_select, replace, selection, sites
+from thriftnet.core.spec import format_spec
+from thriftnet.core.technique import Technique, is_whole, takes
+from thriftnet.core.width import set_width
+from thriftnet.errors import ConfigError, IncompatibleModelError
+
+HISTORY = "thriftnet_history"  # attribute of a network: what was done to it, for save and load
+
+
+def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
+    """What `convert` would do to ``model``; the network and the random state stay as they are.
+
+    Raises:
+        ConfigError, IncompatibleModelError: As `convert`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return _prepare(copy.deepcopy(model), technique, select)[1]
+
+
+def convert(
+    model: nn.Module, technique: Technique | Plan, *, select: Select | None = None, inplace: bool = False
+) -> nn.Module:
+    """Make a network small with a technique, starting from the weights it has.
+
+    Args:
+        model: Any network; it is left untouched unless ``inplace``.
+        technique: A technique's config, or a plan made by `plan`.
+        select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
+            Left out, everything but stem and classifier.
+        inplace: Replace the layers in ``model`` itself.
+
+    Returns:
+        The converted network.
+
+    Raises:
+        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
+        IncompatibleModelError: A listed layer that the technique cannot take, or nothing to convert.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    converted, done = _prepare(model, technique, select)
+    record(converted, {"verb": "convert", "plan": done.to_dict()})
+    return converted
+
+
+def record(model: nn.Module, step: dict[str, Any]) -> None:
+    """Note in the network what was done to it."""
+    setattr(model, HISTORY, [*history(model), step])
+
+
+def history(model: nn.Module) -> list[dict[str, Any]]:
+    """What was done to the network since it was a plain one, oldest first; JSON-ready."""
+    return list(getattr(model, HISTORY, []))
+
+
+def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
+    """Convert ``model`` in place; the new network and the plan that was carried out."""
+    if isinstance(technique, Plan):
+        if select is not None:
+            raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
+        config, groups = _planned_groups(model, technique)
+    else:
+        config = technique
+        groups = config.group(_accepted(model, config, select))
+    left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
+    if not groups:
+        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
+        raise IncompatibleModelError(f"{format_spec(config)} finds nothing to convert in {type(model).__name__}. {reasons}")
+    before = count_params(model)
+    rows: list[PlanRow] = []
+    table: dict[int, nn.Module] = {}
+    for number, group in enumerate(groups):
+        described = {id(site.module): describe(site.module) for site in group}
+        names = {id(site.module): site.names for site in group}
+        for old, new in config.build(group):
+            table[id(old)] = new.train(old.training)
+            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, number, relative_error(old, new)))
+    model_name = type(model).__name__
+    converted = replace(model, table)
+    return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
+
+
+def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[list[Site[nn.Module]]]]:
+    """The groups that a plan names, found in ``model``."""
+    if isinstance(planned.technique, str) or not hasattr(planned.technique, "build"):
+        raise ConfigError(f"the plan's technique {planned.technique!r} is text: use thriftnet.convert, which resolves it")
+    config: Technique = planned.technique  # type: ignore[assignment]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted = set()
+    for name in (name for group in planned.groups for name in group):
+        if name not in modules or not config.accepts(modules[name]):
+            found = describe(modules[name]) if name in modules else "missing"
+            raise IncompatibleModelError(
+                f"the plan was made for another network: layer {name!r} is {found}; it needs {takes(config)}. Make a new plan"
+            )
+        wanted.add(id(modules[name]))
+    by_module = {id(site.module): site for site in sites(model, lambda _, module: id(module) in wanted)}
+    return config, [[by_module[id(modules[name])] for name in group] for group in planned.groups]
+
+
+def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
+    """Sites that are selected and that the technique can take."""
+    if is_whole(technique):
+        found = sites(model, lambda _, module: technique.accepts(module))
+        chosen = None if select is None else selection(model, select)
+        _check_whole(model, technique, found, chosen)
+        return found
+    want = default_select(model) if select is None else selection(model, select)
+    found = sites(model, lambda name, module: want(name, module) and technique.accepts(module))
+    if select is not None:
+        _check_selection(model, technique, select, want, found)
+    return found
+
+
+def _check_selection(
+    model: nn.Module, technique: Technique, select: Select, want: Want, found: Sequence[Site[nn.Module]]
+) -> None:
+    """Raise when nothing selected can be taken, or a layer listed by its own name cannot."""
+    listed = () if callable(select) or isinstance(select, str) else tuple(select)
+    names = {name for site in found for name in site.names}
+    for name in listed:
+        if not any(held == name or held.startswith(f"{name}.") for held in names):
+            raise _refusal(technique, name, model.get_submodule(name))
+    if found:
+        return
+    matched = [(name, module) for name, module in model.named_modules() if want(name, module)]
+    for name, module in sorted(matched, key=lambda pair: not _is_layer(pair[1])):
+        raise _refusal(technique, name, module)
+    layers = [name for name, module in model.named_modules() if _is_layer(module)]
+    raise ConfigError(f"select={select!r} matches no layer of {type(model).__name__}. Its layers: {', '.join(layers[:8])}, ...")
+
+
+def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn.Module]], chosen: Want | None) -> None:
+    """Raise when a layer with parameters would be left out by a technique that must take all."""
+    taken = {id(inner) for site in found for inner in site.module.modules()}
+    for name, module in model.named_modules():
+        owns = any(True for _ in module.parameters(recurse=False))
+        if owns and id(module) not in taken:
+            raise _refusal(technique, name, module)
+    for site in found if chosen is not None else ():
+        if chosen is not None and not any(chosen(name, site.module) for name in site.names):
+            raise IncompatibleModelError(
+                f"{format_spec(technique)} must take every layer, but select leaves out {site.name!r}. Leave select out"
+            )
+
+
+def _refusal(technique: Technique, name: str, module: nn.Module) -> IncompatibleModelError:
+    hint = "" if is_whole(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
+    return IncompatibleModelError(
+        f"layer {name!r} is {describe(module)}; {format_spec(technique)} takes {takes(technique)}.{hint}"
+    )
+
+
+def _left_alone(
+    model: nn.Module, technique: Technique, select: Select | None, grouped: set[int]
+) -> list[tuple[str, str]]:
+    """(name, reason) of each convolution that is not converted."""
+    want = default_select(model) if select is None else selection(model, select)
+    taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
+    left = []
+    for name, module in model.named_modules():
+        if id(module) in taken or not isinstance(module, nn.Conv2d | GeneratedConv2d):
+            continue
+        if not want(name, module):
+            reason = "not selected" if select is not None else "the stem or the classifier"
+        elif not technique.accepts(module):
+            reason = f"{describe(module)}, not {takes(technique)}"
+        else:
+            reason = f"{describe(module)}, without enough equal layers to go with"
+        left.append((name, reason))
+    return left
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d)
+
+
+def describe(module: nn.Module) -> str:
+    """A module in one line."""
+    text = f"{type(module).__name__}({module.extra_repr()})"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def relative_error(old: nn.Module, new: nn.Module) -> float | None:
+    """``|new - old| / |old|`` of the weights of two convolutions, None where one is not a single convolution."""
+    folded = new.fold() if is_foldable(new) else new
+    if not (isinstance(folded, nn.Conv2d) and isinstance(old, nn.Conv2d | GeneratedConv2d)):
+        return None
+    before, after = old.weight.detach().double(), folded.weight.detach().double()
+    if before.shape != after.shape:
+        return None
+    norm = before.norm()
+    return float((after - before).norm() / norm) if norm > 0 else float((after - before).norm())
+
+
+def count_params(model: nn.Module) -> int:
+    """Stored parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_foldable(module: nn.Module) -> Any:
+    """Whether the module can turn itself into plain layers."""
+    return callable(getattr(type(module), "fold", None))
+
+
+def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The same function in `torch.nn` layers only, at the selected width.
+
+    Layers that were tied stay tied. A network without converted layers comes back as it is.
+
+    Raises:
+        IncompatibleModelError: A converted layer is in training mode, where the function depends on the batch.
+    """
+    found = sites(model, lambda _, module: is_foldable(module))
+    for site in found:
+        if site.module.training:
+            raise IncompatibleModelError(
+                f"layer {site.name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+        found = sites(model, lambda _, module: is_foldable(module))
+    plain = replace(model, {id(site.module): site.module.fold() for site in found})  # type: ignore[operator]
+    record(plain, {"verb": "fold"})
+    return plain
+
+
+def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
+    """A copy of ``model`` in which the layers of each group are one module, the first of them.
+
+    Args:
+        model: The network.
+        groups: Lists of module names.
+    """
+    model = copy.deepcopy(model)
+    table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
+    tied = replace(model, table)
+    record(tied, {"verb": "tie", "groups": [list(names) for names in groups]})
+    return tied
+
+
+def freeze(model: nn.Module, width: float | int | str) -> nn.Module:
+    """A plain network, in eval mode, that computes what ``model`` does at one of its widths.
+
+    Raises:
+        IncompatibleModelError: The network has one width only.
+        ConfigError: It has no such width.
+    """
+    model = copy.deepcopy(model).eval()
+    set_width(model, width)
+    frozen = fold(model, inplace=True)
+    setattr(frozen, HISTORY, [*history(frozen)[:-1], {"verb": "freeze", "width": width}])
+    return frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class PenaltyTerm:
+    """A share of the penalty that one module adds.
+
+    Args:
+        total: Sum over its entries, a scalar.
+        count: Number of entries, for averaging over all modules of the network.
+        scale: The factor that the technique's config asks for in training.
+    """
+
+    total: Tensor
+    count: int
+    scale: float
+
+
+def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
+    """What the techniques in a network ask to be added to the loss: averaged, each shared part once.
+
+    Args:
+        model: Any network; one without a penalty gives zero.
+        scaled: Multiply by the factor of the technique's config (``lambda_r``), as training does.
+
+    Returns:
+        A differentiable scalar.
+    """
+    terms: list[PenaltyTerm] = [m.penalty_term() for m in model.modules() if callable(getattr(m, "penalty_term", None))]
+    count = sum(term.count for term in terms)
+    if count == 0:
+        like = next(model.parameters(), torch.zeros(()))
+        return torch.zeros((), device=like.device, dtype=like.dtype)
+    totals = [term.total * term.scale if scaled else term.total for term in terms]
+    return torch.stack(totals).sum() / count
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: what a layer lists in ``no_decay`` gets no weight decay.
+
+    Raises:
+        ConfigError: A negative ``weight_decay``.
+    """
+    if weight_decay < 0:
+        raise ConfigError(f"weight_decay={weight_decay}: possible is a number of at least 0")
+    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def batches_of(loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The inputs of a loader that yields ``inputs`` or ``(inputs, ...)``."""
+    return (batch[0] if isinstance(batch, list | tuple) else batch for batch in loader)

@@ -1,0 +1,44 @@
+"""Every error thriftnet raises on purpose. Each message says what was got, what is possible and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ThriftnetError(Exception):
+    """Base of all errors that thriftnet raises on purpose."""
+
+
+class ConfigError(ThriftnetError, ValueError):
+    """A name, field or value that cannot be used."""
+
+
+class IncompatibleModelError(ThriftnetError, ValueError):
+    """A network, or one of its layers, that a verb or technique cannot work on."""
+
+
+class CheckpointError(ThriftnetError):
+    """A file or folder that is not the checkpoint it should be."""
+
+
+class DataError(ThriftnetError):
+    """Data that is missing, broken or of the wrong kind."""
+
+
+class ExportError(ThriftnetError):
+    """A network that could not be exported, or an export that disagrees with it."""
+
+
+def unknown(kind: str, got: str, possible: Iterable[str]) -> ConfigError:
+    """The one error for every unknown name, with close matches first.
+
+    Example:
+        >>> str(unknown("technique", "soft-sharin", ["shift", "soft-sharing"]))
+        "unknown technique 'soft-sharin': did you mean 'soft-sharing'? Possible: shift, soft-sharing"
+    """
+    names = sorted(possible)
+    close = get_close_matches(got, names, n=3, cutoff=0.5)
+    hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
+    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    return ConfigError(f"unknown {kind} {got!r}{hint} Possible: {shown or 'none'}")

@@ -1,0 +1,277 @@
+"""Deeply shared filter bases: layers build their filters from a basis they share and a few filters of their own.
+
+A convolution becomes a basis of r filters (shared and unique ones), a batch norm, and a 1 x 1 convolution with the
+coefficients. A penalty keeps the basis orthogonal, so that gradients through the many uses of the shared part neither
+vanish nor explode.
+
+Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks, NeurIPS
+2021, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.core.conv import Convolution, GeneratedConv2d, PlainConv2d, is_convolution, is_pointwise, plain_conv2d
+from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
+from thriftnet.core.sites import Replacement, Site, group_by
+from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.tied import Tied
+from thriftnet.core.verbs import PenaltyTerm
+from thriftnet.core.width import Slim, WidthAware
+from thriftnet.errors import ConfigError, IncompatibleModelError
+
+
+class SharedBasis(Tied):
+    """The filters of one group of layers: those that all share, and those of each layer.
+
+    State dict: ``shared`` (bases, S, I, kh, kw) and ``unique`` (L, U, I, kh, kw), each only if it has filters.
+
+    Args:
+        shared: Filters used by several layers; layers alternate between the bases.
+        unique: Filters of one layer each.
+        lambda_r: Factor of the penalty in training.
+        unique_penalty: Whether the penalty covers the unique filters.
+    """
+
+    def __init__(self, shared: Tensor, unique: Tensor, lambda_r: float, unique_penalty: bool) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(shared) if shared.numel() else None
+        self.unique = nn.Parameter(unique) if unique.numel() else None
+        self.lambda_r = lambda_r
+        self.unique_penalty = unique_penalty
+
+    def filters(self, layer: int, base: int) -> Tensor:
+        """The basis of one layer, shared filters first: (S + U, I, kh, kw)."""
+        parts = [] if self.shared is None else [self.shared[base]]
+        return torch.cat(parts if self.unique is None else [*parts, self.unique[layer]])
+
+    def penalty_term(self) -> PenaltyTerm:
+        """How far the basis is from orthonormal: squared entries of ``B B^T - I``.
+
+        Counted are shared filters against shared and unique ones, and each layer's unique filters among themselves;
+        pairs of unique filters of different layers never meet in one layer. A group that shares nothing has none.
+
+        Source: section 3.3, and the averages that the authors' training code takes.
+        """
+        if self.shared is None:
+            return PenaltyTerm(torch.zeros(()), 0, self.lambda_r)
+        shared = self.shared.flatten(3).flatten(0, 1).flatten(1)  # (bases * S, n)
+        total, count = _deviation(shared).sum(), shared.shape[0] ** 2
+        if self.unique is not None and self.unique_penalty:
+            unique = self.unique.flatten(2)  # (L, U, n)
+            total = total + (shared @ unique.flatten(0, 1).T).square().sum() + _deviation(unique).sum()
+            count += shared.shape[0] * unique.shape[0] * unique.shape[1] + unique.shape[0] * unique.shape[1] ** 2
+        return PenaltyTerm(total, count, self.lambda_r)
+
+
+def _deviation(rows: Tensor) -> Tensor:
+    """Squared entries of ``B B^T - I``, (..., r, r)."""
+    return (rows @ rows.mT - torch.eye(rows.shape[-2], device=rows.device, dtype=rows.dtype)).square()
+
+
+class BasisFilters(GeneratedConv2d):
+    """The convolution with a layer's basis: I channels in, one out per basis filter."""
+
+    def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int) -> None:
+        super().__init__(like)
+        self.bank, self.layer, self.base = bank, layer, base
+        self.out_channels = self.weight.shape[0]
+
+    def _adopt_bias(self, like: Convolution) -> None:
+        self.register_parameter("bias", None)  # it belongs to the coefficients
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.bank.filters(self.layer, self.base)
+
+
+class BasisConv2d(Tied, WidthAware):
+    """Basis, batch norm, coefficients: stands for one convolution, and folds into one in eval mode.
+
+    Shape: as the convolution it stands for.
+
+    State dict: ``filters.bank.*`` once per group, ``norm.*`` (S + U,), ``coefficients.weight`` (O, S + U, 1, 1) and
+    ``coefficients.bias`` (O,).
+
+    Args:
+        like: The convolution it stands for.
+        bank: The group's filters.
+        layer: Which of the bank's unique filters are its own.
+        base: Which of the bank's shared bases it uses.
+        coefficients: (O, S + U).
+    """
+
+    def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = like.in_channels, like.out_channels, 1
+        self.filters = BasisFilters(like, bank, layer, base)
+        rank = coefficients.shape[1]
+        self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
+        self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
+        if isinstance(like, WidthAware) and like.slim is not None:
+            self.set_slim(like.slim)
+            self.set_width_index(like.width_index)
+
+    def set_slim(self, slim: Slim | None) -> None:
+        super().set_slim(slim)
+        rank = self.filters.out_channels  # the basis keeps its rank at every width
+        self.filters.set_slim(None if slim is None else slim.with_outs(rank))
+        self.norm.set_slim(None if slim is None else slim.with_ins(rank).with_outs(rank))
+        self.coefficients.set_slim(None if slim is None else slim.with_ins(rank))
+
+    def set_width_index(self, index: int) -> None:
+        for layer in (super(), self.filters, self.norm, self.coefficients):
+            layer.set_width_index(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.coefficients(self.norm(self.filters(x)))
+        return mixed
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain convolution it stands for."""
+        bias = 0 if self.coefficients.bias is None else self.out_channels
+        return self.out_channels * self.filters.weight[0].numel() + bias
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """The plain convolution with bias that computes the same in eval mode: the norm between is affine there."""
+        filters, _, _ = self.filters.active()  # (r, I, kh, kw)
+        mix, bias, _ = self.coefficients.active()
+        scale, shift = scale_and_shift(self.norm)
+        mix = mix.flatten(1)  # (O, r)
+        weight = torch.einsum("or,rihw->oihw", mix * scale, filters)
+        return plain_conv2d(self.filters, weight, mix @ shift + (0 if bias is None else bias), 1).train(self.training)
+
+
+def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A 1 x 1 convolution with these weights, (O, I)."""
+    like = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
+    return plain_conv2d(like, weight[..., None, None], bias, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterBasis:
+    """Decompose convolutions over filter bases that layers of equal input share.
+
+    Layers with the same input channels and kernel form a group; their output channels and strides may differ.
+
+    Args:
+        shared_rank: Filters per shared basis, S; 0 shares nothing and only decomposes.
+        unique_rank: Filters of each layer's own, U.
+        bases: Shared bases per group: with 2, layers alternate between them ("double shared").
+        lambda_r: Factor of the orthogonality penalty in training.
+        unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
+        init: "weights" starts from the nearest decomposition of the weights the layers have; "random" starts anew as the
+            paper does, with orthogonal shared bases.
+        pointwise: Take 1 x 1 convolutions, too.
+
+    Example:
+        >>> FilterBasis(shared_rank=8, bases=2)
+        FilterBasis(shared_rank=8, unique_rank=1, bases=2, ...)
+
+    Source: Kang & Kim, section 3.
+    """
+
+    takes: ClassVar[str] = "k x k convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True)"
+
+    shared_rank: int = 16
+    unique_rank: int = 1
+    bases: int = 1
+    lambda_r: float = 10.0
+    unique_penalty: bool = True
+    init: str = "weights"
+    pointwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole_number("shared_rank", self.shared_rank, 0)
+        check_whole_number("unique_rank", self.unique_rank, 0)
+        if self.shared_rank + self.unique_rank == 0:
+            raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
+        check_choice("bases", self.bases, (1, 2))
+        check_choice("init", self.init, ("weights", "random"))
+        check_number("lambda_r", self.lambda_r, -1e-300)
+
+    def accepts(self, module: nn.Module) -> bool:
+        if not is_convolution(module):
+            return False
+        return module.groups == 1 and (self.pointwise or not is_pointwise(module))  # type: ignore[arg-type]
+
+    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+        groups = group_by(sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype))
+        needed = 1 if self.shared_rank == 0 else 2
+        groups = [group for group in groups if len(group) >= needed]
+        rank = self.shared_rank + self.unique_rank
+        for group in groups:
+            possible = group[0].module.weight[0].numel()
+            if rank > possible:
+                raise IncompatibleModelError(
+                    f"shared_rank + unique_rank = {rank} is larger than layer {group[0].name!r} allows: its filters have "
+                    f"{possible} entries. Use shared_rank <= {possible - self.unique_rank}, or leave the layer out with select"
+                )
+        return groups
+
+    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
+        weights = [site.module.weight.detach().flatten(1) for site in group]  # each (O, n)
+        fit = fitted if self.init == "weights" else fresh
+        shared, unique, coefficients = fit(weights, self.shared_rank, self.unique_rank, self.bases)
+        shape = group[0].module.weight.shape[1:]
+        bank = SharedBasis(shared.unflatten(2, shape), unique.unflatten(2, shape), self.lambda_r, self.unique_penalty)
+        return [
+            (site.module, BasisConv2d(site.module, bank, layer, layer % self.bases, coefficients[layer]))
+            for layer, site in enumerate(group)
+        ]
+
+
+def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The orthonormal bases that come nearest to trained filters, step by step: shared part first, then the rest.
+
+    Args:
+        weights: Filters of each layer as rows, (O, n).
+        shared: Filters per shared basis, S.
+        unique: Filters per layer, U.
+        bases: Number of shared bases; layer i belongs to basis ``i % bases``.
+
+    Returns:
+        Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, S + U). They reproduce eval mode: the
+        norm between starts with mean 0 and variance 1, and its small epsilon is taken out of the coefficients.
+    """
+    common = [leading_directions(torch.cat([*weights[base::bases]]), shared) for base in range(bases)]
+    own, coefficients = [], []
+    norm_gain = (1 + nn.BatchNorm2d(1).eps) ** 0.5
+    for layer, weight in enumerate(weights):
+        basis = common[layer % bases]
+        rest = weight - weight @ basis.T @ basis
+        own.append(leading_directions(rest, unique))
+        coefficients.append(weight @ torch.cat([basis, own[-1]]).T * norm_gain)
+    return torch.stack(common), torch.stack(own), coefficients
+
+
+def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The authors' initialisation: shared bases orthogonal together, everything else Kaiming. Shapes as `fitted`."""
+    like, size = weights[0], weights[0].shape[1]
+    common = torch.empty(bases * shared, size)
+    own = torch.empty(len(weights), unique, size)
+    if shared:
+        nn.init.orthogonal_(common)
+    for rows in own if unique else ():
+        nn.init.kaiming_normal_(rows)
+    coefficients = [nn.init.kaiming_normal_(torch.empty(len(w), shared + unique)).to(like) for w in weights]
+    return common.view(bases, shared, size).to(like), own.to(like), coefficients
+
+
+def leading_directions(rows: Tensor, rank: int) -> Tensor:
+    """Orthonormal directions (rank, n) that carry most of the energy of ``rows`` (m, n), by the smaller Gram matrix."""
+    matrix = rows.double()
+    if rank <= matrix.shape[0] < matrix.shape[1]:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, rank)
+        directions = torch.linalg.qr(matrix.T @ vectors).Q
+    else:
+        directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
+    return directions.T.to(rows).contiguous()

@@ -1,0 +1,249 @@
+"""Shift: move the channels, then mix them. A spatial convolution without its multiplications.
+
+A k x k convolution becomes a 1 x 1 convolution, a shift of every channel by one of k x k offsets (no parameters, no
+operations), and another 1 x 1 convolution.
+
+Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions, CVPR 2018, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
+from thriftnet.core.norm import PlainBatchNorm2d
+from thriftnet.core.sites import Replacement, Site
+from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.tied import Tied
+from thriftnet.core.width import Slim, WidthAware, exact_share
+from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.kernels.shift import moved_channels, offsets, one_hot, shift
+
+
+class Shift2d(Tied, WidthAware):
+    """Shift every channel by one of k x k offsets; channels that fill no whole set of k^2 stay.
+
+    At a narrower width the first channels remain, each with its offset.
+
+    Shape: (N, C, H, W) -> the same.
+
+    Args:
+        channels: C.
+        kernel_size: k; offsets run from -(k // 2).
+        dilation: Pixels per step.
+
+    Source: section 3; channel order as in the authors' kernel.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("kernel_size", kernel_size), ("dilation", dilation)):
+            check_whole_number(name, value, 1)
+        self.channels, self.kernel_size, self.dilation = channels, kernel_size, dilation
+        self.moved = moved_channels(channels, kernel_size)
+        self.register_buffer("kernel", one_hot(channels, kernel_size), persistent=False)  # (C, 1, m, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = self.active_outs(self.channels)
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ConfigError(f"Shift2d moves {channels} channels of (N, {channels}, H, W), got {tuple(x.shape)}")
+        return shift(x, self.kernel[:channels], self.kernel_size, self.dilation, self.moved)
+
+    def moved_bytes(self, output: Tensor) -> int:
+        """Bytes read and written for this output."""
+        return 2 * output.numel() * output.element_size()
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """The same as a depthwise convolution with a fixed one-hot kernel."""
+        channels = self.active_outs(self.channels)
+        reach = self.dilation * (self.kernel_size // 2)
+        kernel = self.kernel[:channels]
+        conv = nn.Conv2d(
+            channels,
+            channels,
+            (kernel.shape[2], kernel.shape[3]),
+            padding=reach,
+            dilation=self.dilation,
+            groups=channels,
+            bias=False,
+            device=kernel.device,
+            dtype=kernel.dtype,
+        )
+        conv.weight.copy_(kernel)
+        return conv.requires_grad_(False).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+class ShiftConv2d(Tied, WidthAware):
+    """1 x 1 convolution, batch norm, ReLU, shift, 1 x 1 convolution: stands for one k x k convolution.
+
+    Shape: (N, I, H, W) -> (N, O, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k of the shift.
+        stride: Step of the last convolution.
+        dilation: Pixels per step of the shift.
+        expansion: Channels between the two convolutions, as a multiple of O.
+        bias: Whether the last convolution adds a bias.
+
+    State dict: ``expand.weight`` (M, I, 1, 1), ``norm.*`` (M,), ``project.weight`` (O, M, 1, 1), ``project.bias`` (O,).
+
+    Source: section 4.1 (the conv-shift-conv module).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int | tuple[int, int] = 1,
+        *,
+        dilation: int = 1,
+        expansion: float = 1.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_number("expansion", expansion, 0)
+        middle = int(out_channels * expansion)
+        if middle < 1:
+            raise ConfigError(f"expansion={expansion} of {out_channels} channels leaves none: use at least {1 / out_channels:g}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.expand = PlainConv2d(nn.Conv2d(in_channels, middle, 1, bias=False))
+        self.norm = PlainBatchNorm2d(nn.BatchNorm2d(middle))
+        self.act = nn.ReLU()
+        self.shift = Shift2d(middle, kernel_size, dilation)
+        self.project = PlainConv2d(nn.Conv2d(middle, out_channels, 1, stride, bias=bias))
+
+    def set_slim(self, slim: Slim | None) -> None:
+        super().set_slim(slim)
+        if slim is None:
+            middle = None
+        else:
+            middle = tuple(exact_share(self.norm.num_features, width) or 0 for width in slim.widths)
+            if not all(middle):
+                raise IncompatibleModelError(
+                    f"the {self.norm.num_features} channels inside a shift block cannot be narrowed to all of {slim.widths}: "
+                    "choose an expansion or widths that give whole numbers"
+                )
+        self.expand.set_slim(None if slim is None or middle is None else Slim(slim.widths, slim.ins, middle))
+        for layer in (self.norm, self.shift):
+            layer.set_slim(None if slim is None or middle is None else Slim(slim.widths, middle, middle))
+        self.project.set_slim(None if slim is None or middle is None else Slim(slim.widths, middle, slim.outs))
+
+    def set_width_index(self, index: int) -> None:
+        for layer in (super(), self.expand, self.norm, self.shift, self.project):
+            layer.set_width_index(index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.project(self.shift(self.act(self.norm(self.expand(x)))))
+        return mixed
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the k x k convolution it stands for."""
+        kernel = self.in_channels * self.shift.kernel_size**2
+        return self.out_channels * (kernel + (0 if self.project.bias is None else 1))
+
+    def fold(self) -> nn.Sequential:
+        """The same in `torch.nn` layers, the shift as a fixed depthwise convolution."""
+        layers = (self.expand, self.norm, self.act, self.shift, self.project)
+        plain = [layer.fold() if isinstance(layer, WidthAware) else nn.ReLU() for layer in layers]
+        return nn.Sequential(*plain).train(self.training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """Replace k x k convolutions by 1 x 1 convolutions around a shift.
+
+    Args:
+        kernel_size: k of the convolutions to replace, and of the shift.
+        dilation: Dilation of the convolutions to replace, and of the shift.
+        expansion: Channels between the two 1 x 1 convolutions, as a multiple of the output's.
+        init: "weights" starts both 1 x 1 convolutions from the old kernel (the nearest product for each offset, norm and
+            ReLU left aside); "random" starts them anew.
+
+    Example:
+        >>> Shift(expansion=3.0)
+        Shift(kernel_size=3, dilation=1, expansion=3.0, init='weights')
+
+    Source: Wu et al., section 4.
+    """
+
+    takes: ClassVar[str] = (
+        "convolutions with groups=1, zero padding that keeps the size, and the kernel_size and dilation of the config"
+    )
+
+    kernel_size: int = 3
+    dilation: int = 1
+    expansion: float = 1.0
+    init: str = "weights"
+
+    def __post_init__(self) -> None:
+        check_whole_number("kernel_size", self.kernel_size, 2)
+        check_whole_number("dilation", self.dilation, 1)
+        check_number("expansion", self.expansion, 0)
+        check_choice("init", self.init, ("weights", "random"))
+
+    def accepts(self, module: nn.Module) -> bool:
+        return (
+            is_convolution(module)
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and module.kernel_size == (self.kernel_size,) * 2
+            and module.dilation == (self.dilation,) * 2
+            and module.padding in ("same", (self.dilation * (self.kernel_size // 2),) * 2)
+            and self.kernel_size % 2 == 1
+        )
+
+    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+        return [[site] for site in sites]
+
+    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
+        conv = group[0].module
+        block = ShiftConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            self.kernel_size,
+            (conv.stride[0], conv.stride[1]),
+            dilation=self.dilation,
+            expansion=self.expansion,
+            bias=conv.bias is not None,
+        ).to(conv.weight)
+        with torch.no_grad():
+            if self.init == "weights":
+                start_from(block, conv)
+            if conv.bias is not None and block.project.bias is not None:
+                block.project.bias.copy_(conv.bias)
+        if isinstance(conv, WidthAware) and conv.slim is not None:
+            block.set_slim(conv.slim)
+            block.set_width_index(conv.width_index)
+        return [(conv, block)]
+
+
+@torch.no_grad()
+def start_from(block: ShiftConv2d, conv: Convolution) -> None:
+    """Start a block from a k x k kernel: for each offset, the channels that move by it take the leading terms of the
+    singular value decomposition of the kernel's (O, I) slice there. Exact but for norm and ReLU when there are enough."""
+    k, reach = block.shift.kernel_size, block.shift.kernel_size // 2
+    channels: dict[tuple[int, int], list[int]] = {}
+    for channel, offset in enumerate(offsets(block.shift.channels, k)):
+        channels.setdefault(offset, []).append(channel)
+    for (dh, dw), members in channels.items():
+        left, values, right = torch.linalg.svd(conv.weight[:, :, reach + dh, reach + dw].double(), full_matrices=False)
+        terms = min(len(members), len(values))
+        root = values[:terms].sqrt()
+        used = torch.tensor(members[:terms], device=conv.weight.device)
+        block.expand.weight[used] = (root[:, None] * right[:terms])[..., None, None].to(conv.weight)
+        block.project.weight[:, used] = (left[:, :terms] * root)[..., None, None].to(conv.weight)

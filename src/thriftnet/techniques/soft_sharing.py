@@ -1,0 +1,285 @@
+"""Soft sharing: every layer's filters are a learned mix of a few shared templates.
+
+Layers of equal geometry share one bank of templates; each keeps only its mixing coefficients. Where two layers learn
+the same mix, the network has discovered a loop: it is implicitly recurrent.
+
+Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter Sharing, ICLR 2019, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise
+from thriftnet.core.sites import Replacement, Site, group_by
+from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.core.tied import Tied
+from thriftnet.core.verbs import tie
+from thriftnet.errors import ConfigError, IncompatibleModelError
+
+
+class TemplateBank(Tied):
+    """Filters that several layers mix.
+
+    Args:
+        num_templates: Number of templates ``T``.
+        in_planes: Input channels per group ``I`` of the convolutions served.
+        out_planes: Output channels ``O``.
+        kernel_size: Side of the square kernels ``k``, or ``(kh, kw)``.
+
+    State dict: ``templates`` (T, O, I, kh, kw).
+    """
+
+    def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, int]) -> None:
+        super().__init__()
+        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        for name, value in (("num_templates", num_templates), ("in_planes", in_planes), ("out_planes", out_planes)):
+            check_whole_number(name, value, 1)
+        self.templates = nn.Parameter(torch.empty(num_templates, out_planes, in_planes, kh, kw))  # (T, O, I, kh, kw)
+        for template in self.templates.detach():
+            nn.init.kaiming_normal_(template)
+
+    def mix(self, coefficients: Tensor) -> Tensor:
+        """Filters for one layer: ``coefficients`` (T,) -> (O, I, kh, kw)."""
+        return torch.tensordot(coefficients, self.templates, dims=1)
+
+    def extra_repr(self) -> str:
+        templates, outs, ins, kh, kw = self.templates.shape
+        return f"{templates}, {ins}, {outs}, kernel_size=({kh}, {kw})"
+
+
+class SConv2d(GeneratedConv2d):
+    """A convolution whose filters are mixed from a bank.
+
+    Its coefficients start as a random direction of length 1, so that mixed filters have the templates' variance.
+
+    Shape: as `nn.Conv2d`.
+
+    Args:
+        bank: The templates; their geometry is the convolution's.
+        stride: Step of the convolution.
+        padding: Zeros, or what ``padding_mode`` says, on every side.
+        dilation: Spacing of the kernel.
+        groups: Groups of channels; the bank holds filters of ``in_channels / groups``.
+        bias: Whether to add a trained bias.
+        padding_mode: As in `nn.Conv2d`.
+
+    State dict: ``coefficients`` (T,), ``bias`` (O,), ``bank.templates`` under the bank's first name only.
+    """
+
+    no_decay = ("coefficients",)  # section 4: trained without weight decay
+
+    def __init__(
+        self,
+        bank: TemplateBank,
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 1,
+        *,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+    ) -> None:
+        templates, outs, ins, kh, kw = bank.templates.shape
+        like = nn.Conv2d(
+            ins * groups, outs, (kh, kw), stride, padding, dilation, groups, False, padding_mode, device="meta"
+        )
+        super().__init__(like)
+        if bias:
+            self.bias = nn.Parameter(bank.templates.new_zeros(outs))
+        self.bank = bank
+        self.coefficients = nn.Parameter(F.normalize(torch.randn(templates), dim=0).to(bank.templates))  # (T,)
+
+    @classmethod
+    def replacing(cls, conv: Convolution, bank: TemplateBank, coefficients: Tensor) -> SConv2d:
+        """The layer that stands for ``conv``: its geometry, bias and widths."""
+        layer = cls.__new__(cls)
+        GeneratedConv2d.__init__(layer, conv)
+        layer.bank = bank
+        layer.coefficients = nn.Parameter(coefficients)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.bank.mix(self.coefficients)
+
+    @property
+    def generation_macs(self) -> int:
+        return self.bank.templates.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftSharing:
+    """Share templates among the convolutions of equal geometry.
+
+    Args:
+        templates: Templates per bank. With as many as a group has layers the function is unchanged; fewer save
+            parameters in proportion. Groups with fewer layers than that are left alone.
+        init: "weights" fits templates and coefficients to the weights the layers have, in the least-squares sense;
+            "random" starts anew as the paper does: Kaiming templates, orthogonal coefficients.
+        pointwise: Take 1 x 1 convolutions, too.
+
+    Example:
+        >>> SoftSharing(templates=2)
+        SoftSharing(templates=2, init='weights', pointwise=False)
+
+    Source: Savarese & Maire, section 3.
+    """
+
+    takes: ClassVar[str] = "k x k convolutions with a weight of their own (1 x 1 only with pointwise=True)"
+
+    templates: int = 4
+    init: str = "weights"
+    pointwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole_number("templates", self.templates, 1)
+        check_choice("init", self.init, ("weights", "random"))
+
+    def accepts(self, module: nn.Module) -> bool:
+        return is_convolution(module) and (self.pointwise or not is_pointwise(module))  # type: ignore[arg-type]
+
+    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+        groups = group_by(sites, key=lambda site: geometry(site.module))
+        shareable = [group for group in groups if len(group) >= max(2, self.templates)]
+        if groups and not shareable:
+            largest = max(groups, key=len)
+            raise IncompatibleModelError(
+                f"templates={self.templates} is too many: the largest group of equal layers has {len(largest)} "
+                f"({', '.join(repr(site.name) for site in largest[:3])}, ...); a bank needs at least 2 layers and no more "
+                f"templates than layers. Use templates <= {max(1, len(largest) - 1)} to save parameters"
+            )
+        return shareable
+
+    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
+        weights = torch.stack([site.module.weight.detach() for site in group])  # (L, O, I, kh, kw)
+        _, outs, ins, kh, kw = weights.shape
+        bank = TemplateBank(self.templates, ins, outs, (kh, kw)).to(weights)
+        if self.init == "weights":
+            templates, coefficients = best_fit(weights, self.templates)
+            bank.templates.data.copy_(templates)
+        else:
+            coefficients = nn.init.orthogonal_(torch.empty(len(group), self.templates)).to(weights)
+        rows = zip(group, coefficients, strict=True)
+        return [(site.module, SConv2d.replacing(site.module, bank, row.clone())) for site, row in rows]
+
+
+def best_fit(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Templates and coefficients nearest to trained weights in the least-squares sense (Eckart-Young).
+
+    Args:
+        weights: Filters of ``L`` layers, (L, ...).
+        rank: Number of templates ``T`` <= L.
+
+    Returns:
+        Templates (T, ...) and orthonormal coefficient columns (L, T), so that ``coefficients @ templates`` is the best
+        rank-T approximation.
+    """
+    flat = weights.flatten(1).double()  # (L, n), n is large: work on the small Gram matrix
+    _, vectors = torch.linalg.eigh(flat @ flat.T)
+    coefficients = vectors[:, -rank:].flip(1)  # (L, T), largest first
+    templates = coefficients.T @ flat
+    return templates.view(rank, *weights.shape[1:]).to(weights), coefficients.to(weights)
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike the layers of one bank are.
+
+    Args:
+        layers: Names, in depth order.
+        matrix: Magnitude of the cosine between their coefficients, (L, L), in [0, 1].
+    """
+
+    layers: tuple[str, ...]
+    matrix: Tensor
+
+
+def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
+    """The layer similarity matrix of each bank, by the bank's name.
+
+    Raises:
+        IncompatibleModelError: The network has no bank.
+
+    Source: Savarese & Maire, section 3.3.
+    """
+    result = {}
+    for bank, layers in _layers_of_banks(model).items():
+        rows = F.normalize(torch.stack([layer.coefficients.detach() for _, layer in layers]), dim=1)
+        result[bank] = LayerSimilarity(tuple(name for name, _ in layers), (rows @ rows.T).abs())
+    return result
+
+
+def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
+    """Make implicit recurrence explicit: layers whose coefficients agree become one layer, used several times.
+
+    Two layers agree when ``2 <a, b> / (|a|^2 + |b|^2) >= threshold``, which is 1 only for equal coefficients (the cosine
+    alone would also tie scaled copies, whose function differs). They must agree in stride, padding and so on, too; the
+    common layer gets the mean of their coefficients and biases.
+
+    Raises:
+        ConfigError: A threshold outside (0, 1].
+        IncompatibleModelError: No bank, or no two layers that agree.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold={threshold}: possible is a number in (0, 1]")
+    groups: list[list[str]] = []
+    closest = 0.0
+    for layers in _layers_of_banks(model).values():
+        loops: list[list[tuple[str, SConv2d]]] = []
+        for name, layer in layers:
+            scores = [min(agreement(layer, other) for _, other in loop) for loop in loops]
+            closest = max([closest, *scores])
+            best = max(range(len(scores)), key=scores.__getitem__, default=-1)
+            if scores and scores[best] >= threshold:
+                loops[best].append((name, layer))
+            else:
+                loops.append([(name, layer)])
+        groups += [[name for name, _ in loop] for loop in loops if len(loop) > 1]
+    if not groups:
+        raise IncompatibleModelError(
+            f"no two layers agree to threshold={threshold}: the closest pair reaches {closest:.3f}. Use a lower threshold"
+        )
+    tied = tie(model, groups)
+    _average(model, tied, groups)
+    return tied
+
+
+def agreement(one: SConv2d, other: SConv2d) -> float:
+    """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
+    if (one.stride, one.padding, one.dilation, one.padding_mode, one.slim) != (
+        other.stride,
+        other.padding,
+        other.dilation,
+        other.padding_mode,
+        other.slim,
+    ) or (one.bias is None) != (other.bias is None):
+        return 0.0
+    a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
+    return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))
+
+
+@torch.no_grad()
+def _average(model: nn.Module, tied: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Give each common layer the mean of what its members had."""
+    for names in groups:
+        common = tied.get_submodule(names[0])
+        for key, parameter in common.named_parameters(recurse=False):
+            parameter.copy_(torch.stack([model.get_submodule(name).get_parameter(key) for name in names]).mean(0))
+
+
+def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, SConv2d]]]:
+    banks: dict[int, tuple[str, list[tuple[str, SConv2d]]]] = {}
+    names = {id(module): name for name, module in model.named_modules() if isinstance(module, TemplateBank)}
+    for name, module in model.named_modules():
+        if isinstance(module, SConv2d):
+            banks.setdefault(id(module.bank), (names[id(module.bank)], []))[1].append((name, module))
+    if not banks:
+        raise IncompatibleModelError(f"{type(model).__name__} has no template bank: convert it with SoftSharing(...) first")
+    return dict(banks.values())

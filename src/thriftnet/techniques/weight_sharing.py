@@ -1,0 +1,222 @@
+"""Weight sharing: several layers of the network use one weight.
+
+In an isotropic network (all layers of one geometry) a group of ``rate`` layers can share the weights of its convolution.
+Which layers form a group is the mapping; which part of the depth takes part is the distribution; how trained weights
+of a group become one is the fusion.
+
+Source: Lin et al., SPIN: An Empirical Evaluation on Sharing Parameters of Isotropic Networks, ECCV 2022, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.core.conv import Convolution, GeneratedConv2d, PlainConv2d, geometry, is_convolution, is_depthwise
+from thriftnet.core.sites import Replacement, Site, group_by
+from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.errors import ConfigError, IncompatibleModelError, unknown
+
+MAPPINGS = ("sequential", "strided", "random")
+DISTRIBUTIONS = ("uniform", "front", "middle", "back")
+FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")
+
+
+class FusedConv2d(GeneratedConv2d):
+    """One weight, fused in every forward from the weights of the layers that share it; all of them are trained.
+
+    ``weight = mean_j(scale_j * member_j)``; the scales start at 1. Biases get their plain mean. Under "choose_first"
+    the first member is the weight. `fold` bakes the fused weight in.
+
+    Source: SPIN, section 3.3 (weight fusion).
+    """
+
+    def __init__(self, group: Sequence[Convolution], fusion: str) -> None:
+        super().__init__(group[0])
+        self.fusion = fusion
+        self.members = nn.Parameter(torch.stack([conv.weight.detach() for conv in group]))  # (R, O, I/g, kh, kw)
+        biases = [conv.bias.detach() for conv in group if conv.bias is not None]
+        self.biases = nn.Parameter(torch.stack(biases)) if biases else None  # (R, O)
+        shape = {"scalar_weighted_mean": (len(group), 1), "channel_weighted_mean": (len(group), self.out_channels)}
+        scales = self.members.new_ones(shape[fusion]) if fusion in shape else None
+        self.scales = None if scales is None else nn.Parameter(scales)  # (R, 1) or (R, O)
+
+    def _adopt_bias(self, like: Convolution) -> None:
+        """The bias is computed: see `bias`."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        if self.fusion == "choose_first":
+            return self.members[0]
+        if self.scales is None:
+            return self.members.mean(0)
+        return (self.scales[..., None, None, None] * self.members).mean(0)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        if self.biases is None:
+            return None
+        return self.biases[0] if self.fusion == "choose_first" else self.biases.mean(0)
+
+    @property
+    def generation_macs(self) -> int:
+        return 0 if self.fusion == "choose_first" else self.members.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSharing:
+    """Let groups of equal convolutions use one weight.
+
+    Only convolutions that agree in everything (channels, kernel, stride, padding, ..., bias or none) can share.
+    Depthwise convolutions and norms keep their own, as in the paper.
+
+    Args:
+        rate: Layers per group. A network none of whose sets of equal layers it divides is refused; where it divides
+            some, the last layers of the others keep their own weight.
+        mapping: Which layers form a group: neighbours ("sequential"), every n-th ("strided") or "random".
+        distribution: Which part of the depth shares: all of it ("uniform"), or the "front", "middle" or "back".
+        fusion: How the weights that the layers have become one. The weighted means train a factor per layer, or per
+            layer and channel, so they keep all weights until `fold`; the others keep the result only.
+        seed: For the random mapping.
+        portion: Fraction of the depth that shares when the distribution is not uniform.
+        trained: Train all weights of a group and fuse them in every forward, whatever the fusion (the paper's weight
+            fusion); `fold` bakes the result in.
+        groups: Layers that share, as lists of names or of positions in depth; overrides rate and mapping.
+        depthwise: Let depthwise convolutions share, too.
+
+    Example:
+        >>> WeightSharing(rate=2, mapping="strided")
+        WeightSharing(rate=2, mapping='strided', ...)
+
+    Source: SPIN, section 3.
+    """
+
+    takes: ClassVar[str] = "convolutions with a weight of their own (depthwise ones only with depthwise=True)"
+
+    rate: int = 2
+    mapping: str = "sequential"
+    distribution: str = "uniform"
+    fusion: str = "mean"
+    seed: int = 0
+    portion: float = 0.5
+    trained: bool = False
+    groups: tuple[tuple[str | int, ...], ...] | None = None
+    depthwise: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole_number("rate", self.rate, 1)
+        check_choice("mapping", self.mapping, MAPPINGS)
+        check_choice("distribution", self.distribution, DISTRIBUTIONS)
+        check_choice("fusion", self.fusion, FUSIONS)
+        check_whole_number("seed", self.seed, 0)
+        check_number("portion", self.portion, 0)
+        if self.portion > 1:
+            raise ConfigError(f"portion={self.portion}: possible is a fraction in (0, 1]")
+        if self.groups is not None:
+            try:
+                object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
+            except TypeError:
+                raise ConfigError(f"groups={self.groups!r}: give a list of lists of layer names or positions") from None
+
+    @property
+    def keeps_members(self) -> bool:
+        """Whether all weights of a group are trained and fused in every forward."""
+        return self.trained or self.fusion.endswith("weighted_mean")
+
+    def accepts(self, module: nn.Module) -> bool:
+        return is_convolution(module) and (self.depthwise or not is_depthwise(module))  # type: ignore[arg-type]
+
+    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+        if self.groups is not None:
+            return [_named_group(sites, group) for group in self.groups]
+        equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
+        shareable = [layers for layers in equal if len(layers) >= self.rate]
+        if shareable and not any(len(layers) % self.rate == 0 for layers in shareable) or (equal and not shareable):
+            raise self._indivisible(equal)
+        groups: list[list[Site[nn.Conv2d]]] = []
+        for layers in shareable:
+            depth = len(layers) - len(layers) % self.rate
+            slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed)))
+            groups += group_by(layers[:depth], key=lambda site: slot[site.name])
+        return groups
+
+    def _part(self, layers: list[Site[nn.Conv2d]]) -> list[Site[nn.Conv2d]]:
+        """The layers of the part of the depth that shares: a multiple of the rate, unless it is all."""
+        if self.distribution == "uniform":
+            return layers
+        length = int(len(layers) * self.portion) // self.rate * self.rate
+        start = {"front": 0, "middle": (len(layers) - length) // 2, "back": len(layers) - length}[self.distribution]
+        return layers[start : start + length]
+
+    def _indivisible(self, equal: list[list[Site[nn.Conv2d]]]) -> IncompatibleModelError:
+        largest = max(equal, key=len)
+        size = len(largest)
+        possible = [rate for rate in range(2, size + 1) if size % rate == 0]
+        where = f" (from {largest[0].name!r})" if largest else ""
+        return IncompatibleModelError(
+            f"rate={self.rate} divides no set of equal layers: the largest{where} has {size}. "
+            f"Possible rates for it: {', '.join(map(str, possible)) or 'none'}; or say which layers share with groups=[...]"
+        )
+
+    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
+        convs = [site.module for site in group]
+        shared: GeneratedConv2d = FusedConv2d(convs, self.fusion)
+        if not self.keeps_members:
+            fused = shared
+            shared = PlainConv2d(convs[0])
+            with torch.no_grad():
+                shared.weight.copy_(fused.weight)
+                if shared.bias is not None and fused.bias is not None:
+                    shared.bias.copy_(fused.bias)
+        return [(conv, shared) for conv in convs]
+
+
+def signature(conv: Convolution) -> tuple[object, ...]:
+    """What convolutions must agree in to be one and the same module."""
+    rest = (conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.bias is None, getattr(conv, "slim", None))
+    return (*geometry(conv), *rest, conv.weight.dtype, conv.weight.device)
+
+
+def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
+    """Which of the ``depth / rate`` shared weights each layer uses.
+
+    Example:
+        >>> shared_index(6, 2), shared_index(6, 2, "strided")
+        ([0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2])
+
+    Source: SPIN, section 3.2 (sharing mapping).
+    """
+    if depth % rate:
+        raise ConfigError(f"rate={rate} does not divide the depth {depth}")
+    if mapping == "strided":
+        return [layer % (depth // rate) for layer in range(depth)]
+    slots = [layer // rate for layer in range(depth)]
+    if mapping == "sequential":
+        return slots
+    order = torch.randperm(depth, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [slots[place] for place in order]
+
+
+def _named_group(sites: Sequence[Site[nn.Conv2d]], wanted: Sequence[str | int]) -> list[Site[nn.Conv2d]]:
+    """Sites by name or position; all must agree in geometry."""
+    by_name = {name: site for site in sites for name in site.names}
+    group: list[Site[nn.Conv2d]] = []
+    for key in wanted:
+        if isinstance(key, int) and not 0 <= key < len(sites):
+            raise ConfigError(f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})")
+        if isinstance(key, str) and key not in by_name:
+            raise unknown("layer in groups", key, by_name)
+        site = sites[key] if isinstance(key, int) else by_name[key]
+        if group and signature(site.module) != signature(group[0].module):
+            raise IncompatibleModelError(
+                f"layers {group[0].name!r} and {site.name!r} cannot share: {group[0].module} against {site.module}. "
+                "Put only equal convolutions into one of the groups"
+            )
+        group.append(site)
+    if not group:
+        raise ConfigError("groups holds an empty group: name at least one layer in each")
+    return group

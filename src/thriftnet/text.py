@@ -1,0 +1,33 @@
+"""Tables as plain text, the same everywhere: in reprs, on the command line and in docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns aligned by their content: numbers to the right, with thousands separated, everything else to the left.
+
+    Example:
+        >>> print(table(["layer", "params"], [["conv1", 432], ["fc", 65000]]))
+        layer  params
+        conv1     432
+        fc     65,000
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *([c[0] for c in row] for row in cells), strict=True)]
+    numeric = [all(row[i][1] for row in cells) and bool(cells) for i in range(len(columns))]
+    head = "  ".join(name.rjust(w) if n else name.ljust(w) for name, w, n in zip(columns, widths, numeric, strict=True))
+    lines = ["  ".join(c[0].rjust(w) if c[1] else c[0].ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in (head, *lines))
+
+
+def _cell(value: object) -> tuple[str, bool]:
+    """Text, and whether it is a number (or the absence of one)."""
+    if value is None:
+        return "-", True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value), False
+    if isinstance(value, int):
+        return f"{value:,}", True
+    return (f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"), True
