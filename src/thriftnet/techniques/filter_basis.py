@@ -47,9 +47,9 @@ class SharedBasis(Tied):
         self.unique_penalty = unique_penalty
 
     def filters(self, layer: int, base: int) -> Tensor:
-        """The basis of one layer, shared filters first: (S + U, I, kh, kw)."""
-        parts = [] if self.shared is None else [self.shared[base]]
-        return torch.cat(parts if self.unique is None else [*parts, self.unique[layer]])
+        """The basis of one layer, its unique filters first (the authors' order): (U + S, I, kh, kw)."""
+        parts = [] if self.unique is None else [self.unique[layer]]
+        return torch.cat(parts if self.shared is None else [*parts, self.shared[base]])
 
     def penalty_term(self) -> PenaltyTerm:
         """How far the basis is from orthonormal: squared entries of ``B B^T - I``.
@@ -96,7 +96,7 @@ class BasisConv2d(Tied, WidthAware):
 
     Shape: as the convolution it stands for.
 
-    State dict: ``filters.bank.*`` once per group, ``norm.*`` (S + U,), ``coefficients.weight`` (O, S + U, 1, 1) and
+    State dict: ``filters.bank.*`` once per group, ``norm.*`` (U + S,), ``coefficients.weight`` (O, U + S, 1, 1) and
     ``coefficients.bias`` (O,).
 
     Args:
@@ -104,7 +104,7 @@ class BasisConv2d(Tied, WidthAware):
         bank: The group's filters.
         layer: Which of the bank's unique filters are its own.
         base: Which of the bank's shared bases it uses.
-        coefficients: (O, S + U).
+        coefficients: (O, U + S).
     """
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
@@ -166,6 +166,8 @@ class FilterBasis:
         shared_rank: Filters per shared basis, S; 0 shares nothing and only decomposes.
         unique_rank: Filters of each layer's own, U.
         bases: Shared bases per group: with 2, layers alternate between them ("double shared").
+        rank_channels: Input channels that both ranks are meant for: groups with more get ranks in proportion, as the
+            authors' stages do. Left out, all groups have the same ranks.
         lambda_r: Factor of the orthogonality penalty in training.
         unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
         init: "weights" starts from the nearest decomposition of the weights the layers have; "random" starts anew as the
@@ -184,6 +186,7 @@ class FilterBasis:
     shared_rank: int = 16
     unique_rank: int = 1
     bases: int = 1
+    rank_channels: int | None = None
     lambda_r: float = 10.0
     unique_penalty: bool = True
     init: str = "weights"
@@ -195,6 +198,8 @@ class FilterBasis:
         if self.shared_rank + self.unique_rank == 0:
             raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
         check_choice("bases", self.bases, (1, 2))
+        if self.rank_channels is not None:
+            check_whole_number("rank_channels", self.rank_channels, 1)
         check_choice("init", self.init, ("weights", "random"))
         check_number("lambda_r", self.lambda_r, -1e-300)
 
@@ -207,20 +212,27 @@ class FilterBasis:
         groups = group_by(sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype))
         needed = 1 if self.shared_rank == 0 else 2
         groups = [group for group in groups if len(group) >= needed]
-        rank = self.shared_rank + self.unique_rank
         for group in groups:
+            shared, unique = self.ranks(group[0].module.in_channels)
+            rank = shared + unique
             possible = group[0].module.weight[0].numel()
             if rank > possible:
                 raise IncompatibleModelError(
                     f"shared_rank + unique_rank = {rank} is larger than layer {group[0].name!r} allows: its filters have "
-                    f"{possible} entries. Use shared_rank <= {possible - self.unique_rank}, or leave the layer out with select"
+                    f"{possible} entries. Lower shared_rank by at least {rank - possible}, or leave the layer out with select"
                 )
         return groups
+
+    def ranks(self, in_channels: int) -> tuple[int, int]:
+        """Shared and unique rank of a group with this many input channels."""
+        if self.rank_channels is None:
+            return self.shared_rank, self.unique_rank
+        return self.shared_rank * in_channels // self.rank_channels, self.unique_rank * in_channels // self.rank_channels
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         weights = [site.module.weight.detach().flatten(1) for site in group]  # each (O, n)
         fit = fitted if self.init == "weights" else fresh
-        shared, unique, coefficients = fit(weights, self.shared_rank, self.unique_rank, self.bases)
+        shared, unique, coefficients = fit(weights, *self.ranks(group[0].module.in_channels), self.bases)
         shape = group[0].module.weight.shape[1:]
         bank = SharedBasis(shared.unflatten(2, shape), unique.unflatten(2, shape), self.lambda_r, self.unique_penalty)
         return [
@@ -239,7 +251,7 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
         bases: Number of shared bases; layer i belongs to basis ``i % bases``.
 
     Returns:
-        Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, S + U). They reproduce eval mode: the
+        Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, U + S). They reproduce eval mode: the
         norm between starts with mean 0 and variance 1, and its small epsilon is taken out of the coefficients.
     """
     common = [leading_directions(torch.cat([*weights[base::bases]]), shared) for base in range(bases)]
@@ -249,7 +261,7 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
         basis = common[layer % bases]
         rest = weight - weight @ basis.T @ basis
         own.append(leading_directions(rest, unique))
-        coefficients.append(weight @ torch.cat([basis, own[-1]]).T * norm_gain)
+        coefficients.append(weight @ torch.cat([own[-1], basis]).T * norm_gain)
     return torch.stack(common), torch.stack(own), coefficients
 
 

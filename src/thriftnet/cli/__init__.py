@@ -1,0 +1,62 @@
+"""The command line: one file per verb. Help is printed without importing torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from thriftnet import __version__
+from thriftnet.errors import ThriftnetError, unknown
+
+VERBS = {
+    "demo": "train, convert with each technique, fold and compare on real images; writes report.html",
+    "models": "list the networks of the zoo",
+    "count": "count parameters, multiply-accumulates and bytes moved of a network",
+    "plan": "show what a conversion would do, layer by layer",
+    "convert": "make a network small with a technique, and save it",
+    "fold": "turn a converted network into plain layers, check that it computes the same, and save it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done, 2 wrong use or a refused input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(help_text())
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"thriftnet {__version__}\n")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        importlib.import_module(f"thriftnet.cli.{verb}").run(rest)
+    except ThriftnetError as error:
+        sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"thriftnet {verb}: stopped\n")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def help_text() -> str:
+    """What `thriftnet --help` prints."""
+    lines = [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: thriftnet VERB [options]        (thriftnet VERB --help says more)",
+            "",
+            "Make ConvNets small: five techniques for any PyTorch network.",
+            "",
+            *lines,
+            "",
+            "Every verb that prints a result takes --json.",
+            "",
+        ]
+    )

@@ -1,0 +1,36 @@
+"""`thriftnet convert`: make a network small, and save it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from thriftnet.cli.common import emit, new_parser, open_network, parse_with_kwargs
+from thriftnet.errors import ConfigError
+
+
+def run(arguments: Sequence[str]) -> None:
+    parser = new_parser("convert", "Make a network small with a technique, starting from its weights.", takes_model=True)
+    parser.add_argument("--technique", help="as 'soft-sharing(templates=2)'")
+    parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE")
+    parser.add_argument("--select", help="regular expression on layer names; left out, all but stem and classifier")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the converted network")
+    options, kwargs = parse_with_kwargs(parser, arguments)
+    if bool(options.technique) == bool(options.plan):
+        raise ConfigError("say what to do with either --technique or --plan")
+
+    from thriftnet.core.plan import Plan
+    from thriftnet.core.verbs import count_params
+    from thriftnet.interop.checkpoints import save
+    from thriftnet.techniques import convert
+
+    model = open_network(options.model, kwargs)
+    try:
+        what = Plan.from_json(Path(options.plan).read_text()) if options.plan else options.technique
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the plan {options.plan}: {error}") from None
+    converted = convert(model, what, select=options.select)
+    folder = save(converted, options.output)
+    before, after = count_params(model), count_params(converted)
+    result = {"model": options.model, "output": str(folder), "params_before": before, "params": after}
+    emit(f"{folder}: {before:,} -> {after:,} stored parameters ({before / after:.2f}x)", result, as_json=options.json)

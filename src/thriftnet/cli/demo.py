@@ -1,0 +1,144 @@
+"""`thriftnet demo`: the whole way on the bundled digits, with a table and a report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thriftnet import __version__
+from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.text import table
+
+if TYPE_CHECKING:
+    from thriftnet.data.digits import Digits
+    from thriftnet.report.page import Page
+    from thriftnet.train.demo import Result
+    from thriftnet.train.loop import Curve, Settings
+
+COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
+CLOSE = 0.02  # accuracy within this of plain needs no explanation
+
+
+def run(arguments: Sequence[str]) -> None:
+    parser = new_parser(
+        "demo",
+        "Train a small ResNet on scikit-learn's digits, plain and with each technique; fold, check, save and predict.",
+    )
+    parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
+    parser.add_argument("--epochs", type=int, default=10, help="per technique (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
+    options = parse(parser, arguments)
+
+    from thriftnet.report.page import write_page
+    from thriftnet.train.demo import SHOWN, compare
+    from thriftnet.train.loop import Settings
+
+    settings = Settings(epochs=options.epochs, seed=options.seed)
+    output = Path(options.output)
+    start = time.perf_counter()
+    with Progress(1 + len(SHOWN), settings.epochs) as progress:
+        data, results = compare(output, settings, progress.start, progress.epoch)
+    report = write_page(_page(data, results, settings, time.perf_counter() - start), output / "report.html")
+    rows = [(r.name, r.params, r.macs, f"{r.accuracy:.2%}", f"{r.seconds:.1f}", f"{r.fold_error:.1e}") for r in results]
+    notes = _notes(results)
+    text = "\n".join([table(COLUMNS, rows), *notes, "", f"report: {report}", f"models: {output / 'models'}"])
+    emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
+
+
+class Progress:
+    """A bar per technique on a terminal; nothing elsewhere."""
+
+    def __init__(self, networks: int, epochs: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        self.bars = Bars(*columns, console=console, disable=not sys.stderr.isatty())
+        self.networks, self.epochs, self.done = networks, epochs, 0
+
+    def __enter__(self) -> Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, name: str) -> None:
+        self.done += 1
+        self.task = self.bars.add_task(name, total=self.epochs, note=f"{self.done} of {self.networks}")
+
+    def epoch(self, curve: Curve) -> None:
+        self.bars.update(self.task, advance=1, note=f"test accuracy {curve.test_accuracy[-1]:.1%}")
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """Why an accuracy is not within reach of plain."""
+    plain = results[0].accuracy
+    return [
+        f"{r.name} is {100 * (plain - r.accuracy):.1f} points below plain: it stores {results[0].params / r.params:.1f}x fewer "
+        f"parameters and runs {results[0].macs / r.macs:.1f}x fewer MACs; more epochs (--epochs) bring it closer"
+        for r in results
+        if plain - r.accuracy > CLOSE
+    ]
+
+
+def _as_dict(result: Result) -> dict[str, Any]:
+    keys = ("name", "technique", "params", "macs", "accuracy", "seconds", "fold_error", "folder")
+    return {key: getattr(result, key) for key in keys}
+
+
+def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: float) -> Page:
+    import torch
+
+    from thriftnet.report import plots
+    from thriftnet.report.page import Page, Picture
+
+    names = [r.name for r in results]
+    trained = [r for i, r in enumerate(results) if r.curve is not (results[i - 1].curve if i else None)]
+    best = min(results[1:], key=lambda r: r.params)
+    summary = [
+        "One small ResNet on 1,797 real images of digits: trained plain, then made small with each technique, starting from "
+        "the plain weights, and trained as long again.",
+        f"The smallest, {best.name}, stores {best.params:,} parameters, {results[0].params / best.params:.1f} times fewer than "
+        f"plain, at {best.accuracy:.2%} test accuracy (plain {results[0].accuracy:.2%}).",
+        *_notes(results),
+    ]
+    rows = [
+        (r.name, f"{r.params:,}", f"{r.macs:,}", f"{r.accuracy:.2%}", f"{r.seconds:.1f}", f"{r.fold_error:.1e}") for r in results
+    ]
+    count = len(results[0].predictions)
+    labels = data.test.labels[:count].tolist()
+    pictures = [
+        Picture(
+            "Accuracy against stored parameters",
+            plots.accuracy_against_params(names, [r.params for r in results], [r.accuracy for r in results]),
+            "Further left stores less; the dotted line is the plain network. Widths of a slimmable network share one file.",
+        ),
+        Picture(
+            "Training",
+            plots.training_curves(
+                [r.technique.partition("(")[0] or "plain" for r in trained],
+                [r.curve.loss for r in trained],
+                [r.curve.test_accuracy for r in trained],
+            ),
+            "Each technique starts from the trained plain network, whose function the conversion changes at first.",
+        ),
+        Picture(
+            "Predictions of the folded networks",
+            plots.predictions(data.test.images[:count], labels, names, [r.predictions for r in results]),
+            "Test images, and what each folded network, loaded from its folder, takes them for. Wrong answers are red.",
+        ),
+    ]
+    facts = {
+        "command": f"thriftnet demo --epochs {settings.epochs} --seed {settings.seed}",
+        "settings": str(settings),
+        "images": f"{len(data.train)} to train, {len(data.test)} to test, stratified",
+        "versions": f"thriftnet {__version__}, torch {torch.__version__}",
+        "time": f"{seconds:.0f} s in all",
+    }
+    return Page("thriftnet demo", summary, COLUMNS, rows, pictures, facts)

@@ -1,0 +1,1 @@
+"""Images and labels. The bundled digits need no download."""

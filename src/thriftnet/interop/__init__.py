@@ -1,0 +1,1 @@
+"""Networks in and out: our folders, and networks by name from anywhere."""

@@ -1,0 +1,231 @@
+"""Counting what a network holds and what one forward costs.
+
+Operations are counted where they run, by torch's own counter, and charged to the layer that runs: a weight used four
+times costs four times, a layer that never runs costs nothing, and a function call inside a block is charged to the block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.width import width, widths
+from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.measure.layers import Tally, tallies
+from thriftnet.measure.report import LayerRow, Report
+from thriftnet.measure.untouched import untouched
+
+Purpose = Literal["execution", "generated layer", "weight", "shift"]
+
+
+def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report:
+    """What a network holds and what one image costs, with shared parts counted right.
+
+    Counted are convolutions, linear layers and matrix products, attention's among them, each time they run. Computing
+    weights is counted apart, and shifts as bytes. Not counted are norms, activations, additions and pooling: the report
+    names what ran and has no formula. The network runs once, in eval mode on zeros, and is left as it was: modes, buffers,
+    hooks, width and the random state, even if it fails.
+
+    Args:
+        model: Any network, on any device; it must accept one batch of images.
+        input_size: Channels, height and width of an image.
+
+    Returns:
+        Totals and one row per layer; prints as a table.
+
+    Raises:
+        ConfigError: ``input_size`` is not three positive whole numbers.
+        IncompatibleModelError: The network does not run on such an input, or has lazy layers that never ran.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        >>> report = inspect(nn.Sequential(conv, nn.ReLU()), input_size=(3, 16, 16))
+        >>> report.params, report.macs
+        (216, 55296)
+    """
+    size = _checked(input_size)
+    network: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    _refuse_lazy(network)
+    with untouched(network):
+        found = tallies(network)
+        uncounted = _run(network, size, found)
+        rows = tuple(_row(tally) for tally in found.values() if tally.is_layer)
+    return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
+
+
+def _checked(input_size: Sequence[int]) -> tuple[int, int, int]:
+    sizes = tuple(input_size) if isinstance(input_size, list | tuple) else ()
+    if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise ConfigError(
+            f"input_size={input_size!r}: possible are three whole numbers above 0 (channels, height, width), as (3, 32, 32)"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise IncompatibleModelError(
+                f"parameter {name!r} of {type(model).__name__} has no shape yet: run the network on one batch first"
+            )
+
+
+def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, Tally]) -> dict[str, int]:
+    """Run ``model`` once and charge each layer; returns the operations without a formula."""
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()] or [torch.zeros(())]
+    images = torch.zeros(1, *size, device=(tensors or floating)[0].device, dtype=floating[0].dtype)
+    counter = FlopCounterMode(display=False, custom_mapping=VECTOR_PRODUCTS)
+    meter = _Meter(counter, found, found[id(model)])
+    uncounted = _Uncounted(meter)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # those take no hooks
+                stack.callback(module.register_forward_pre_hook(meter.enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(meter.leave, always_call=True).remove)
+        try:
+            with uncounted, counter:
+                model(images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _refusal(model, size, error) from error
+        meter.settle()
+    return dict(sorted(uncounted.ops.items()))
+
+
+def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> IncompatibleModelError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return IncompatibleModelError(
+        f"{type(model).__name__} does not run on input_size={size}: {reason.rstrip('.')}. "
+        "Give the size it is made for: inspect(model, input_size=(C, H, W))"
+    )
+
+
+def _row(tally: Tally) -> LayerRow:
+    return LayerRow(
+        tuple(tally.names),
+        type(tally.module).__name__,
+        tally.params,
+        tally.dense_params,
+        tally.flops // 2,
+        tally.generation_macs,
+        tally.shift_bytes,
+        tally.output,
+        tally.calls,
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A module that runs: the layer its operations are charged to, and what they are for."""
+
+    tally: Tally
+    purpose: Purpose
+
+
+class _Meter:
+    """Hooks that charge operations, as they run, to the layer that runs."""
+
+    def __init__(self, counter: FlopCounterMode, found: dict[int, Tally], whole: Tally) -> None:
+        self.counter, self.found = counter, found
+        self.convolutions = {op for op in counter.flop_registry if "conv" in str(op)}
+        self.running = [_Frame(whole, "execution")]
+        self.settled = (0, 0)
+
+    def _counts(self) -> tuple[int, int]:
+        """Operations until now, in all and in convolutions."""
+        ops = self.counter.flop_counts["Global"]
+        return sum(ops.values()), sum(flops for op, flops in ops.items() if op in self.convolutions)
+
+    def settle(self) -> None:
+        """Charge what ran since the last time to the innermost running module."""
+        before, self.settled = self.settled, self._counts()
+        flops, convolution_flops = self.settled[0] - before[0], self.settled[1] - before[1]
+        frame = self.running[-1]
+        if frame.purpose == "execution":
+            frame.tally.flops += flops
+        elif frame.purpose == "generated layer":
+            frame.tally.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
+        elif frame.purpose == "weight":
+            frame.tally.generation_macs += flops // 2
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Before a module runs."""
+        self.settle()
+        outer, own = self.running[-1], self.found.get(id(module))
+        tally = outer.tally if own is None or outer.tally.is_whole else own
+        tally.calls += tally is own
+        self.running.append(_Frame(tally, _purpose(module) if outer.purpose == "execution" else outer.purpose))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
+        self.settle()
+        tally = self.running.pop().tally
+        if isinstance(module, GeneratedConv2d):
+            tally.generation_macs += module.generation_macs
+        if _purpose(module) == "shift" and output is not None:
+            tally.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
+        if tally.module is module and tally.output is None:
+            tally.output = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        self.settled = self._counts()
+
+
+def _purpose(module: nn.Module) -> Purpose:
+    """What the operations inside a module are for."""
+    if callable(getattr(module, "moved_bytes", None)):
+        return "shift"  # it multiplies nothing, though its form for some layouts is a depthwise convolution
+    if isinstance(module, ParametrizationList):
+        return "weight"
+    return "generated layer" if isinstance(module, GeneratedConv2d) else "execution"
+
+
+class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records operations that run and that the counter has no formula for.
+
+    Left out are views, which compute nothing, and what shifts do, which is counted in bytes.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, meter: _Meter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.meter = meter
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        op = getattr(func, "overloadpacket", func)
+        in_shift = self.meter.running[-1].purpose == "shift"
+        if op not in self.meter.counter.flop_registry and not in_shift and not getattr(func, "is_view", False):
+            self.ops[str(op)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _matrix_vector_flops(matrix: Sequence[int], vector: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _added_matrix_vector_flops(start: Any, matrix: Sequence[int], vector: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _dot_flops(left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * left[0]
+
+
+VECTOR_PRODUCTS = {  # matrix products that torch's table lacks
+    torch.ops.aten.mv: _matrix_vector_flops,
+    torch.ops.aten.addmv: _added_matrix_vector_flops,
+    torch.ops.aten.dot: _dot_flops,
+}

@@ -1,0 +1,25 @@
+"""How far two networks are apart, measured on a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from thriftnet.core.norm import device_of, dtype_of
+
+
+@torch.no_grad()
+def relative_difference(one: nn.Module, other: nn.Module, input_size: tuple[int, int, int], batch: int = 4) -> float:
+    """Largest difference of two networks' outputs on random images, relative to the largest output.
+
+    Args:
+        one: A network; both run as they are, so put them in eval mode.
+        other: Another.
+        input_size: (C, H, W).
+        batch: Number of images.
+    """
+    images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(device=device_of(one), dtype=dtype_of(one))
+    expected, got = one(images), other(images)
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((expected - got).abs().max() / scale)

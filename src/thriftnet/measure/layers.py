@@ -1,0 +1,110 @@
+"""Which modules of a network are its layers, and how many parameters each holds and stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+@dataclass
+class Tally:
+    """What is counted for one layer.
+
+    Args:
+        module: The layer.
+        is_whole: Whether what it holds belongs to it, and is no layer of its own.
+        names: Every name of it in the network.
+        params: Stored parameters not counted at an earlier layer.
+        dense_params: Parameters of the plain layers it stands for.
+        flops: Twice the multiply-accumulates it ran.
+        generation_macs: Multiply-accumulates of computing its weights.
+        shift_bytes: Bytes moved by its shifts.
+        output: Shape that its first run gave.
+        calls: How many times it ran.
+    """
+
+    module: nn.Module
+    is_whole: bool
+    names: list[str] = field(default_factory=list)
+    params: int = 0
+    dense_params: int = 0
+    flops: int = 0
+    generation_macs: int = 0
+    shift_bytes: int = 0
+    output: tuple[int, ...] | None = None
+    calls: int = 0
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is more than a container that does nothing itself."""
+        counts = (self.params, self.dense_params, self.flops, self.generation_macs, self.shift_bytes)
+        return any(counts) or self.is_whole
+
+
+def tallies(model: nn.Module) -> dict[int, Tally]:
+    """One for each module of ``model`` that is not inside a whole layer, in registration order, by the module's id.
+
+    Parameters are filled in, costs are zero.
+    """
+    found: dict[int, Tally] = {}
+    inside: str | None = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and name.startswith(inside):
+            continue
+        tally = found.setdefault(id(module), Tally(module, is_whole(module)))
+        tally.names.append(name)
+        if tally.is_whole:
+            inside = f"{name}." if name else ""
+    _count_parameters(found)
+    return found
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module is one layer with all it holds."""
+    if declared_dense_params(module) is not None or next(module.children(), None) is None:
+        return True
+    return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
+
+
+def declared_dense_params(module: nn.Module) -> int | None:
+    """What a converted layer says of the plain one it stands for; None for all other modules."""
+    value = getattr(module, "dense_params", None)
+    return value if isinstance(value, int) else None
+
+
+def _count_parameters(found: dict[int, Tally]) -> None:
+    """Stored parameters at the first layer that holds them; dense ones at every name.
+
+    What a converted layer holds has no place in the plain network, wherever else it is registered.
+    """
+    converted = [tally.module for tally in found.values() if declared_dense_params(tally.module) is not None]
+    absorbed = {id(inner) for module in converted for inner in module.modules() if inner is not module}
+    seen: set[object] = set()
+    for tally in found.values():
+        for parameter in tally.module.parameters(recurse=tally.is_whole):
+            if (place := _storage_place(parameter)) not in seen:
+                seen.add(place)
+                tally.params += parameter.numel()
+        if id(tally.module) not in absorbed:
+            tally.dense_params = len(tally.names) * _dense_params(tally.module)
+
+
+def _storage_place(tensor: Tensor) -> object:
+    """What two parameters have in common when they are one tensor in memory (`data_ptr` is 0 on the meta device)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()
+
+
+def _dense_params(module: nn.Module) -> int:
+    """Parameters of the plain layer that a module stands for."""
+    declared = declared_dense_params(module)
+    if declared is not None:
+        return declared
+    own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        computed = module.get_submodule("parametrizations")
+        return own + sum(int(getattr(module, name).numel()) for name, _ in computed.named_children())
+    if not is_whole(module):
+        return own
+    return sum(parameter.numel() for _, parameter in module.named_parameters(remove_duplicate=False))

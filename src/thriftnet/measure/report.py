@@ -1,0 +1,166 @@
+"""The result of `inspect`: totals, one row per layer, a printable table and a JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from thriftnet.text import table
+
+NAMED_OPS = 6  # uncounted operations named in the printed report; `to_dict` has them all
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What one layer holds and costs. Costs are those of all its runs together, at batch 1.
+
+    Args:
+        names: Every name of the layer in the network; the empty name is the network itself.
+        kind: Class of the layer.
+        params: Stored parameters; one that several layers hold is counted at the first of them.
+        dense_params: Parameters of the plain layers it stands for, one for each of its names.
+        macs: Multiply-accumulates of the convolutions, linear layers and matrix products it ran.
+        generation_macs: Multiply-accumulates of computing its weights.
+        shift_bytes: Bytes read and written by its shifts.
+        output: Shape of the first tensor that its first run gave; None if it never ran, or gave no tensor.
+        calls: How many times it ran.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    params: int
+    dense_params: int
+    macs: int
+    generation_macs: int
+    shift_bytes: int
+    output: tuple[int, ...] | None
+    calls: int
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def matters(self) -> bool:
+        """Whether the layer holds parameters, stands for some, or costs anything."""
+        return any((self.params, self.dense_params, self.macs, self.generation_macs, self.shift_bytes))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a network holds and costs. Prints as a table. The totals are the sums of the rows.
+
+    Args:
+        model: Class name of the network.
+        input_size: Channels, height and width of the input it was measured on, at batch 1.
+        rows: The layers in registration order, with those that neither hold nor cost anything.
+        uncounted: Operations that ran and have no formula (norms, activations, additions, ...) with the number of times,
+            by name. Left out are changes of view, and what shifts do: their bytes are counted.
+        width: The width it was measured at; None if it has one width only.
+
+    Example:
+        >>> print(Report("Net", (3, 16, 16), (LayerRow(("conv",), "Conv2d", 216, 216, 55296, 0, 0, (1, 8, 16, 16), 1),)))
+        Net on 3x16x16, batch 1
+        parameters: 216 stored, 216 in the plain network (1.00x)
+        MACs: 55,296
+        <BLANKLINE>
+        layer  kind    output     params  dense    MACs  calls
+        conv   Conv2d  1x8x16x16     216    216  55,296      1
+    """
+
+    model: str
+    input_size: tuple[int, int, int]
+    rows: tuple[LayerRow, ...]
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+    width: float | None = None
+
+    @property
+    def params(self) -> int:
+        """Stored parameters, shared ones once."""
+        return sum(row.params for row in self.rows)
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain network, nothing shared, that it stands for."""
+        return sum(row.dense_params for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of executed convolutions, linear layers and matrix products; shared weights at each use."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def generation_macs(self) -> int:
+        """Multiply-accumulates of computing weights from what is stored; not in `macs`."""
+        return sum(row.generation_macs for row in self.rows)
+
+    @property
+    def shift_bytes(self) -> int:
+        """Bytes read and written by shifts, which cost no multiply-accumulates."""
+        return sum(row.shift_bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a JSON-ready dict; costs in multiply-accumulates and bytes."""
+        return {
+            "model": self.model,
+            "input_size": list(self.input_size),
+            "width": self.width,
+            "params": self.params,
+            "dense_params": self.dense_params,
+            "macs": self.macs,
+            "generation_macs": self.generation_macs,
+            "shift_bytes": self.shift_bytes,
+            "rows": [_row_dict(row) for row in self.rows],
+            "uncounted": dict(self.uncounted),
+        }
+
+    def __str__(self) -> str:
+        at_width = "" if self.width is None else f", width {self.width:g}"
+        factor = f" ({self.dense_params / self.params:.2f}x)" if self.params else ""
+        lines = [
+            f"{self.model} on {'x'.join(map(str, self.input_size))}, batch 1{at_width}",
+            f"parameters: {self.params:,} stored, {self.dense_params:,} in the plain network{factor}",
+            f"MACs: {self.macs:,}"
+            + (f", and {self.generation_macs:,} for computing weights" if self.generation_macs else "")
+            + (f"; shifts move {self.shift_bytes:,} bytes" if self.shift_bytes else ""),
+            "",
+            self._table(),
+        ]
+        return "\n".join(lines + (["", self._uncounted_line()] if self.uncounted else []))
+
+    def _table(self) -> str:
+        """The rows that matter, without columns that are zero throughout."""
+        columns = ["layer", "kind", "output", "params", "dense", "MACs", "generation", "shift bytes", "calls"]
+        used = [True] * 6 + [bool(self.generation_macs), bool(self.shift_bytes), True]
+        cells = [
+            (
+                (row.name or "(network)") + (f" +{len(row.names) - 1}" if len(row.names) > 1 else ""),
+                row.kind,
+                "-" if row.output is None else "x".join(map(str, row.output)),
+                row.params,
+                row.dense_params,
+                row.macs,
+                row.generation_macs,
+                row.shift_bytes,
+                row.calls,
+            )
+            for row in self.rows
+            if row.matters
+        ]
+        return table(_only(columns, used), [_only(row, used) for row in cells])
+
+    def _uncounted_line(self) -> str:
+        often = sorted(self.uncounted.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(f"{name.removeprefix('aten.')} {count}x" for name, count in often[:NAMED_OPS])
+        more = f" and {len(often) - NAMED_OPS} more" if len(often) > NAMED_OPS else ""
+        return f"not counted, for want of a formula: {named}{more}"
+
+
+def _row_dict(row: LayerRow) -> dict[str, Any]:
+    return {**asdict(row), "names": list(row.names), "output": None if row.output is None else list(row.output)}
+
+
+def _only(values: list[Any] | tuple[Any, ...], used: list[bool]) -> list[Any]:
+    return [value for value, wanted in zip(values, used, strict=True) if wanted]

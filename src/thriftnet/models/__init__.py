@@ -1,0 +1,67 @@
+"""The zoo: every network by name, as a plain backbone. `create_model` imports only the family it needs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from thriftnet.errors import ConfigError, unknown
+from thriftnet.models.table import MODELS, ModelEntry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs"]
+
+IDENTITY = "thriftnet_model"  # attribute of a network: the name and kwargs that rebuild it
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names in the zoo that match a shell pattern, sorted.
+
+    Example:
+        >>> list_models("resnet*")
+        ['resnet110', 'resnet20', 'resnet32', 'resnet44', 'resnet56']
+    """
+    return sorted(name for name in MODELS if fnmatch(name, pattern))
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build a network of the zoo.
+
+    Args:
+        name: One of `list_models()`, in any case.
+        kwargs: What the network's function takes, as ``num_classes`` and ``in_chans``.
+
+    Raises:
+        ConfigError: Unknown name or kwarg, with close matches, or a value that the network refuses.
+    """
+    entry = _entry(name)
+    possible = model_kwargs(name)
+    for key in kwargs:
+        if key not in possible:
+            raise unknown(f"kwarg of {name}", key, possible)
+    model: nn.Module = _function(entry)(**{**entry.kwargs, **kwargs})
+    setattr(model, IDENTITY, {"name": name.lower(), "kwargs": kwargs})
+    return model
+
+
+def model_kwargs(name: str) -> dict[str, Any]:
+    """Keyword arguments of a model and their defaults."""
+    entry = _entry(name)
+    parameters = inspect.signature(_function(entry)).parameters.values()
+    return {p.name: entry.kwargs.get(p.name, p.default) for p in parameters if p.name not in entry.fixed}
+
+
+def _entry(name: str) -> ModelEntry:
+    if not isinstance(name, str):
+        raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
+    if name.lower() not in MODELS:
+        raise unknown("model", name, MODELS)
+    return MODELS[name.lower()]
+
+
+def _function(entry: ModelEntry) -> Any:
+    return getattr(importlib.import_module(f"thriftnet.models.{entry.family}"), entry.function)

@@ -1,0 +1,71 @@
+"""What every network of the zoo offers beside `forward`, under the names that timm users expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.errors import ConfigError
+
+
+class Classifier(nn.Module):
+    """A network with features, global average pooling and a linear head called ``fc``.
+
+    Subclasses define `forward_features`: (N, C, H, W) images -> (N, D, h, w).
+    """
+
+    fc: nn.Module
+    num_features: int
+    num_classes: int
+    default_cfg: dict[str, Any]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The maps before pooling."""
+        raise TypeError(f"{type(self).__name__} defines no forward_features")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the maps, and classify them unless ``pre_logits``."""
+        pooled = x.mean((2, 3))
+        if pre_logits:
+            return pooled
+        logits: Tensor = self.fc(pooled)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for this many classes; 0 removes it."""
+        like = next(self.parameters())
+        self.num_classes = check_classes(num_classes, least=0)
+        self.fc = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How parameters fall into stages, for layer-wise learning rates."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else [(r"^layer(\d+)\.(\d+)", None)]}
+
+
+def check_classes(num_classes: object, least: int = 1) -> int:
+    """``num_classes`` when it is a whole number of at least ``least``."""
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < least:
+        raise ConfigError(f"num_classes={num_classes!r}: possible is a whole number of at least {least}")
+    return num_classes
+
+
+def config(input_size: tuple[int, int, int], num_classes: int, first_conv: str, classifier: str) -> dict[str, Any]:
+    """A network's ``default_cfg``."""
+    return {
+        "input_size": input_size,
+        "num_classes": num_classes,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "pool_size": None,
+        "interpolation": "bilinear",
+    }

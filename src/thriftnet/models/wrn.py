@@ -1,0 +1,80 @@
+"""Wide residual networks for small images: pre-activation blocks, depth 6n + 4.
+
+Source: Zagoruyko & Komodakis, Wide Residual Networks, BMVC 2016; the backbone of Savarese & Maire, ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import Classifier, check_classes, config
+
+
+class WideBlock(nn.Module):
+    """Norm, ReLU, 3 x 3 convolution, twice; the 1 x 1 shortcut reads what comes out of the first ReLU."""
+
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(ins)
+        self.conv1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outs)
+        self.conv2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(ins, outs, 1, stride, bias=False) if ins != outs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+class WideResNet(Classifier):
+    """Stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least 4.
+    """
+
+    def __init__(self, blocks: int, width: int, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = 64 * width, num_classes
+        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
+        ins, stages = 16, []
+        for stage, outs in enumerate((16 * width, 32 * width, 64 * width)):
+            first = WideBlock(ins, outs, 1 if stage == 0 else 2)
+            stages.append(nn.Sequential(first, *(WideBlock(outs, outs, 1) for _ in range(blocks - 1))))
+            ins = outs
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn = nn.BatchNorm2d(ins)
+        self.fc = nn.Linear(ins, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return F.relu(self.bn(x))
+
+
+def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> WideResNet:
+    """A wide ResNet of depth 6n + 4.
+
+    Args:
+        depth: Layers: 10, 16, 22, 28, 40, ...
+        width: Factor of the channels 16, 32, 64.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth or width.
+    """
+    check_whole_number("depth", depth, 10)
+    check_whole_number("width", width, 1)
+    check_whole_number("in_chans", in_chans, 1)
+    if (depth - 4) % 6:
+        below = depth - (depth - 4) % 6
+        raise ConfigError(f"depth={depth}: a wide ResNet has 6n + 4 layers; nearest are {below} and {below + 6}")
+    return WideResNet((depth - 4) // 6, width, check_classes(num_classes), in_chans)

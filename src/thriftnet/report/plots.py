@@ -1,0 +1,103 @@
+"""Pictures as SVG text, made by matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+# Okabe & Ito: told apart by colour-blind readers, too
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("*", "o", "s", "^", "D", "v", "P")
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of this size in inches, drawn without a screen."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {
+        "svg.hashsalt": "thriftnet",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "axes.axisbelow": True,
+    }
+    with matplotlib.rc_context(style):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(drawn: Figure) -> str:
+    """The figure as an SVG element; equal figures give equal text."""
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def accuracy_against_params(names: Sequence[str], params: Sequence[int], accuracies: Sequence[float]) -> str:
+    """Test accuracy over stored parameters, a marker for each network; the best place is top left."""
+    with figure(7.2, 4.2) as drawn:
+        axes = drawn.subplots()
+        for i, (name, count, accuracy) in enumerate(zip(names, params, accuracies, strict=True)):
+            style = {"marker": MARKERS[i % 7], "color": COLOURS[i % 7], "s": 160 if i == 0 else 80}
+            axes.scatter(count / 1000, 100 * accuracy, label=name, zorder=3, **style)
+        axes.axhline(100 * accuracies[0], color="#888888", linewidth=0.8, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("stored parameters, thousands")
+        axes.set_ylabel("test accuracy, %")
+        axes.margins(y=0.15)
+        drawn.legend(loc="outside right upper", frameon=False)
+        return svg(drawn)
+
+
+def training_curves(names: Sequence[str], losses: Sequence[Sequence[float]], accuracies: Sequence[Sequence[float]]) -> str:
+    """Training loss and test accuracy over epochs, a line for each network."""
+    with figure(9.2, 3.8) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for i, (name, loss, accuracy) in enumerate(zip(names, losses, accuracies, strict=True)):
+            epochs = range(1, len(loss) + 1)
+            left.plot(epochs, loss, color=COLOURS[i % 7], label=name, linewidth=2 if i == 0 else 1.4)
+            right.plot(epochs, [100 * a for a in accuracy], color=COLOURS[i % 7], linewidth=2 if i == 0 else 1.4)
+        left.set_ylabel("training loss (with penalty)")
+        left.set_yscale("log")
+        right.set_ylabel("test accuracy, %")
+        for axes in (left, right):
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        drawn.legend(loc="outside right upper", frameon=False)
+        return svg(drawn)
+
+
+def predictions(images: Tensor, labels: Sequence[int], names: Sequence[str], predicted: Sequence[Sequence[int]]) -> str:
+    """Images over what each network takes them for; wrong answers are red."""
+    count, rows = len(labels), len(names)
+    with figure(0.62 * count + 2.2, 0.75 + 0.26 * rows) as drawn:
+        axes = drawn.subplots()
+        axes.axis("off")
+        axes.set_xlim(-3.6, count)
+        axes.set_ylim(-0.34 * rows - 0.3, 1)
+        for column in range(count):
+            axes.imshow(images[column, 0], cmap="gray_r", extent=(column + 0.08, column + 0.92, 0.08, 0.92), aspect="auto")
+            for row, answers in enumerate(predicted):
+                right = answers[column] == labels[column]
+                axes.text(
+                    column + 0.5,
+                    -0.34 * row - 0.25,
+                    str(answers[column]),
+                    ha="center",
+                    va="center",
+                    color="#222222" if right else "#D50000",
+                    weight="normal" if right else "bold",
+                )
+        for row, name in enumerate(names):
+            axes.text(-0.15, -0.34 * row - 0.25, name, ha="right", va="center", color=COLOURS[row % 7])
+        return svg(drawn)
