@@ -42,9 +42,10 @@ def run(arguments: Sequence[str]) -> None:
     with Progress(1 + len(SHOWN), settings.epochs) as progress:
         data, results = compare(output, settings, progress.start, progress.epoch)
     report = write_page(_page(data, results, settings, time.perf_counter() - start), output / "report.html")
-    rows = [(r.name, r.params, r.macs, f"{r.accuracy:.2%}", f"{r.seconds:.1f}", f"{r.fold_error:.1e}") for r in results]
     notes = _notes(results)
-    text = "\n".join([table(COLUMNS, rows), *notes, "", f"report: {report}", f"models: {output / 'models'}"])
+    text = "\n".join(
+        [table(COLUMNS, [_cells(r) for r in results]), *notes, "", f"report: {report}", f"models: {output / 'models'}"]
+    )
     emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
 
 
@@ -87,6 +88,12 @@ def _notes(results: Sequence[Result]) -> list[str]:
     ]
 
 
+def _cells(result: Result) -> list[object]:
+    """One row of the table."""
+    error = "-" if result.fold_error is None else f"{result.fold_error:.1e}"
+    return [result.name, result.params, result.macs, f"{result.accuracy:.2%}", f"{result.seconds:.1f}", error]
+
+
 def _as_dict(result: Result) -> dict[str, Any]:
     keys = ("name", "technique", "params", "macs", "accuracy", "seconds", "fold_error", "folder")
     return {key: getattr(result, key) for key in keys}
@@ -108,9 +115,7 @@ def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: 
         f"plain, at {best.accuracy:.2%} test accuracy (plain {results[0].accuracy:.2%}).",
         *_notes(results),
     ]
-    rows = [
-        (r.name, f"{r.params:,}", f"{r.macs:,}", f"{r.accuracy:.2%}", f"{r.seconds:.1f}", f"{r.fold_error:.1e}") for r in results
-    ]
+    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in _cells(r)] for r in results]
     count = len(results[0].predictions)
     labels = data.test.labels[:count].tolist()
     pictures = [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -56,7 +60,9 @@ class GeneratedConv2d(Tied, WidthAware):
     def dense_params(self) -> int:
         """Parameters of the plain convolution it stands for."""
         kh, kw = self.kernel_size
-        return self.out_channels * self.in_channels // self.groups * kh * kw + (0 if self.bias is None else self.out_channels)
+        return self.out_channels * self.in_channels // self.groups * kh * kw + (
+            0 if self.bias is None else self.out_channels
+        )
 
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
@@ -98,7 +104,7 @@ class PlainConv2d(GeneratedConv2d):
 Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it."""
     return type(module) in (nn.Conv2d, PlainConv2d)
 
@@ -139,7 +145,7 @@ def margins(conv: Convolution) -> list[int]:
 
 def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
     """An `nn.Conv2d` that holds copies of ``weight`` and ``bias``, with the geometry of ``like``."""
-    conv = torch.nn.utils.skip_init(
+    conv: nn.Conv2d = skip_init(  # type: ignore[no-untyped-call]
         nn.Conv2d,
         weight.shape[1] * groups,
         weight.shape[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware
@@ -40,7 +40,7 @@ class PlainLinear(Tied, WidthAware, nn.Linear):
     def fold(self) -> nn.Linear:
         """The plain layer that computes the same, at the selected width."""
         weight, bias = self.active()
-        linear = skip_init(
+        linear: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
             nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
         )
         linear.weight.copy_(weight)

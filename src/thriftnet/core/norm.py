@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import Slim, WidthAware
@@ -78,7 +78,7 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
     def fold(self) -> nn.BatchNorm2d:
         """The plain norm that computes the same, at the selected width."""
         channels = self.active_outs(self.num_features)
-        norm = skip_init(
+        norm: nn.BatchNorm2d = skip_init(  # type: ignore[no-untyped-call]
             nn.BatchNorm2d,
             channels,
             self.eps,
@@ -88,7 +88,7 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
             device=device_of(self),
             dtype=dtype_of(self),
         )
-        state = {"weight": self.weight, "bias": self.bias} if self.affine else {}
+        state: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias} if self.affine else {}
         state |= {name: value for name, value in self.statistics().items() if value is not None}
         norm.load_state_dict({name: value[:channels] if value.ndim else value for name, value in state.items()})
         return norm.train(self.training)

@@ -44,7 +44,9 @@ def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
 
     The outermost wanted module counts: what lies inside it is not looked at.
     """
-    roles = {id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None}
+    roles = {
+        id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None
+    }
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):

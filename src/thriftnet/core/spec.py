@@ -45,14 +45,18 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     """
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
-        raise ConfigError(f"cannot read technique {text!r}: write it as name(field=value, ...), as soft-sharing(templates=4)")
+        raise ConfigError(
+            f"cannot read technique {text!r}: write it as name(field=value, ...), as soft-sharing(templates=4)"
+        )
     try:
         call = ast.parse(f"f({match[2] or ''})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("only field=value is possible")
         kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"cannot read the fields of {text!r} ({error}): write them as field=value with plain values") from None
+        raise ConfigError(
+            f"cannot read the fields of {text!r} ({error}): write them as field=value with plain values"
+        ) from None
     return make(match[1], kwargs, table)
 
 

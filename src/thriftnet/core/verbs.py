@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Technique, is_whole, takes
 from thriftnet.core.width import set_width
 from thriftnet.errors import ConfigError, IncompatibleModelError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 HISTORY = "thriftnet_history"  # attribute of a network: what was done to it, for save and load
 
@@ -141,7 +144,9 @@ def _check_selection(
     for name, module in sorted(matched, key=lambda pair: not _is_layer(pair[1])):
         raise _refusal(technique, name, module)
     layers = [name for name, module in model.named_modules() if _is_layer(module)]
-    raise ConfigError(f"select={select!r} matches no layer of {type(model).__name__}. Its layers: {', '.join(layers[:8])}, ...")
+    raise ConfigError(
+        f"select={select!r} matches no layer of {type(model).__name__}. Its layers: {', '.join(layers[:8])}, ..."
+    )
 
 
 def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn.Module]], chosen: Want | None) -> None:
@@ -165,9 +170,7 @@ def _refusal(technique: Technique, name: str, module: nn.Module) -> Incompatible
     )
 
 
-def _left_alone(
-    model: nn.Module, technique: Technique, select: Select | None, grouped: set[int]
-) -> list[tuple[str, str]]:
+def _left_alone(model: nn.Module, technique: Technique, select: Select | None, grouped: set[int]) -> list[tuple[str, str]]:
     """(name, reason) of each convolution that is not converted."""
     want = default_select(model) if select is None else selection(model, select)
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
@@ -212,7 +215,15 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def is_foldable(module: nn.Module) -> Any:
+class Foldable(Protocol):
+    """A layer that can turn itself into plain ones."""
+
+    def fold(self) -> nn.Module:
+        """Plain layers that compute the same."""
+        ...
+
+
+def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed-type-not-subtype]
     """Whether the module can turn itself into plain layers."""
     return callable(getattr(type(module), "fold", None))
 
@@ -292,7 +303,8 @@ def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
     Returns:
         A differentiable scalar.
     """
-    terms: list[PenaltyTerm] = [m.penalty_term() for m in model.modules() if callable(getattr(m, "penalty_term", None))]
+    holders = [module for module in model.modules() if callable(getattr(type(module), "penalty_term", None))]
+    terms: list[PenaltyTerm] = [cast(Any, module).penalty_term() for module in holders]
     count = sum(term.count for term in terms)
     if count == 0:
         like = next(model.parameters(), torch.zeros(()))

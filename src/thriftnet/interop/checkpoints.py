@@ -1,8 +1,8 @@
 """Our model folder: every tensor once, what rebuilds the network, and a model card. No pickle.
 
-    folder/model.safetensors   each tensor once, under its first name
-    folder/config.json         format, model name and kwargs, what was done to it, hashes
-    folder/README.md           model card
+folder/model.safetensors   each tensor once, under its first name
+folder/config.json         format, model name and kwargs, what was done to it, hashes
+folder/README.md           model card
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         draft.chmod(0o755)
         _move_into_place(draft, place)
     except OSError as error:
-        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What was there before is unchanged") from None
+        raise CheckpointError(
+            f"cannot write {place}: {error.strerror or error}. What was there before is unchanged"
+        ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return place
@@ -88,7 +90,9 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     config = read_config(place)
     expected = config.get("sha256", {}).get(WEIGHTS)
     if not (place / WEIGHTS).is_file() or _sha256(place / WEIGHTS) != expected:
-        raise CheckpointError(f"{place / WEIGHTS} is missing or damaged: its hash is not the one in {CONFIG}. Copy the folder anew")
+        raise CheckpointError(
+            f"{place / WEIGHTS} is missing or damaged: its hash is not the one in {CONFIG}. Copy the folder anew"
+        )
     try:
         rebuilt = replay(_plain(place, config, model), config["history"])
     except (ThriftnetError, KeyError, TypeError) as error:
@@ -109,7 +113,9 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
             raise ConfigError(f"{source} is a saved network: it takes no further arguments, got {sorted(kwargs)}")
         return load(source)
     if "/" in source and ":" not in source:
-        raise ConfigError(f"there is no folder {source!r}. Give a saved folder, a model name (see list_models), or timm:NAME")
+        raise ConfigError(
+            f"there is no folder {source!r}. Give a saved folder, a model name (see list_models), or timm:NAME"
+        )
     return build(source, kwargs, trusted=True)
 
 
@@ -118,7 +124,9 @@ def read_config(place: Path) -> dict[str, Any]:
     try:
         config = json.loads((place / CONFIG).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{place} is no model folder: it has no {CONFIG}. Folders are written by thriftnet.save") from None
+        raise CheckpointError(
+            f"{place} is no model folder: it has no {CONFIG}. Folders are written by thriftnet.save"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place / CONFIG} cannot be read: {error}") from None
     version = config.get("thriftnet_format") if isinstance(config, dict) else None
@@ -126,7 +134,9 @@ def read_config(place: Path) -> dict[str, Any]:
         raise CheckpointError(f"{place / CONFIG} is not of thriftnet: it has no thriftnet_format")
     if version > FORMAT:
         made_by = config.get("thriftnet_version", "a newer version")
-        raise CheckpointError(f"{place} has format {version}, this version reads up to {FORMAT}: install thriftnet {made_by}")
+        raise CheckpointError(
+            f"{place} has format {version}, this version reads up to {FORMAT}: install thriftnet {made_by}"
+        )
     return dict(config)
 
 
@@ -167,12 +177,16 @@ def _load_weights(model: nn.Module, place: Path) -> None:
     wanted = unique_tensors(model)
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
-        raise CheckpointError(f"{place} does not fit the network: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}")
+        raise CheckpointError(
+            f"{place} does not fit the network: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
+        )
     with torch.no_grad():
         own = dict(model.state_dict(keep_vars=True))
         for name, tensor in stored.items():
             if own[name].shape != tensor.shape:
-                raise CheckpointError(f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}")
+                raise CheckpointError(
+                    f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}"
+                )
             own[name].data = tensor.to(own[name].device)
 
 

@@ -33,7 +33,9 @@ def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
     elif trusted:
         return _callable(head, name, kwargs)
     else:
-        raise ConfigError(f"{source!r} names code, which a file cannot make us run: build the network and give it as model=...")
+        raise ConfigError(
+            f"{source!r} names code, which a file cannot make us run: build the network and give it as model=..."
+        )
     setattr(model, IDENTITY, {"name": source, "kwargs": kwargs})
     return model
 
@@ -56,7 +58,9 @@ def _callable(module: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot find {module}:{name} ({error}). Write it as package.module:callable, and have it on PYTHONPATH") from None
+        raise ConfigError(
+            f"cannot find {module}:{name} ({error}). Write it as package.module:callable, and have it on PYTHONPATH"
+        ) from None
     return _built(f"{module}:{name}", lambda: function(**kwargs))
 
 

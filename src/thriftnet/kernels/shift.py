@@ -61,7 +61,7 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or _is_channels_last(x):
         reach = dilation * (kernel.shape[-1] // 2)
         return F.conv2d(x, kernel.to(x.dtype), padding=reach, dilation=dilation, groups=x.shape[1])
-    shifted: Tensor = SliceShift.apply(x, kernel_size, dilation, moved, 1)  # type: ignore[no-untyped-call]
+    shifted: Tensor = SliceShift.apply(x, kernel_size, dilation, moved, 1)
     return shifted
 
 
@@ -80,7 +80,7 @@ class SliceShift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         kernel_size, dilation, moved, direction = ctx.arguments
-        grad: Tensor = SliceShift.apply(grads[0], kernel_size, dilation, moved, -direction)  # type: ignore[no-untyped-call]
+        grad: Tensor = SliceShift.apply(grads[0], kernel_size, dilation, moved, -direction)
         return grad, None, None, None, None
 
 

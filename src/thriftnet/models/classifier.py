@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import ConfigError
@@ -45,11 +44,6 @@ class Classifier(nn.Module):
         like = next(self.parameters())
         self.num_classes = check_classes(num_classes, least=0)
         self.fc = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How parameters fall into stages, for layer-wise learning rates."""
-        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else [(r"^layer(\d+)\.(\d+)", None)]}
 
 
 def check_classes(num_classes: object, least: int = 1) -> int:

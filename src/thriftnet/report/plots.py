@@ -22,7 +22,7 @@ def figure(width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.hashsalt": "thriftnet",
         "font.size": 10,
         "axes.spines.top": False,
@@ -48,7 +48,7 @@ def accuracy_against_params(names: Sequence[str], params: Sequence[int], accurac
     with figure(7.2, 4.2) as drawn:
         axes = drawn.subplots()
         for i, (name, count, accuracy) in enumerate(zip(names, params, accuracies, strict=True)):
-            style = {"marker": MARKERS[i % 7], "color": COLOURS[i % 7], "s": 160 if i == 0 else 80}
+            style: Any = {"marker": MARKERS[i % 7], "color": COLOURS[i % 7], "s": 160 if i == 0 else 80}
             axes.scatter(count / 1000, 100 * accuracy, label=name, zorder=3, **style)
         axes.axhline(100 * accuracies[0], color="#888888", linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
@@ -80,11 +80,9 @@ def training_curves(names: Sequence[str], losses: Sequence[Sequence[float]], acc
 def predictions(images: Tensor, labels: Sequence[int], names: Sequence[str], predicted: Sequence[Sequence[int]]) -> str:
     """Images over what each network takes them for; wrong answers are red."""
     count, rows = len(labels), len(names)
-    with figure(0.62 * count + 2.2, 0.75 + 0.26 * rows) as drawn:
+    with figure(0.62 * count + 2.2, 0.95 + 0.26 * rows) as drawn:
         axes = drawn.subplots()
         axes.axis("off")
-        axes.set_xlim(-3.6, count)
-        axes.set_ylim(-0.34 * rows - 0.3, 1)
         for column in range(count):
             axes.imshow(images[column, 0], cmap="gray_r", extent=(column + 0.08, column + 0.92, 0.08, 0.92), aspect="auto")
             for row, answers in enumerate(predicted):
@@ -100,4 +98,6 @@ def predictions(images: Tensor, labels: Sequence[int], names: Sequence[str], pre
                 )
         for row, name in enumerate(names):
             axes.text(-0.15, -0.34 * row - 0.25, name, ha="right", va="center", color=COLOURS[row % 7])
+        axes.set_xlim(-3.6, count)
+        axes.set_ylim(-0.34 * rows - 0.25, 1)
         return svg(drawn)

@@ -126,7 +126,8 @@ class BasisConv2d(Tied, WidthAware):
         self.coefficients.set_slim(None if slim is None else slim.with_ins(rank))
 
     def set_width_index(self, index: int) -> None:
-        for layer in (super(), self.filters, self.norm, self.coefficients):
+        super().set_width_index(index)
+        for layer in (self.filters, self.norm, self.coefficients):
             layer.set_width_index(index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,12 +205,12 @@ class FilterBasis:
         check_number("lambda_r", self.lambda_r, -1e-300)
 
     def accepts(self, module: nn.Module) -> bool:
-        if not is_convolution(module):
-            return False
-        return module.groups == 1 and (self.pointwise or not is_pointwise(module))  # type: ignore[arg-type]
+        return is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
-        groups = group_by(sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype))
+        groups = group_by(
+            sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype)
+        )
         needed = 1 if self.shared_rank == 0 else 2
         groups = [group for group in groups if len(group) >= needed]
         for group in groups:
@@ -234,7 +235,8 @@ class FilterBasis:
         fit = fitted if self.init == "weights" else fresh
         shared, unique, coefficients = fit(weights, *self.ranks(group[0].module.in_channels), self.bases)
         shape = group[0].module.weight.shape[1:]
-        bank = SharedBasis(shared.unflatten(2, shape), unique.unflatten(2, shape), self.lambda_r, self.unique_penalty)
+        shared, unique = shared.view(*shared.shape[:2], *shape), unique.view(*unique.shape[:2], *shape)
+        bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty)
         return [
             (site.module, BasisConv2d(site.module, bank, layer, layer % self.bases, coefficients[layer]))
             for layer, site in enumerate(group)
@@ -286,4 +288,5 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
         directions = torch.linalg.qr(matrix.T @ vectors).Q
     else:
         directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
-    return directions.T.to(rows).contiguous()
+    found: Tensor = directions.T.to(rows).contiguous()
+    return found

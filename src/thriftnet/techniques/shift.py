@@ -118,7 +118,9 @@ class ShiftConv2d(Tied, WidthAware):
         check_number("expansion", expansion, 0)
         middle = int(out_channels * expansion)
         if middle < 1:
-            raise ConfigError(f"expansion={expansion} of {out_channels} channels leaves none: use at least {1 / out_channels:g}")
+            raise ConfigError(
+                f"expansion={expansion} of {out_channels} channels leaves none: use at least {1 / out_channels:g}"
+            )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
         self.expand = PlainConv2d(nn.Conv2d(in_channels, middle, 1, bias=False))
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(middle))
@@ -143,7 +145,8 @@ class ShiftConv2d(Tied, WidthAware):
         self.project.set_slim(None if slim is None or middle is None else Slim(slim.widths, middle, slim.outs))
 
     def set_width_index(self, index: int) -> None:
-        for layer in (super(), self.expand, self.norm, self.shift, self.project):
+        super().set_width_index(index)
+        for layer in (self.expand, self.norm, self.shift, self.project):
             layer.set_width_index(index)
 
     def forward(self, x: Tensor) -> Tensor:

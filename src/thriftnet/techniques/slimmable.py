@@ -78,9 +78,9 @@ class Slimmable:
 
     def build(self, group: Sequence[Site[nn.Module]]) -> list[Replacement]:
         slims = self._slims(group)
-        pairs = []
+        pairs: list[Replacement] = []
         for site in group:
-            layer = site.module if isinstance(site.module, WidthAware) else PLAIN[type(site.module)](site.module)  # type: ignore[arg-type]
+            layer = site.module if isinstance(site.module, WidthAware) else PLAIN[type(site.module)](site.module)
             layer.set_slim(slims[id(site.module)])
             pairs.append((site.module, layer))
         return pairs

@@ -47,7 +47,8 @@ class TemplateBank(Tied):
 
     def mix(self, coefficients: Tensor) -> Tensor:
         """Filters for one layer: ``coefficients`` (T,) -> (O, I, kh, kw)."""
-        return torch.tensordot(coefficients, self.templates, dims=1)
+        mixed: Tensor = torch.tensordot(coefficients, self.templates, dims=1)
+        return mixed
 
     def extra_repr(self) -> str:
         templates, outs, ins, kh, kw = self.templates.shape
@@ -88,7 +89,16 @@ class SConv2d(GeneratedConv2d):
     ) -> None:
         templates, outs, ins, kh, kw = bank.templates.shape
         like = nn.Conv2d(
-            ins * groups, outs, (kh, kw), stride, padding, dilation, groups, False, padding_mode, device="meta"
+            ins * groups,
+            outs,
+            (kh, kw),
+            stride,
+            padding,
+            dilation,
+            groups,
+            False,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
         )
         super().__init__(like)
         if bias:
@@ -143,7 +153,7 @@ class SoftSharing:
         check_choice("init", self.init, ("weights", "random"))
 
     def accepts(self, module: nn.Module) -> bool:
-        return is_convolution(module) and (self.pointwise or not is_pointwise(module))  # type: ignore[arg-type]
+        return is_convolution(module) and (self.pointwise or not is_pointwise(module))
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         groups = group_by(sites, key=lambda site: geometry(site.module))

@@ -128,14 +128,14 @@ class WeightSharing:
         return self.trained or self.fusion.endswith("weighted_mean")
 
     def accepts(self, module: nn.Module) -> bool:
-        return is_convolution(module) and (self.depthwise or not is_depthwise(module))  # type: ignore[arg-type]
+        return is_convolution(module) and (self.depthwise or not is_depthwise(module))
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         if self.groups is not None:
             return [_named_group(sites, group) for group in self.groups]
         equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
         shareable = [layers for layers in equal if len(layers) >= self.rate]
-        if shareable and not any(len(layers) % self.rate == 0 for layers in shareable) or (equal and not shareable):
+        if (shareable and not any(len(layers) % self.rate == 0 for layers in shareable)) or (equal and not shareable):
             raise self._indivisible(equal)
         groups: list[list[Site[nn.Conv2d]]] = []
         for layers in shareable:
@@ -207,7 +207,9 @@ def _named_group(sites: Sequence[Site[nn.Conv2d]], wanted: Sequence[str | int]) 
     group: list[Site[nn.Conv2d]] = []
     for key in wanted:
         if isinstance(key, int) and not 0 <= key < len(sites):
-            raise ConfigError(f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})")
+            raise ConfigError(
+                f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
+            )
         if isinstance(key, str) and key not in by_name:
             raise unknown("layer in groups", key, by_name)
         site = sites[key] if isinstance(key, int) else by_name[key]

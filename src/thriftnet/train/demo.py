@@ -44,7 +44,7 @@ class Result:
         macs: Executed multiply-accumulates per image.
         accuracy: On the test images, in [0, 1].
         seconds: Training time.
-        fold_error: Largest difference to the folded network, relative to the largest output.
+        fold_error: Largest difference to the folded network, relative to the largest output; None for plain.
         curve: Loss and test accuracy per epoch.
         predictions: Class given to each of the first test images by the folded network, loaded from disk.
         folder: Where the trained network was saved.
@@ -56,7 +56,7 @@ class Result:
     macs: int
     accuracy: float
     seconds: float
-    fold_error: float
+    fold_error: float | None
     curve: Curve
     predictions: tuple[int, ...]
     folder: str
@@ -99,17 +99,15 @@ def _results(model: nn.Module, technique: str, data: Digits, curve: Curve, secon
             set_width(model, width)
         folded = fold(model) if width is None else freeze(model, width)
         label = name if width is None else f"{name} at {width:g}"
-        error = relative_difference(model, folded, data.input_size)
-        if not error <= TOLERANCE:
+        error = relative_difference(model, folded, data.input_size) if technique else None
+        if error is not None and not error <= TOLERANCE:
             raise IncompatibleModelError(f"{label}: the folded network differs by {error:.1e} of the largest output")
         place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded", metadata=facts)
         predicted = load(place)(data.test.images[:12]).argmax(1).tolist()
         report = inspect(model, data.input_size)
         score = accuracy(model, data.test)
         results.append(
-            Result(
-                label, technique, report.params, report.macs, score, seconds, error, curve, tuple(predicted), str(folder)
-            )
+            Result(label, technique, report.params, report.macs, score, seconds, error, curve, tuple(predicted), str(folder))
         )
     return results
 

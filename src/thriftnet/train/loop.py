@@ -69,7 +69,9 @@ def fit(
         DataError: Fewer training images than one batch.
     """
     if len(train) < settings.batch_size:
-        raise DataError(f"{len(train)} training images are fewer than one batch of {settings.batch_size}: use a smaller batch")
+        raise DataError(
+            f"{len(train)} training images are fewer than one batch of {settings.batch_size}: use a smaller batch"
+        )
     random = torch.Generator().manual_seed(settings.seed)
     groups = param_groups(model, settings.weight_decay)
     optimizer = torch.optim.SGD(groups, settings.learning_rate, momentum=0.9, nesterov=True)
@@ -80,7 +82,7 @@ def fit(
         model.train()
         total = torch.zeros(())
         order = torch.randperm(len(train), generator=random)[: steps * settings.batch_size]
-        for index in order.split(settings.batch_size):
+        for index in torch.split(order, settings.batch_size):
             images = random_crop(train.images[index], settings.crop_padding, random)
             optimizer.zero_grad()
             loss = step(model, images, train.labels[index], settings.label_smoothing)
@@ -114,10 +116,9 @@ def step(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: floa
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of images classified rightly, in [0, 1]; the network is in eval mode afterwards."""
     model.eval()
-    right = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(split.images.split(512), split.labels.split(512), strict=True)
-    )
-    return right / len(split)
+    batches = zip(torch.split(split.images, 512), torch.split(split.labels, 512), strict=True)
+    right: list[int] = [int((model(x).argmax(1) == y).sum()) for x, y in batches]
+    return sum(right) / len(split)
 
 
 def random_crop(images: Tensor, padding: int, random: torch.Generator) -> Tensor:
