@@ -11,6 +11,7 @@ from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware
+from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -76,8 +77,17 @@ class GeneratedConv2d(Tied, WidthAware):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, groups = self.active()
+        if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+            raise ConfigError(self._misfit(x, weight.shape[1] * groups))
         x, padding = pad(x, self)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def _misfit(self, x: Tensor, ins: int) -> str:
+        where = "" if self.slim is None else f" at width {self.slim.widths[self.width_index]:g}"
+        hint = "Give images with the channels the network was made for"
+        if self.slim is not None and self.width_index != -1:
+            hint = "The network fixes numbers of channels outside its layers, and cannot be narrowed"
+        return f"{type(self).__name__}({self.extra_repr()}) reads (N, {ins}, H, W){where}, got {tuple(x.shape)}. {hint}"
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:

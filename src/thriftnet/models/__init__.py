@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.errors import ConfigError, unknown
-from thriftnet.models.table import MODELS, ModelEntry
+from thriftnet.models.entry import ModelEntry
+from thriftnet.models.table import MODELS, NAMES, normal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a network of the zoo.
 
     Args:
-        name: One of `list_models()`, in any case.
+        name: One of `list_models()` or an author's name for it; case and underscores do not matter.
         kwargs: What the network's function takes, as ``num_classes`` and ``in_chans``.
 
     Raises:
@@ -44,7 +45,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         if key not in possible:
             raise unknown(f"kwarg of {name}", key, possible)
     model: nn.Module = _function(entry)(**{**entry.kwargs, **kwargs})
-    setattr(model, IDENTITY, {"name": name.lower(), "kwargs": kwargs})
+    setattr(model, IDENTITY, {"name": NAMES[normal(name)], "kwargs": kwargs})
     return model
 
 
@@ -58,9 +59,9 @@ def model_kwargs(name: str) -> dict[str, Any]:
 def _entry(name: str) -> ModelEntry:
     if not isinstance(name, str):
         raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
-    if name.lower() not in MODELS:
+    if normal(name) not in NAMES:
         raise unknown("model", name, MODELS)
-    return MODELS[name.lower()]
+    return MODELS[NAMES[normal(name)]]
 
 
 def _function(entry: ModelEntry) -> Any:

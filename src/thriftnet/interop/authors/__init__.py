@@ -1,0 +1,1 @@
+"""The authors' checkpoint layouts: which of their tensors is which of ours."""
