@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden_rules import GOLDEN, digest, fill_value, golden_input
 from torch import Tensor, nn
 
+from golden_rules import GOLDEN, digest, fill_value, golden_input
 from thriftnet import inspect, penalty
 from thriftnet.interop.authors.layout import Layout, fill, read
 from thriftnet.interop.checkpoints import unique_tensors
@@ -50,7 +50,9 @@ def check_network(case: dict[str, Any], model: nn.Module, layout: Layout, float3
     check_logits(case["logits"], case, model, layout, float32)
 
 
-def check_logits(logits: dict[str, Any], case: dict[str, Any], model: nn.Module, layout: Layout, float32: float = FLOAT32) -> None:
+def check_logits(
+    logits: dict[str, Any], case: dict[str, Any], model: nn.Module, layout: Layout, float32: float = FLOAT32
+) -> None:
     """Outputs in eval mode, in both precisions."""
     images = torch.from_numpy(golden_input(*logits.get("input_shape", case.get("input_shape"))))
     for dtype, tolerance in ((torch.float64, FLOAT64), (torch.float32, float32)):
@@ -99,5 +101,8 @@ def check_digests(got: dict[str, Tensor], expected: dict[str, Any], tolerance: f
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by our keys; zeros where a tensor has none."""
-    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name in unique_tensors(model)}
-    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    own = model.state_dict(keep_vars=True)
+    tensors = {name: own[name] for name in unique_tensors(model)}
+    return {
+        name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items() if isinstance(t, nn.Parameter)
+    }

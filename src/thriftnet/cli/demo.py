@@ -120,11 +120,13 @@ def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: 
     labels = data.test.labels[:count].tolist()
     pictures = [
         Picture(
+            "accuracy",
             "Accuracy against stored parameters",
             plots.accuracy_against_params(names, [r.params for r in results], [r.accuracy for r in results]),
             "Further left stores less; the dotted line is the plain network. Widths of a slimmable network share one file.",
         ),
         Picture(
+            "training",
             "Training",
             plots.training_curves(
                 [r.technique.partition("(")[0] or "plain" for r in trained],
@@ -134,6 +136,7 @@ def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: 
             "Each technique starts from the trained plain network, whose function the conversion changes at first.",
         ),
         Picture(
+            "predictions",
             "Predictions of the folded networks",
             plots.predictions(data.test.images[:count], labels, names, [r.predictions for r in results]),
             "Test images, and what each folded network, loaded from its folder, takes them for. Wrong answers are red.",

@@ -18,8 +18,7 @@ class Tied(nn.Module):
     """
 
     _written: tuple[int, str] | None = None  # (state dict, prefix) of the latest writing
-    _missed: tuple[list[str], list[str]] | None = None  # (missing list of this loading, what we added to it)
-    _found: list[str] | None = None  # missing list of the loading in which a name was found
+    _loading: tuple[list[str], dict[str, str]] | None = None  # missing keys of this loading, and ours among them
 
     def _own_tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in (*self._parameters.items(), *self._buffers.items()) if tensor is not None}
@@ -49,23 +48,18 @@ class Tied(nn.Module):
         error_msgs: list[str],
     ) -> None:
         present = any(key.startswith(prefix) for key in state_dict)
-        seen_before = self._found is missing_keys or (self._missed is not None and self._missed[0] is missing_keys)
-        if seen_before and not present:
+        first = self._loading is None or self._loading[0] is not missing_keys
+        if not (first or present):
             return  # a further name of a module that was met under another
-        before = len(missing_keys)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if present:
-            self._found = missing_keys
-            self._forgive(missing_keys)
-        else:
-            self._missed = (missing_keys, missing_keys[before:])
-
-    def _forgive(self, missing_keys: list[str]) -> None:
-        """Take back what an earlier name reported as missing: it has been found under this one."""
-        if self._missed is not None and self._missed[0] is missing_keys:
-            for key in self._missed[1]:
-                missing_keys.remove(key)
-            self._missed = None
+        absent: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
+        leaves = {key[len(prefix) :]: key for key in absent}
+        if first:
+            missing_keys.extend(absent)
+            self._loading = (missing_keys, leaves)
+        elif self._loading is not None:
+            for leaf in [leaf for leaf in self._loading[1] if leaf not in leaves]:
+                missing_keys.remove(self._loading[1].pop(leaf))  # found under this name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_written", "_missed", "_found")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_written", "_loading")}

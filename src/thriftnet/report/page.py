@@ -17,11 +17,13 @@ class Picture:
     """A picture of the page.
 
     Args:
+        name: Of the file it is also written to.
         title: Heading.
         svg: The picture, an SVG element.
         caption: What it shows.
     """
 
+    name: str
     title: str
     svg: str
     caption: str
@@ -49,7 +51,7 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> Path:
-    """Write the page; an earlier one stays whole until the new one is complete.
+    """Write the page, and each picture of it to ``pictures/NAME.svg``; what was there stays whole until replaced.
 
     Raises:
         ThriftnetError: jinja2 is missing, or the place cannot be written.
@@ -61,12 +63,23 @@ def write_page(page: Page, path: Path) -> Path:
     template = (files("thriftnet.report") / "page.html.j2").read_text(encoding="utf-8")
     text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page=page)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".html")
+        for picture in page.pictures:
+            _write(path.parent / "pictures" / f"{picture.name}.svg", picture.svg)
+        _write(path, text)
+    except OSError as error:
+        raise ThriftnetError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside, then move into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(draft, 0o644)
         os.replace(draft, path)
-    except OSError as error:
-        raise ThriftnetError(f"cannot write {path}: {error.strerror}") from None
-    return path
+    except BaseException:
+        os.unlink(draft)
+        raise

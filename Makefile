@@ -1,0 +1,43 @@
+# Needs only Python >= 3.10 and make; everything else is installed into .venv once, and again when the pins change.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install thriftnet with all its tools
+
+demo: $(STAMP) ## train a small ResNet plain and with each technique on real digits; writes demo/report.html
+	$(BIN)/thriftnet demo $(ARGS)
+
+test: $(STAMP) ## run the test suite
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP) ## lint, formatting, types, and which room imports which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## time the shift against other ways to write it
+	$(BIN)/python benchmarks/shift.py $(ARGS)
+
+docs: $(STAMP) ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove build outputs and caches; .venv, demo/ and runs/ stay
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("thriftnet needs Python >= 3.10: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,150 @@
+"""The command line: what it prints, what it refuses, and that help is light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import thriftnet
+from thriftnet.cli import VERBS, main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong use prints."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith("thriftnet")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy():
+    code = """
+import sys
+from thriftnet.cli import VERBS, main
+main(["--help"])
+for verb in VERBS:
+    try:
+        main([verb, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+main(["models"])
+heavy = {"torch", "numpy", "matplotlib", "timm", "torchvision", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_importing_thriftnet_loads_no_torch():
+    code = "import thriftnet, sys; print('torch' in sys.modules, len(thriftnet.__all__) > 20)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_every_public_name_exists():
+    assert all(getattr(thriftnet, name) is not None for name in thriftnet.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = thriftnet.nothing
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert run(capsys, "--version") == f"thriftnet {thriftnet.__version__}\n"
+
+
+def test_models_as_table_and_json(capsys: pytest.CaptureFixture[str]):
+    assert "resnet110" in run(capsys, "models", "resnet*")
+    listed = json.loads(run(capsys, "models", "wrn28_10", "--json"))["models"]
+    assert [entry["params"] for entry in listed] == [36479194]
+
+
+def test_count_takes_model_arguments_technique_and_baseline(capsys: pytest.CaptureFixture[str]):
+    plain = json.loads(run(capsys, "count", "resnet20", "--num-classes", "100", "--json"))
+    assert plain["params"] == 269722 + 90 * 65
+    soft = json.loads(
+        run(capsys, "count", "resnet20", "--technique", "soft-sharing(templates=2)", "--against", "resnet20", "--json")
+    )
+    assert soft["params"] < soft["against"]["params"] == 269722
+    assert soft["macs"] == soft["against"]["macs"] == 40551040
+
+
+def test_count_reads_any_callable(capsys: pytest.CaptureFixture[str]):
+    result = json.loads(
+        run(capsys, "count", "torch.nn:Conv2d", "--in_channels=3", "--out_channels=8", "--kernel_size=3", "--json")
+    )
+    assert result["params"] == 3 * 8 * 9 + 8
+
+
+def test_plan_convert_fold_round_trip(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    plan, small, plain = (str(tmp_path / name) for name in ("plan.json", "small", "plain"))
+    printed = run(capsys, "plan", "resnet20", "--technique", "filter-basis(shared_rank=8)", "--output", plan)
+    assert "relative error" in printed
+    assert "7.4" in printed or "fewer" in printed
+    made = json.loads(run(capsys, "convert", "resnet20", "--plan", plan, "--output", small, "--json"))
+    assert made["params"] == json.loads(Path(plan).read_text())["params_after"]
+    folded = json.loads(run(capsys, "fold", small, "--output", plain, "--json"))
+    assert folded["max_relative_error"] < 1e-5
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(thriftnet.load(plain)(images), thriftnet.load(small)(images), rtol=1e-4, atol=1e-5)
+
+
+def test_fold_at_a_width(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    run(capsys, "convert", "resnet20", "--technique", "slimmable(widths=(0.5, 1.0))", "--output", str(tmp_path / "slim"))
+    done = json.loads(
+        run(capsys, "fold", str(tmp_path / "slim"), "--width", "0.5", "--output", str(tmp_path / "half"), "--json")
+    )
+    assert done["params"] < 80000
+    assert done["max_relative_error"] < 1e-5
+    assert "0.5, 1" in refused(
+        capsys, "fold", str(tmp_path / "slim"), "--width", "0.3", "--output", str(tmp_path / "other")
+    )
+
+
+def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    source = "torchvision:squeezenet1_1"
+    run(capsys, "convert", source, "--technique", "weight-sharing", "--num_classes=7", "--output", str(tmp_path / "m"))
+    assert thriftnet.load(tmp_path / "m")(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["cout"], "did you mean 'count'"),
+        (["count", "resnet2"], "did you mean 'resnet"),
+        (["count", "resnet20", "--num-clases", "3"], "did you mean 'num_classes'"),
+        (["count", "resnet20", "--input-size", "3,x"], "3,32,32"),
+        (["count", "resnet20", "--technique", "soft-sharin"], "did you mean 'soft-sharing'"),
+        (["count", "resnet20", "--technique", "soft-sharing(template=2)"], "did you mean 'templates'"),
+        (["count", "resnet20", "--technique", "soft-sharing(__import__('os'))"], "field=value"),
+        (["count", "./nowhere"], "no folder"),
+        (["count", "timm:resnet5"], "did you mean"),
+        (["count", "no.such.module:thing"], "package.module:callable"),
+        (["count"], "required"),
+        (["count", "resnet20", "--jsn"], "did you mean '--json'"),
+        (["plan", "resnet20", "--technique", "shift", "--select", "("], "not a regular expression"),
+        (["plan", "resnet20", "--technique", "shift", "--select", "layer9"], "matches no layer"),
+        (["convert", "resnet20", "--output", "x"], "--technique or --plan"),
+        (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
+        (["fold", "resnet20", "--output", "x"], "never converted"),
+        (["demo", "--epochs", "0", "--output", "x"], "epochs >= 1"),
+        (["models", "nothing*"], "no model matches"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "something was left behind"
