@@ -28,7 +28,7 @@ from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import count_params, history, is_foldable
 from thriftnet.core.width import WidthAware, set_width, widths
 from thriftnet.techniques import resolve
-from thriftnet.techniques.filter_basis import SharedBasis
+from thriftnet.techniques.filter_basis import SharedBasis, SharedConv2d
 
 Verb = Callable[..., nn.Module]
 
@@ -185,6 +185,8 @@ def law_penalty_once(model: nn.Module, *, penalty: Callable[[nn.Module], Tensor]
         if bank.shared is not None:
             unique = [] if bank.unique is None or not bank.unique_penalty else list(bank.unique.detach())
             stages.append((list(bank.shared.detach()), unique))
+    whole = {id(m): m for m in model.modules() if isinstance(m, SharedConv2d)}.values()
+    stages += [([conv.weight.detach()], []) for conv in whole]
     if not stages:
         assert value.item() == 0, "a network without bases has a penalty"
         return

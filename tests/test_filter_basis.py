@@ -12,7 +12,7 @@ import reference
 import thriftnet as tn
 from laws import assert_close, output
 from networks import NETWORKS, perturb
-from thriftnet.techniques.filter_basis import SharedBasis, fitted, leading_directions
+from thriftnet.techniques.filter_basis import SharedBasis, SharedConv2d, fitted, leading_directions
 
 
 def converted(**arguments: object) -> nn.Module:
@@ -238,3 +238,42 @@ def test_random_start_draws_for_each_network() -> None:
     other = tn.convert(NETWORKS["chain"].make(), tn.FilterBasis(shared_rank=4, init="random"))
     assert not torch.equal(one.convs[0].filters.bank.shared, other.convs[0].filters.bank.shared)
     assert one.convs[0].filters.bank.shared.dtype == torch.float64
+
+
+def test_whole_convolutions_start_from_the_mean_of_their_group() -> None:
+    plain = NETWORKS["chain"].make()
+    planned = tn.plan(plain, tn.FilterBasis(whole=True))
+    model = tn.convert(plain, tn.FilterBasis(whole=True))
+    for names in planned.groups:
+        shared = model.get_submodule(names[0])
+        assert all(model.get_submodule(name) is shared for name in names)
+        mean = torch.stack([plain.get_submodule(name).weight for name in names]).mean(0)
+        assert torch.allclose(shared.weight, mean)
+
+
+def test_whole_convolutions_have_a_penalty_on_their_rows() -> None:
+    model = tn.convert(NETWORKS["chain"].make(), tn.FilterBasis(whole=True))
+    shared = [module for module in model.modules() if isinstance(module, SharedConv2d)]
+    rows = [conv.weight.detach().flatten(1) for conv in shared]
+    total = sum((b @ b.T - torch.eye(len(b), dtype=b.dtype)).square().sum().item() for b in rows)
+    assert tn.penalty(model).item() == pytest.approx(total / sum(len(b) ** 2 for b in rows), rel=1e-12)
+    fresh = tn.convert(NETWORKS["chain"].make(), tn.FilterBasis(whole=True, init="random"))
+    assert tn.penalty(fresh).item() < 1e-12
+
+
+def test_families_of_the_penalty_are_averaged_apart_and_added() -> None:
+    convs = [nn.Conv2d(3, outs, 3, bias=False).double() for outs in (2, 5, 7)]
+    one, two, three = (tn.penalty(SharedConv2d(conv, 1.0)).item() for conv in convs)
+    families = nn.ModuleList(SharedConv2d(conv, 3.0, name) for conv, name in zip(convs, ("a", "b", "b"), strict=True))
+    expected = one + (two * 25 + three * 49) / (25 + 49)
+    assert tn.penalty(families).item() == pytest.approx(expected, rel=1e-12)
+    assert tn.penalty(families, scaled=True).item() == pytest.approx(3 * expected, rel=1e-12)
+
+
+def test_fresh_filters_are_spread_by_their_outputs() -> None:
+    basis = tn.FilterBasis(shared_rank=4, unique_rank=8, init="random")
+    model = tn.convert(nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(4))), basis, select=".")
+    bank = next(module for module in model.modules() if isinstance(module, SharedBasis))
+    assert bank.unique is not None
+    assert bank.unique.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
+    assert model[0].coefficients.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.15)

@@ -26,6 +26,7 @@ CONFIGS: dict[str, Any] = {
     "soft": tn.SoftSharing(templates=2),
     "basis": tn.FilterBasis(shared_rank=4, unique_rank=1),
     "basis-double": tn.FilterBasis(shared_rank=4, unique_rank=1, bases=2),
+    "basis-whole": tn.FilterBasis(whole=True),
     "shift": tn.Shift(expansion=2.0),
     "slimmable": tn.Slimmable(widths=(0.5, 1.0)),
 }
@@ -173,6 +174,7 @@ PARAMS = {
     "soft": OTHERS + 2 * WEIGHT + L * (2 + C),
     "basis": OTHERS + (4 + L * 1) * C * K + L * (2 * 5 + C * 5 + C),
     "basis-double": OTHERS + (2 * 4 + L * 1) * C * K + L * (2 * 5 + C * 5 + C),
+    "basis-whole": OTHERS + CONV,
     "shift": OTHERS + L * (C * 2 * C + 2 * 2 * C + 2 * C * C + C),
     "slimmable": OTHERS + L * CONV,
 }
@@ -183,6 +185,7 @@ MACS = {
     "soft": OTHERS_MACS + L * A * WEIGHT,
     "basis": OTHERS_MACS + L * A * (C * K * 5 + 5 * C),
     "basis-double": OTHERS_MACS + L * A * (C * K * 5 + 5 * C),
+    "basis-whole": OTHERS_MACS + L * A * WEIGHT,
     "shift": OTHERS_MACS + L * A * (C * 2 * C + 2 * C * C),
     "slimmable": OTHERS_MACS + L * A * WEIGHT,
 }

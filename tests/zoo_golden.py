@@ -55,18 +55,23 @@ def check_logits(
 ) -> None:
     """Outputs in eval mode, in both precisions."""
     images = torch.from_numpy(golden_input(*logits.get("input_shape", case.get("input_shape"))))
+    theirs = their_tensors(case)
     for dtype, tolerance in ((torch.float64, FLOAT64), (torch.float32, float32)):
         model = model.to(dtype).eval()
-        fill(model, their_tensors(case, dtype), layout)
-        with torch.no_grad():
-            got = digest(model(images.to(dtype)).double().numpy())
-        expected = logits["float64"]
-        scale = np.abs(expected["first10"]).max()
-        for key in ("first10", "sum", "abs_sum", "dot_cos"):
-            size = scale if key == "first10" else max(scale, np.abs(expected["abs_sum"]).max())
-            difference = np.abs(np.array(got[key]) - np.array(expected[key])).max()
-            assert difference <= tolerance * size, (dtype, key, difference / size)
-        assert got["shape"] == expected["shape"]
+        fill(model, theirs, layout)
+        check_output(model, images.to(dtype), logits["float64"], tolerance)
+
+
+@torch.no_grad()
+def check_output(model: nn.Module, images: Tensor, expected: dict[str, Any], tolerance: float) -> None:
+    """The output of a filled network."""
+    got = digest(model(images).double().numpy())
+    scale = np.abs(expected["first10"]).max()
+    for key in ("first10", "sum", "abs_sum", "dot_cos"):
+        size = scale if key == "first10" else max(scale, np.abs(expected["abs_sum"]).max())
+        difference = np.abs(np.array(got[key]) - np.array(expected[key])).max()
+        assert difference <= tolerance * size, (images.dtype, key, difference / size)
+    assert got["shape"] == expected["shape"]
 
 
 def check_train_step(step: dict[str, Any], case: dict[str, Any], model: nn.Module, layout: Layout) -> None:

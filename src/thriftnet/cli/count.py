@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.models import IDENTITY, MODELS, model_kwargs
+from thriftnet.models.table import NAMES, normal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from thriftnet.measure.report import Report
+
+TASK = ("num_classes", "in_chans")  # what two networks must agree in to be compared
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -12,7 +22,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--technique", help="convert first, as 'soft-sharing(templates=2)'")
     parser.add_argument("--select", help="with --technique: regular expression on layer names")
     parser.add_argument("--input-size", metavar="C,H,W", help="as 3,32,32; left out, what the network was made for")
-    parser.add_argument("--against", metavar="MODEL", help="a network to compare with")
+    parser.add_argument(
+        "--against", metavar="MODEL", help="a network to compare with; left out, the plain network that the zoo names"
+    )
     options, kwargs = parse_with_kwargs(parser, arguments)
 
     from thriftnet.measure import inspect
@@ -24,17 +36,55 @@ def run(arguments: Sequence[str]) -> None:
         model = convert(model, options.technique, select=options.select)
     report = inspect(model, size)
     text, result = str(report), report.to_dict()
-    if options.against:
-        other = inspect(open_network(options.against, {}), size)
-        result["against"] = {
-            "model": options.against,
-            "params": other.params,
-            "macs": other.macs,
-            "params_reduction": other.params / max(1, report.params),
-            "macs_reduction": other.macs / max(1, report.macs),
-        }
-        text += (
-            f"\n\nagainst {options.against}: {other.params:,} parameters ({other.params / max(1, report.params):.2f}x), "
-            f"{other.macs:,} MACs ({other.macs / max(1, report.macs):.2f}x)"
-        )
+    name, other_kwargs = _given(options.against, model) if options.against else _baseline(model)
+    if name:
+        other = inspect(open_network(name, other_kwargs), size)
+        result["against"] = _comparison(name, other_kwargs, report, other)
+        text += "\n\n" + _sentence(report, other, name, "" if options.against else "plain ")
     emit(text, result, as_json=options.json)
+
+
+def _given(name: str, model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The network that the user compares with; one of the zoo gets the same task."""
+    if normal(name) not in NAMES:
+        return name, {}
+    ours = getattr(model, IDENTITY, {}).get("kwargs", {})
+    return name, {key: ours[key] for key in TASK if key in ours and key in model_kwargs(name)}
+
+
+def _baseline(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The plain network that the zoo names for this one, with its arguments; "" when there is none."""
+    identity = getattr(model, IDENTITY, {"name": ""})
+    entry = MODELS.get(identity["name"])
+    if entry is None or not entry.baseline:
+        return "", {}
+    possible = model_kwargs(entry.baseline)
+    alike = {key: value for key, value in identity["kwargs"].items() if key in possible}
+    return entry.baseline, {**alike, **entry.baseline_kwargs}
+
+
+def _comparison(name: str, kwargs: dict[str, Any], report: Report, other: Report) -> dict[str, Any]:
+    """The comparison as JSON-ready dict."""
+    return {
+        "model": name,
+        "kwargs": kwargs,
+        "params": other.params,
+        "macs": other.macs,
+        "params_reduction": other.params / max(1, report.params),
+        "macs_reduction": other.macs / max(1, report.macs),
+    }
+
+
+def _sentence(report: Report, other: Report, name: str, kind: str) -> str:
+    """The comparison in one line."""
+    return (
+        f"parameters {report.params:,}, {kind}{name} {other.params:,}: {_factor(report.params, other.params)}; "
+        f"MACs {report.macs:,}, {kind or f'{name} '}{other.macs:,}: {_factor(report.macs, other.macs)}"
+    )
+
+
+def _factor(ours: int, theirs: int) -> str:
+    """How many times fewer or more, in words."""
+    if ours == theirs:
+        return "the same"
+    return f"{theirs / max(1, ours):.2f}x fewer" if ours < theirs else f"{ours / max(1, theirs):.2f}x more"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from thriftnet.cli.common import emit, input_size, literal, new_parser, open_network, parse_with_kwargs
 from thriftnet.errors import IncompatibleModelError
 
+TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
+
 
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", takes_model=True)
@@ -31,6 +33,8 @@ def run(arguments: Sequence[str]) -> None:
         folded = freeze(model, width)
         set_width(model, width)
     error = relative_difference(model, folded, size)
+    if not error <= TOLERANCE:
+        raise IncompatibleModelError(f"the plain network differs by {error:.1e} of the largest output: nothing was saved")
     folder = save(folded, options.output)
     result = {"output": str(folder), "params": count_params(folded), "max_relative_error": error}
     text = f"{folder}: {count_params(folded):,} parameters in plain layers, largest relative difference {error:.1e}"

@@ -2,21 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from thriftnet.cli.common import emit, new_parser, parse
-from thriftnet.errors import ConfigError
-from thriftnet.models import MODELS, list_models
+from thriftnet.errors import ConfigError, unknown
+from thriftnet.models import MODELS, ModelEntry, list_models
+from thriftnet.models.table import NAMES, normal
 from thriftnet.text import table
+
+PLAIN = "plain"  # how a network without a technique is asked for
+COLUMNS = (
+    "name",
+    "technique",
+    "params",
+    "MACs",
+    "published params",
+    "published FLOPs",
+    "published top-1 %",
+    "paper",
+    "notes",
+)
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("models", "List the networks of the zoo, with parameters and MACs at their paper's input size.")
+    parser = new_parser(
+        "models", "List the networks of the zoo: parameters and MACs at their paper's input size, and what was published."
+    )
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, as 'resnet*'")
+    parser.add_argument("--technique", help=f"only networks of this technique, as soft-sharing; or {PLAIN}")
+    parser.add_argument("--paper", help="only networks of this paper: any part of its authors, title or venue")
     options = parse(parser, arguments)
-    names = list_models(options.pattern)
+    chosen = _chosen(options.pattern, options.technique, options.paper)
+    result = {"models": [_as_dict(name, entry) for name, entry in chosen.items()]}
+    emit(_page(chosen), result, as_json=options.json)
+
+
+def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str, ModelEntry]:
+    """The networks asked for, by name, with numbers in names sorted as numbers."""
+    names = list_models(pattern.lower()) or [NAMES[key] for key in [normal(pattern)] if key in NAMES]
     if not names:
-        raise ConfigError(f"no model matches {options.pattern!r}. Possible: {', '.join(list_models())}")
-    rows = [(name, MODELS[name].params, MODELS[name].macs, MODELS[name].paper) for name in names]
-    result = [dict(zip(("name", "params", "macs", "paper"), row, strict=True)) for row in rows]
-    emit(table(["name", "params", "MACs", "paper"], rows), {"models": result}, as_json=options.json)
+        raise ConfigError(f"no model matches {pattern!r}. Possible: {', '.join(list_models())}")
+    wanted = None if technique is None else _technique(technique)
+    papers = None if paper is None else _papers(paper)
+    chosen = {
+        name: MODELS[name]
+        for name in sorted(names, key=_in_order)
+        if (wanted is None or MODELS[name].technique == wanted) and (papers is None or MODELS[name].paper in papers)
+    }
+    if not chosen:
+        raise ConfigError(f"no model matches {pattern!r} with --technique {technique or 'any'} and --paper {paper or 'any'}")
+    return chosen
+
+
+def _technique(asked: str) -> str:
+    """The technique's name in the table; "" for plain networks."""
+    possible = {normal(entry.technique or PLAIN): entry.technique for entry in MODELS.values()}
+    if normal(asked) not in possible:
+        raise unknown("technique", asked, (name or PLAIN for name in possible.values()))
+    return possible[normal(asked)]
+
+
+def _papers(asked: str) -> set[str]:
+    """The papers that hold this text."""
+    papers = {entry.paper for entry in MODELS.values()}
+    found = {paper for paper in papers if asked.lower() in paper.lower() or asked.lower() in _short(paper).lower()}
+    if not found:
+        raise unknown("paper", asked, map(_short, papers))
+    return found
+
+
+def _short(paper: str) -> str:
+    """A paper by its authors and year.
+
+    Example:
+        >>> _short("He et al., Deep Residual Learning, CVPR 2016")
+        'He et al. 2016'
+    """
+    years = re.findall(r"\b(?:19|20)\d\d\b", paper)
+    return " ".join([paper.split(",")[0], *years[-1:]])
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts resnet20 before resnet110."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)]
+
+
+def _as_dict(name: str, entry: ModelEntry) -> dict[str, Any]:
+    """One network, JSON-ready."""
+    published = entry.published
+    return {
+        "name": name,
+        "paper": entry.paper,
+        "technique": entry.technique,
+        "params": entry.params,
+        "macs": entry.macs,
+        "input_size": list(entry.input_size),
+        "aliases": list(entry.aliases),
+        "baseline": entry.baseline,
+        "published": {
+            "params": published.params,
+            "flops": published.flops,
+            "top1": dict(published.top1),
+            "note": published.note,
+        },
+        "note": entry.note,
+    }
+
+
+def _page(chosen: Mapping[str, ModelEntry]) -> str:
+    """A table, and below it the papers and notes that its rows refer to."""
+    notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
+    numbers = {note: str(number) for number, note in enumerate(notes, 1)}
+    rows = [_row(name, entry, numbers) for name, entry in chosen.items()]
+    used = [i for i in range(len(COLUMNS)) if any(row[i] != "" for row in rows)]
+    parts = [table([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows]), ""]
+    papers = {entry.paper: f"{_short(entry.paper)}: {entry.paper}" for entry in chosen.values()}
+    parts += ["papers", *(f"  {line}" for line in sorted(papers.values()))]
+    if numbers:
+        parts += ["", "notes", *(f"  {number:>{len(str(len(numbers)))}}  {note}" for note, number in numbers.items())]
+    return "\n".join(parts)
+
+
+def _row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[object, ...]:
+    published = entry.published
+    top1 = ", ".join(f"{data} {figure:g}" for data, figure in published.top1.items())
+    notes = ", ".join(numbers[note] for note in _notes(entry))
+    counts = (entry.params, entry.macs, published.params, published.flops)
+    return (name, entry.technique, *counts, top1, _short(entry.paper), notes)
+
+
+def _notes(entry: ModelEntry) -> Iterable[str]:
+    """What is to be said of a network: why published figures differ, and what differs in the network itself."""
+    return (note for note in (entry.published.note, entry.note) if note)

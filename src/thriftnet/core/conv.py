@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware
+from thriftnet.core.width import WidthAware, in_words
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class GeneratedConv2d(Tied, WidthAware):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _misfit(self, x: Tensor, ins: int) -> str:
-        where = "" if self.slim is None else f" at width {self.slim.widths[self.width_index]:g}"
+        where = "" if self.slim is None else f" at width {in_words(self.slim.widths[self.width_index])}"
         hint = "Give images with the channels the network was made for"
         if self.slim is not None and self.width_index != -1:
             hint = "The network fixes numbers of channels outside its layers, and cannot be narrowed"

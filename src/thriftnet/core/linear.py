@@ -1,6 +1,8 @@
-"""Linear layers that may be tied and have several widths."""
+"""Linear layers whose weight is computed, tied or narrowed. Each behaves as the `nn.Linear` it stands for."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +12,40 @@ from torch.nn.utils.init import skip_init
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-class PlainLinear(Tied, WidthAware, nn.Linear):
-    """A linear layer as `nn.Linear`; in addition it may be tied and have several widths.
+
+class GeneratedLinear(Tied, WidthAware):
+    """A linear layer whose weight is computed: subclasses define the properties ``weight`` (O, I) and ``bias`` (O,) or None.
+
+    It may be tied to several users and may run at several widths.
 
     Shape: (..., in_features) -> (..., out_features); fewer of each at a narrower width.
     """
 
-    def __init__(self, like: nn.Linear) -> None:
-        super().__init__(
-            like.in_features, like.out_features, like.bias is not None, device=like.weight.device, dtype=like.weight.dtype
-        )
-        self.load_state_dict(like.state_dict())
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Tensor | None
 
-    def active(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias at the selected width."""
-        ins, outs = self.active_ins(self.in_features), self.active_outs(self.out_features)
-        return self.weight[:outs, :ins], None if self.bias is None else self.bias[:outs]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, *self.active())
+    @property
+    def generation_macs(self) -> int:
+        """Multiply-accumulates that computing the weight takes, per forward."""
+        return 0
 
     @property
     def dense_params(self) -> int:
         """Parameters of the plain layer it stands for."""
-        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+        return self.out_features * (self.in_features + (self.bias is not None))
+
+    def active(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias at the selected width."""
+        ins, outs, bias = self.active_ins(self.in_features), self.active_outs(self.out_features), self.bias
+        return self.weight[:outs, :ins], None if bias is None else bias[:outs]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, *self.active())
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
@@ -47,3 +58,23 @@ class PlainLinear(Tied, WidthAware, nn.Linear):
         if bias is not None:
             linear.bias.copy_(bias)
         return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
+    """A linear layer with a weight of its own, as `nn.Linear`; in addition it may be tied and have several widths."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(
+            like.in_features, like.out_features, like.bias is not None, device=like.weight.device, dtype=like.weight.dtype
+        )
+        self.load_state_dict(like.state_dict())
+        if isinstance(like, WidthAware):
+            self.slim, self.width_index = like.slim, like.width_index
+
+
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:
+    """Whether ``module`` is a linear layer with a weight of its own, so that a technique may replace it."""
+    return type(module) in (nn.Linear, PlainLinear)

@@ -17,8 +17,9 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
     """A batch norm as `nn.BatchNorm2d`; in addition it may be tied and have several widths.
 
-    Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own:
-    the widest under the usual names, narrower ones as ``running_mean_0``, ``running_var_0``, ... narrowest first.
+    Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own,
+    unless its `Slim` says which ones share: the widest under the usual names, narrower ones as ``running_mean_0``,
+    ``running_var_0``, ... narrowest first.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.3.
     """
@@ -40,15 +41,17 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
         super().set_slim(slim)
         if slim is None or self.running_mean is None:
             return
-        for index, channels in enumerate(slim.outs[:-1]):
+        for store, channels in slim.narrower_stores().items():
             for name in STATISTICS:
                 full = self.get_buffer(name)
-                self.register_buffer(f"{name}_{index}", (full[:channels] if full.ndim else full).clone())
+                self.register_buffer(f"{name}_{store}", (full[:channels] if full.ndim else full).clone())
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running mean, variance and batch count of the selected width."""
-        widest = self.slim is None or self.width_index % len(self.slim.widths) == len(self.slim.widths) - 1
-        suffix = "" if self.slim is None or widest else f"_{self.width_index % len(self.slim.widths)}"
+        if self.running_mean is None:
+            return dict.fromkeys(STATISTICS)
+        widest = self.slim is None or self.slim.store(self.width_index) == self.slim.store(-1)
+        suffix = "" if self.slim is None or widest else f"_{self.slim.store(self.width_index)}"
         return {name: getattr(self, name + suffix) for name in STATISTICS}
 
     def forward(self, input: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class PlanRow:
         becomes: What it will be.
         group: Number of the group it shares with.
         relative_error: Distance of its new weight from the old, ``|new - old| / |old|``; None where the new layer is
-            no single convolution.
+            no single convolution or linear layer.
     """
 
     names: tuple[str, ...]

@@ -10,6 +10,7 @@ from typing import Generic, TypeAlias, TypeVar
 from torch import nn
 
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.linear import GeneratedLinear
 from thriftnet.errors import ConfigError, unknown
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
@@ -84,12 +85,12 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     weighted: list[nn.Module] = []
     norm_follows = False
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear):
             weighted.append(module)
             norm_follows = False
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
             norm_follows = True
-    linears = [module for module in weighted if isinstance(module, nn.Linear)]
+    linears = [module for module in weighted if isinstance(module, nn.Linear | GeneratedLinear)]
     stem = weighted[0] if weighted else None
     if linears:
         return stem, linears[-1] if linears[-1] is not stem else None

@@ -14,7 +14,7 @@ class Technique(Protocol):
     """A frozen, keyword-only dataclass with three methods. The verbs know nothing else of it.
 
     Two class attributes are looked at when present: ``takes``, a phrase for error messages that says which layers it
-    accepts; and ``whole``, True for a technique that changes every layer with parameters or none.
+    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none.
     """
 
     def accepts(self, module: nn.Module) -> bool:
@@ -37,4 +37,4 @@ def takes(technique: Technique) -> str:
 
 def is_whole(technique: Technique) -> bool:
     """Whether a technique changes every layer with parameters or none."""
-    return bool(getattr(technique, "whole", False))
+    return bool(getattr(technique, "every_layer", False))

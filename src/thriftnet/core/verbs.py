@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Select, Site, Want, default_select, replace, selection, sites
 from thriftnet.core.spec import format_spec
@@ -183,13 +185,13 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
         elif not technique.accepts(module):
             reason = f"{describe(module)}, not {takes(technique)}"
         else:
-            reason = f"{describe(module)}, without enough equal layers to go with"
+            reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d)
+def _is_layer(module: nn.Module) -> TypeIs[nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear]:
+    return isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear)
 
 
 def describe(module: nn.Module) -> str:
@@ -199,12 +201,12 @@ def describe(module: nn.Module) -> str:
 
 
 def relative_error(old: nn.Module, new: nn.Module) -> float | None:
-    """``|new - old| / |old|`` of the weights of two convolutions, None where one is not a single convolution."""
+    """``|new - old| / |old|`` of the weights of two convolutions or linear layers; None where one is neither, or has no data."""
     folded = new.fold() if is_foldable(new) else new
-    if not (isinstance(folded, nn.Conv2d) and isinstance(old, nn.Conv2d | GeneratedConv2d)):
+    if not (_is_layer(old) and isinstance(folded, nn.Conv2d | nn.Linear)):
         return None
     before, after = old.weight.detach().double(), folded.weight.detach().double()
-    if before.shape != after.shape:
+    if before.shape != after.shape or before.is_meta or after.is_meta:
         return None
     norm = before.norm()
     return float((after - before).norm() / norm) if norm > 0 else float((after - before).norm())
@@ -216,10 +218,12 @@ def count_params(model: nn.Module) -> int:
 
 
 class Foldable(Protocol):
-    """A layer that can turn itself into plain ones."""
+    """A layer that can turn itself into plainer ones."""
+
+    training: bool
 
     def fold(self) -> nn.Module:
-        """Plain layers that compute the same."""
+        """Layers that compute the same; those among them that fold further are folded in turn, tied ones once."""
         ...
 
 
@@ -236,16 +240,14 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         IncompatibleModelError: A converted layer is in training mode, where the function depends on the batch.
     """
-    found = sites(model, lambda _, module: is_foldable(module))
-    for site in found:
-        if site.module.training:
+    for name, module in model.named_modules():
+        if is_foldable(module) and module.training:
             raise IncompatibleModelError(
-                f"layer {site.name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
+                f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
             )
-    if not inplace:
-        model = copy.deepcopy(model)
-        found = sites(model, lambda _, module: is_foldable(module))
-    plain = replace(model, {id(site.module): site.module.fold() for site in found})  # type: ignore[operator]
+    plain = model if inplace else copy.deepcopy(model)
+    while found := sites(plain, lambda _, module: is_foldable(module)):
+        plain = replace(plain, {id(site.module): cast(Foldable, site.module).fold() for site in found})
     record(plain, {"verb": "fold"})
     return plain
 
@@ -286,15 +288,17 @@ class PenaltyTerm:
         total: Sum over its entries, a scalar.
         count: Number of entries, for averaging over all modules of the network.
         scale: The factor that the technique's config asks for in training.
+        family: Modules of one family are averaged together; families are added.
     """
 
     total: Tensor
     count: int
     scale: float
+    family: str = ""
 
 
 def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
-    """What the techniques in a network ask to be added to the loss: averaged, each shared part once.
+    """What the techniques in a network ask to be added to the loss: averaged by family, each shared part once.
 
     Args:
         model: Any network; one without a penalty gives zero.
@@ -305,12 +309,14 @@ def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
     """
     holders = [module for module in model.modules() if callable(getattr(type(module), "penalty_term", None))]
     terms: list[PenaltyTerm] = [cast(Any, module).penalty_term() for module in holders]
-    count = sum(term.count for term in terms)
-    if count == 0:
+    counts: Counter[str] = Counter()
+    for term in terms:
+        counts[term.family] += term.count
+    shares = [term.total * (term.scale if scaled else 1.0) / counts[term.family] for term in terms if counts[term.family]]
+    if not shares:
         like = next(model.parameters(), torch.zeros(()))
         return torch.zeros((), device=like.device, dtype=like.dtype)
-    totals = [term.total * term.scale if scaled else term.total for term in terms]
-    return torch.stack(totals).sum() / count
+    return torch.stack(shares).sum()
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

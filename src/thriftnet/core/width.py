@@ -6,34 +6,51 @@ Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3 (switchable w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import nn
 
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
+Width: TypeAlias = float | int | str
+
 
 @dataclass(frozen=True)
 class Slim:
-    """How many channels a layer reads and gives at each width, narrowest first.
+    """How many channels a layer reads and gives in each of the network's sub-networks, narrowest first.
 
     Args:
-        widths: Multipliers in (0, 1], ascending.
-        ins: Channels read at each width.
-        outs: Channels given at each width.
+        widths: What the sub-networks are called: multipliers in (0, 1], ascending; or, where no one multiplier fits the
+            whole network, their positions 0, 1, ..., and after them names of such as are not among these.
+        ins: Channels read in each.
+        outs: Channels given in each.
+        stores: Which of a norm's statistics each one uses, numbered from 0, the widest ones last. Left out, every
+            sub-network has its own.
     """
 
-    widths: tuple[float, ...]
+    widths: tuple[Width, ...]
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    stores: tuple[int, ...] | None = None
 
     def with_ins(self, channels: int) -> Slim:
         """The same widths, reading ``channels`` at each of them."""
-        return Slim(self.widths, (channels,) * len(self.widths), self.outs)
+        return replace(self, ins=(channels,) * len(self.widths))
 
     def with_outs(self, channels: int) -> Slim:
         """The same widths, giving ``channels`` at each of them."""
-        return Slim(self.widths, self.ins, (channels,) * len(self.widths))
+        return replace(self, outs=(channels,) * len(self.widths))
+
+    def store(self, index: int) -> int:
+        """Which of a norm's statistics the sub-network at position ``index`` uses."""
+        return range(len(self.widths))[index] if self.stores is None else self.stores[index]
+
+    def narrower_stores(self) -> dict[int, int]:
+        """Channels of each of a norm's statistics, but for the widest ones."""
+        channels = {self.store(index): outs for index, outs in enumerate(self.outs)}
+        widest = max(channels)
+        return {store: outs for store, outs in sorted(channels.items()) if store != widest}
 
 
 class WidthAware(nn.Module):
@@ -65,15 +82,15 @@ def slim_layers(model: nn.Module) -> Iterator[WidthAware]:
     return (m for m in model.modules() if isinstance(m, WidthAware) and m.slim is not None)
 
 
-def widths(model: nn.Module) -> tuple[float, ...]:
-    """The widths that ``model`` can run at, ascending; empty for a network of one width."""
+def widths(model: nn.Module) -> tuple[Width, ...]:
+    """The widths that ``model`` can run at, as `set_width` takes them, ascending; empty for a network of one width."""
     for layer in slim_layers(model):
         if layer.slim is not None:
             return layer.slim.widths
     return ()
 
 
-def width(model: nn.Module) -> float:
+def width(model: nn.Module) -> Width:
     """The width that ``model`` runs at now (1.0 for a network of one width)."""
     for layer in slim_layers(model):
         if layer.slim is not None:
@@ -81,12 +98,13 @@ def width(model: nn.Module) -> float:
     return 1.0
 
 
-def set_width(model: nn.Module, width: float | int | str) -> None:
+def set_width(model: nn.Module, width: Width) -> None:
     """Let ``model`` run at one of its widths from now on.
 
     Args:
-        model: A network converted by `Slimmable`.
-        width: A multiplier (float), a position in the ascending list of widths (int), "smallest" or "largest".
+        model: A network converted by `Slimmable`, or slimmable by itself.
+        width: A multiplier (float), a position in the ascending list of widths (int), "smallest" or "largest". A network
+            may name further ones: in DS-Net "largest" is none of those that have a position.
 
     Raises:
         IncompatibleModelError: The network has one width only.
@@ -102,24 +120,39 @@ def set_width(model: nn.Module, width: float | int | str) -> None:
         layer.set_width_index(index)
 
 
-def _position(width: float | int | str, possible: tuple[float, ...]) -> int:
+def _position(width: Width, possible: tuple[Width, ...]) -> int:
+    if isinstance(width, str) and width in possible:
+        return possible.index(width)
     names = {"smallest": 0, "largest": len(possible) - 1}
     if isinstance(width, str) and width in names:
         return names[width]
-    if isinstance(width, int) and not isinstance(width, bool) and -len(possible) <= width < len(possible):
-        return width % len(possible)
-    if isinstance(width, float):
-        for index, candidate in enumerate(possible):
-            if abs(candidate - width) < 1e-9:
-                return index
-    listed = ", ".join(f"{value:g}" for value in possible)
+    numbered = [candidate for candidate in possible if not isinstance(candidate, str)]
+    if isinstance(width, int) and not isinstance(width, bool) and -len(numbered) <= width < len(numbered):
+        return width % len(numbered)
+    multipliers = [candidate for candidate in numbered if isinstance(candidate, float)]
+    for index, candidate in enumerate(multipliers):
+        if isinstance(width, float) and abs(candidate - width) < 1e-9:
+            return index
+    named = ["'smallest'", *(repr(item) for item in possible if isinstance(item, str) and item not in names)]
+    listed = f"{', '.join(map(in_words, multipliers))} (float), " if multipliers else ""
     raise ConfigError(
-        f"no width {width!r}: possible are {listed} (float), 0 to {len(possible) - 1} (int, a position), 'smallest' and 'largest'"
+        f"no width {width!r}: possible are {listed}0 to {len(numbered) - 1} (int, a position), "
+        f"{', '.join(named)} and 'largest'"
     )
 
 
-def exact_share(channels: int, width: float) -> int | None:
-    """``width`` of ``channels``, or None when that is not a whole number of at least 1.
+def in_words(width: Width) -> str:
+    """A width for messages.
+
+    Example:
+        >>> in_words(0.5), in_words("largest")
+        ('0.5', 'largest')
+    """
+    return width if isinstance(width, str) else f"{width:g}"
+
+
+def exact_share(channels: int, width: Width) -> int | None:
+    """``width`` of ``channels``, or None when that is not a whole number of at least 1, or ``width`` no multiplier.
 
     Only whole shares are taken, so that sums of channels (concatenation) and products (flattening) stay consistent.
 
@@ -127,5 +160,7 @@ def exact_share(channels: int, width: float) -> int | None:
         >>> exact_share(64, 0.25), exact_share(10, 0.25)
         (16, None)
     """
+    if not isinstance(width, float):
+        return None
     share = round(channels * width)
     return share if share >= 1 and abs(share - channels * width) < 1e-6 else None

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.width import width, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.measure.layers import Tally, tallies
@@ -173,7 +174,7 @@ class _Meter:
         """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
         self.settle()
         tally = self.running.pop().tally
-        if isinstance(module, GeneratedConv2d):
+        if isinstance(module, GeneratedConv2d | GeneratedLinear):
             tally.generation_macs += module.generation_macs
         if _purpose(module) == "shift" and output is not None:
             tally.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]

@@ -74,7 +74,7 @@ class Report:
     input_size: tuple[int, int, int]
     rows: tuple[LayerRow, ...]
     uncounted: Mapping[str, int] = field(default_factory=dict)
-    width: float | None = None
+    width: float | int | str | None = None
 
     @property
     def params(self) -> int:
@@ -117,7 +117,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        at_width = "" if self.width is None else f", width {self.width:g}"
+        width = self.width if isinstance(self.width, str | None) else f"{self.width:g}"
+        at_width = "" if width is None else f", width {width}"
         factor = f" ({self.dense_params / self.params:.2f}x)" if self.params else ""
         lines = [
             f"{self.model} on {'x'.join(map(str, self.input_size))}, batch 1{at_width}",

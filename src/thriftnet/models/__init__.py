@@ -23,8 +23,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names in the zoo that match a shell pattern, sorted.
 
     Example:
-        >>> list_models("resnet*")
-        ['resnet110', 'resnet20', 'resnet32', 'resnet44', 'resnet56']
+        >>> list_models("wrn*")
+        ['wrn', 'wrn16_4', 'wrn28_10', 'wrn40_2', 'wrn40_4']
     """
     return sorted(name for name in MODELS if fnmatch(name, pattern))
 

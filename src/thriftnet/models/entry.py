@@ -42,6 +42,8 @@ class ModelEntry:
         aliases: Further names, as the authors' own.
         published: What the authors state.
         note: One line on what differs from the authors' code, or that it is ours.
+        baseline: Name of the plain network that it is compared with, "" for none.
+        baseline_kwargs: Arguments of that network; those of its others that both have follow the user's.
     """
 
     family: str
@@ -56,3 +58,5 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     published: Published = Published()
     note: str = ""
+    baseline: str = ""
+    baseline_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

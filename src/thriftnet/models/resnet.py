@@ -81,6 +81,19 @@ class ResNet(Classifier):
         return features
 
 
+def blocks_of_depth(depth: int) -> int:
+    """Blocks per stage of a network of depth 6n + 2: its n.
+
+    Raises:
+        ConfigError: An impossible depth, with the nearest possible ones.
+    """
+    check_whole_number("depth", depth, 8)
+    if (depth - 2) % 6:
+        below = depth - (depth - 2) % 6
+        raise ConfigError(f"depth={depth}: a ResNet of this kind has 6n + 2 layers; nearest are {below} and {below + 6}")
+    return (depth - 2) // 6
+
+
 def resnet(
     depth: int = 20,
     num_classes: int = 10,
@@ -102,21 +115,18 @@ def resnet(
     Raises:
         ConfigError: An impossible depth, shortcut or reduction.
     """
-    check_whole_number("depth", depth, 8)
+    blocks = blocks_of_depth(depth)
     check_whole_number("in_chans", in_chans, 1)
     check_choice("shortcut", shortcut, ("pad", "projection"))
     check_choice("reduction_mode", reduction_mode, ("net", "block"))
     check_number("reduction", reduction, 0)
-    if (depth - 2) % 6:
-        below = depth - (depth - 2) % 6
-        raise ConfigError(f"depth={depth}: a ResNet of this kind has 6n + 2 layers; nearest are {below} and {below + 6}")
     net_factor, inner_factor = (reduction**0.5, 1.0) if reduction_mode == "net" else (1.0, reduction)
     widths = (int(16 / net_factor), int(32 / net_factor), int(64 / net_factor))
     inners = {outs: int(outs / inner_factor) for outs in widths}
     if min(*widths, *inners.values()) < 1:
         raise ConfigError(f"reduction={reduction} with reduction_mode={reduction_mode!r} leaves no channel: use less")
     make_block = partial(_basic_block, inners=inners, shortcut=shortcut)
-    model = ResNet((depth - 2) // 6, widths, check_classes(num_classes), in_chans, make_block)
+    model = ResNet(blocks, widths, check_classes(num_classes), in_chans, make_block)
     if shortcut == "pad":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

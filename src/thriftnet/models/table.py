@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from thriftnet.models.entry import ModelEntry
 from thriftnet.models.facts.backbones import BACKBONES
+from thriftnet.models.facts.dsnet import SUPERNETS
+from thriftnet.models.facts.filter_basis_others import FILTER_BASIS_OTHERS
+from thriftnet.models.facts.filter_basis_resnets import FILTER_BASIS_RESNETS
+from thriftnet.models.facts.shiftresnet import SHIFTRESNETS
+from thriftnet.models.facts.spin import CONVMIXERS
+from thriftnet.models.facts.swrn import SWRNS
 
-MODELS: dict[str, ModelEntry] = {**BACKBONES}
+MODELS: dict[str, ModelEntry] = {
+    **BACKBONES,
+    **FILTER_BASIS_OTHERS,
+    **FILTER_BASIS_RESNETS,
+    **SHIFTRESNETS,
+    **SWRNS,
+    **CONVMIXERS,
+    **SUPERNETS,
+}
 
 
 def normal(name: str) -> str:

@@ -2,7 +2,8 @@
 
 A convolution becomes a basis of r filters (shared and unique ones), a batch norm, and a 1 x 1 convolution with the
 coefficients. A penalty keeps the basis orthogonal, so that gradients through the many uses of the shared part neither
-vanish nor explode.
+vanish nor explode. Where a convolution stands before 1 x 1 convolutions anyway, as in bottleneck blocks, its own filters
+are the basis and are shared whole.
 
 Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks, NeurIPS
 2021, section 3.
@@ -17,7 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, PlainConv2d, is_convolution, is_pointwise, plain_conv2d
+from thriftnet.core.conv import (
+    Convolution,
+    GeneratedConv2d,
+    PlainConv2d,
+    geometry,
+    is_convolution,
+    is_pointwise,
+    plain_conv2d,
+)
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
@@ -37,14 +46,16 @@ class SharedBasis(Tied):
         unique: Filters of one layer each.
         lambda_r: Factor of the penalty in training.
         unique_penalty: Whether the penalty covers the unique filters.
+        family: Of the penalty: see `FilterBasis`.
     """
 
-    def __init__(self, shared: Tensor, unique: Tensor, lambda_r: float, unique_penalty: bool) -> None:
+    def __init__(self, shared: Tensor, unique: Tensor, lambda_r: float, unique_penalty: bool, family: str = "") -> None:
         super().__init__()
         self.shared = nn.Parameter(shared) if shared.numel() else None
         self.unique = nn.Parameter(unique) if unique.numel() else None
         self.lambda_r = lambda_r
         self.unique_penalty = unique_penalty
+        self.family = family
 
     def filters(self, layer: int, base: int) -> Tensor:
         """The basis of one layer, its unique filters first (the authors' order): (U + S, I, kh, kw)."""
@@ -60,19 +71,38 @@ class SharedBasis(Tied):
         Source: section 3.3, and the averages that the authors' training code takes.
         """
         if self.shared is None:
-            return PenaltyTerm(torch.zeros(()), 0, self.lambda_r)
+            return PenaltyTerm(torch.zeros(()), 0, self.lambda_r, self.family)
         shared = self.shared.flatten(3).flatten(0, 1).flatten(1)  # (bases * S, n)
         total, count = _deviation(shared).sum(), shared.shape[0] ** 2
         if self.unique is not None and self.unique_penalty:
             unique = self.unique.flatten(2)  # (L, U, n)
             total = total + (shared @ unique.flatten(0, 1).T).square().sum() + _deviation(unique).sum()
             count += shared.shape[0] * unique.shape[0] * unique.shape[1] + unique.shape[0] * unique.shape[1] ** 2
-        return PenaltyTerm(total, count, self.lambda_r)
+        return PenaltyTerm(total, count, self.lambda_r, self.family)
 
 
 def _deviation(rows: Tensor) -> Tensor:
     """Squared entries of ``B B^T - I``, (..., r, r)."""
     return (rows @ rows.mT - torch.eye(rows.shape[-2], device=rows.device, dtype=rows.dtype)).square()
+
+
+class SharedConv2d(PlainConv2d):
+    """A convolution that several layers use whole: its filters are the basis, and the layers after it mix them.
+
+    Args:
+        like: The convolution it stands for.
+        lambda_r: Factor of the penalty in training.
+        family: Of the penalty: see `FilterBasis`.
+    """
+
+    def __init__(self, like: Convolution, lambda_r: float, family: str = "") -> None:
+        super().__init__(like)
+        self.lambda_r, self.family = lambda_r, family
+
+    def penalty_term(self) -> PenaltyTerm:
+        """How far the filters are from orthonormal: squared entries of ``B B^T - I``."""
+        deviation = _deviation(self.weight.flatten(1))
+        return PenaltyTerm(deviation.sum(), deviation.numel(), self.lambda_r, self.family)
 
 
 class BasisFilters(GeneratedConv2d):
@@ -144,7 +174,8 @@ class BasisConv2d(Tied, WidthAware):
     def fold(self) -> nn.Conv2d:
         """The plain convolution with bias that computes the same in eval mode: the norm between is affine there."""
         filters, _, _ = self.filters.active()  # (r, I, kh, kw)
-        mix, bias, _ = self.coefficients.active()
+        mixing = self.coefficients.fold()  # whatever another technique made of it
+        mix, bias = mixing.weight, mixing.bias
         scale, shift = scale_and_shift(self.norm)
         mix = mix.flatten(1)  # (O, r)
         weight = torch.einsum("or,rihw->oihw", mix * scale, filters)
@@ -174,6 +205,9 @@ class FilterBasis:
         init: "weights" starts from the nearest decomposition of the weights the layers have; "random" starts anew as the
             paper does, with orthogonal shared bases.
         pointwise: Take 1 x 1 convolutions, too.
+        whole: Share whole convolutions, as the paper does in bottleneck blocks: layers that agree in everything become one,
+            whose filters are the basis. Ranks play no part then.
+        family: Penalties are averaged over all bases of one family, and added over families.
 
     Example:
         >>> FilterBasis(shared_rank=8, bases=2)
@@ -192,13 +226,16 @@ class FilterBasis:
     unique_penalty: bool = True
     init: str = "weights"
     pointwise: bool = False
+    whole: bool = False
+    family: str = ""
 
     def __post_init__(self) -> None:
         check_whole_number("shared_rank", self.shared_rank, 0)
         check_whole_number("unique_rank", self.unique_rank, 0)
         if self.shared_rank + self.unique_rank == 0:
             raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
-        check_choice("bases", self.bases, (1, 2))
+        check_choice("whole", self.whole, (False, True))
+        check_choice("bases", self.bases, (1,) if self.whole else (1, 2))
         if self.rank_channels is not None:
             check_whole_number("rank_channels", self.rank_channels, 1)
         check_choice("init", self.init, ("weights", "random"))
@@ -208,6 +245,8 @@ class FilterBasis:
         return is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+        if self.whole:
+            return [group for group in group_by(sites, key=lambda site: signature(site.module)) if len(group) > 1]
         groups = group_by(
             sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype)
         )
@@ -231,23 +270,43 @@ class FilterBasis:
         return self.shared_rank * in_channels // self.rank_channels, self.unique_rank * in_channels // self.rank_channels
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        weights = [site.module.weight.detach().flatten(1) for site in group]  # each (O, n)
+        if self.whole:
+            return self._build_whole([site.module for site in group])
+        weights = [site.module.weight.detach() for site in group]  # each (O, I, kh, kw)
         fit = fitted if self.init == "weights" else fresh
         shared, unique, coefficients = fit(weights, *self.ranks(group[0].module.in_channels), self.bases)
-        shape = group[0].module.weight.shape[1:]
+        shape = weights[0].shape[1:]
         shared, unique = shared.view(*shared.shape[:2], *shape), unique.view(*unique.shape[:2], *shape)
-        bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty)
+        bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty, self.family)
         return [
             (site.module, BasisConv2d(site.module, bank, layer, layer % self.bases, coefficients[layer]))
             for layer, site in enumerate(group)
         ]
+
+    @torch.no_grad()
+    def _build_whole(self, convs: Sequence[Convolution]) -> list[Replacement]:
+        """One convolution for all: the nearest to the weights they have, or orthogonal."""
+        shared = SharedConv2d(convs[0], self.lambda_r, self.family)
+        if self.init == "weights":
+            shared.weight.copy_(torch.stack([conv.weight for conv in convs]).mean(0))
+        else:
+            nn.init.orthogonal_(shared.weight)
+        if shared.bias is not None:
+            shared.bias.copy_(torch.stack([conv.bias for conv in convs if conv.bias is not None]).mean(0))
+        return [(conv, shared) for conv in convs]
+
+
+def signature(conv: Convolution) -> tuple[object, ...]:
+    """What convolutions must agree in to be one and the same module."""
+    rest = (conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.bias is None, getattr(conv, "slim", None))
+    return (*geometry(conv), *rest, conv.weight.dtype, conv.weight.device)
 
 
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The orthonormal bases that come nearest to trained filters, step by step: shared part first, then the rest.
 
     Args:
-        weights: Filters of each layer as rows, (O, n).
+        weights: Filters of each layer, (O, ...) with n entries each.
         shared: Filters per shared basis, S.
         unique: Filters per layer, U.
         bases: Number of shared bases; layer i belongs to basis ``i % bases``.
@@ -256,6 +315,7 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
         Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, U + S). They reproduce eval mode: the
         norm between starts with mean 0 and variance 1, and its small epsilon is taken out of the coefficients.
     """
+    weights = [weight.flatten(1) for weight in weights]
     common = [leading_directions(torch.cat([*weights[base::bases]]), shared) for base in range(bases)]
     own, coefficients = [], []
     norm_gain = (1 + nn.BatchNorm2d(1).eps) ** 0.5
@@ -263,21 +323,24 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
         basis = common[layer % bases]
         rest = weight - weight @ basis.T @ basis
         own.append(leading_directions(rest, unique))
-        coefficients.append(weight @ torch.cat([own[-1], basis]).T * norm_gain)
+        coefficients.append(weight @ torch.linalg.pinv(torch.cat([own[-1], basis]).double()).to(weight) * norm_gain)
     return torch.stack(common), torch.stack(own), coefficients
 
 
 def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The authors' initialisation: shared bases orthogonal together, everything else Kaiming. Shapes as `fitted`."""
-    like, size = weights[0], weights[0].shape[1]
+    """The authors' initialisation: shared bases orthogonal together, everything else Kaiming by its outputs.
+
+    Args and Returns as `fitted`.
+    """
+    like, size = weights[0], weights[0][0].numel()
     common = torch.empty(bases * shared, size)
-    own = torch.empty(len(weights), unique, size)
+    own = torch.empty(len(weights), unique, *like.shape[1:])
     if shared:
         nn.init.orthogonal_(common)
-    for rows in own if unique else ():
-        nn.init.kaiming_normal_(rows)
-    coefficients = [nn.init.kaiming_normal_(torch.empty(len(w), shared + unique)).to(like) for w in weights]
-    return common.view(bases, shared, size).to(like), own.to(like), coefficients
+    for filters in own if unique else ():
+        nn.init.kaiming_normal_(filters, mode="fan_out")
+    coefficients = [nn.init.kaiming_normal_(torch.empty(len(w), shared + unique), mode="fan_out").to(like) for w in weights]
+    return common.view(bases, shared, size).to(like), own.flatten(2).to(like), coefficients
 
 
 def leading_directions(rows: Tensor, rank: int) -> Tensor:

@@ -160,10 +160,9 @@ class ShiftConv2d(Tied, WidthAware):
         return self.out_channels * (kernel + (0 if self.project.bias is None else 1))
 
     def fold(self) -> nn.Sequential:
-        """The same in `torch.nn` layers, the shift as a fixed depthwise convolution."""
+        """The same as separate layers, which fold further: the shift into a fixed depthwise convolution."""
         layers = (self.expand, self.norm, self.act, self.shift, self.project)
-        plain = [layer.fold() if isinstance(layer, WidthAware) else nn.ReLU() for layer in layers]
-        return nn.Sequential(*plain).train(self.training)
+        return nn.Sequential(*layers).train(self.training)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class Slimmable:
     takes: ClassVar[str] = (
         "Conv2d, BatchNorm2d, Linear, GroupNorm, LayerNorm over one axis and converted layers, each with one width"
     )
-    whole: ClassVar[bool] = True
+    every_layer: ClassVar[bool] = True
 
     widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     gate: bool = False

@@ -160,10 +160,11 @@ class SoftSharing:
         shareable = [group for group in groups if len(group) >= max(2, self.templates)]
         if groups and not shareable:
             largest = max(groups, key=len)
+            names = ", ".join(repr(site.name) for site in largest[:3])
+            way_out = f"Use templates < {len(largest)} to save parameters" if len(largest) > 1 else "Select other layers"
             raise IncompatibleModelError(
-                f"templates={self.templates} is too many: the largest group of equal layers has {len(largest)} "
-                f"({', '.join(repr(site.name) for site in largest[:3])}, ...); a bank needs at least 2 layers and no more "
-                f"templates than layers. Use templates <= {max(1, len(largest) - 1)} to save parameters"
+                f"templates={self.templates} is too many: the largest group of equal layers has {len(largest)} ({names}, ...), "
+                f"and a bank serves at least 2 layers, with no more templates than layers. {way_out}"
             )
         return shareable
 

@@ -1,6 +1,7 @@
 """Weight sharing: several layers of the network use one weight.
 
-In an isotropic network (all layers of one geometry) a group of ``rate`` layers can share the weights of its convolution.
+In an isotropic network (all layers of one geometry) a group of ``rate`` layers can share the weights of its convolution,
+or of its linear layer, as in a vision transformer.
 Which layers form a group is the mapping; which part of the depth takes part is the distribution; how trained weights
 of a group become one is the fusion.
 
@@ -11,22 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from thriftnet.core.conv import Convolution, GeneratedConv2d, PlainConv2d, geometry, is_convolution, is_depthwise
+from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown
+
+Layer: TypeAlias = Convolution | nn.Linear
 
 MAPPINGS = ("sequential", "strided", "random")
 DISTRIBUTIONS = ("uniform", "front", "middle", "back")
 FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")
 
 
-class FusedConv2d(GeneratedConv2d):
+class Fused(nn.Module):
     """One weight, fused in every forward from the weights of the layers that share it; all of them are trained.
 
     ``weight = mean_j(scale_j * member_j)``; the scales start at 1. Biases get their plain mean. Under "choose_first"
@@ -35,43 +40,72 @@ class FusedConv2d(GeneratedConv2d):
     Source: SPIN, section 3.3 (weight fusion).
     """
 
-    def __init__(self, group: Sequence[Convolution], fusion: str) -> None:
-        super().__init__(group[0])
-        self.fusion = fusion
-        self.members = nn.Parameter(torch.stack([conv.weight.detach() for conv in group]))  # (R, O, I/g, kh, kw)
-        biases = [conv.bias.detach() for conv in group if conv.bias is not None]
-        self.biases = nn.Parameter(torch.stack(biases)) if biases else None  # (R, O)
-        shape = {"scalar_weighted_mean": (len(group), 1), "channel_weighted_mean": (len(group), self.out_channels)}
-        scales = self.members.new_ones(shape[fusion]) if fusion in shape else None
-        self.scales = None if scales is None else nn.Parameter(scales)  # (R, 1) or (R, O)
+    fusion: str
+    members: nn.Parameter  # (R, O, I/groups, kh, kw), or (R, O, I) of linear layers
+    biases: nn.Parameter | None  # (R, O)
+    scales: nn.Parameter | None  # (R, 1) or (R, O)
 
-    def _adopt_bias(self, like: Convolution) -> None:
-        """The bias is computed: see `bias`."""
+    def hold(self, group: Sequence[Layer], fusion: str) -> None:
+        """Take over the weights of the layers."""
+        self.fusion = fusion
+        self.members = nn.Parameter(torch.stack([layer.weight.detach() for layer in group]))
+        biases = [layer.bias.detach() for layer in group if layer.bias is not None]
+        self.biases = nn.Parameter(torch.stack(biases)) if biases else None
+        columns = {"scalar_weighted_mean": 1, "channel_weighted_mean": self.members.shape[1]}
+        scales = self.members.new_ones(len(group), columns[fusion]) if fusion in columns else None
+        self.scales = None if scales is None else nn.Parameter(scales)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
+        """The fused weight."""
         if self.fusion == "choose_first":
             return self.members[0]
         if self.scales is None:
             return self.members.mean(0)
-        return (self.scales[..., None, None, None] * self.members).mean(0)
+        scales = self.scales.view(*self.scales.shape, *(1,) * (self.members.ndim - 2))
+        return (scales * self.members).mean(0)
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:
+        """The fused bias."""
         if self.biases is None:
             return None
         return self.biases[0] if self.fusion == "choose_first" else self.biases.mean(0)
 
     @property
     def generation_macs(self) -> int:
+        """Multiply-accumulates that fusing takes, per forward."""
         return 0 if self.fusion == "choose_first" else self.members.numel()
+
+
+class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
+    """A convolution with the fused weight of several."""
+
+    def __init__(self, group: Sequence[Convolution], fusion: str) -> None:
+        super().__init__(group[0])
+        self.hold(group, fusion)
+
+    def _adopt_bias(self, like: Convolution) -> None:
+        """The bias is computed."""
+
+
+class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
+    """A linear layer with the fused weight of several."""
+
+    def __init__(self, group: Sequence[nn.Linear], fusion: str) -> None:
+        super().__init__()
+        first = group[0]
+        self.in_features, self.out_features = first.in_features, first.out_features
+        if isinstance(first, WidthAware):
+            self.slim, self.width_index = first.slim, first.width_index
+        self.hold(group, fusion)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSharing:
-    """Let groups of equal convolutions use one weight.
+    """Let groups of equal convolutions, and linear layers if asked, use one weight.
 
-    Only convolutions that agree in everything (channels, kernel, stride, padding, ..., bias or none) can share.
+    Only layers that agree in everything (channels, kernel, stride, padding, ..., bias or none) can share.
     Depthwise convolutions and norms keep their own, as in the paper.
 
     Args:
@@ -87,6 +121,7 @@ class WeightSharing:
             fusion); `fold` bakes the result in.
         groups: Layers that share, as lists of names or of positions in depth; overrides rate and mapping.
         depthwise: Let depthwise convolutions share, too.
+        linear: Let linear layers share, too, as those in the blocks of a vision transformer.
 
     Example:
         >>> WeightSharing(rate=2, mapping="strided")
@@ -95,7 +130,9 @@ class WeightSharing:
     Source: SPIN, section 3.
     """
 
-    takes: ClassVar[str] = "convolutions with a weight of their own (depthwise ones only with depthwise=True)"
+    takes: ClassVar[str] = (
+        "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear with linear=True"
+    )
 
     rate: int = 2
     mapping: str = "sequential"
@@ -106,6 +143,7 @@ class WeightSharing:
     trained: bool = False
     groups: tuple[tuple[str | int, ...], ...] | None = None
     depthwise: bool = False
+    linear: bool = False
 
     def __post_init__(self) -> None:
         check_whole_number("rate", self.rate, 1)
@@ -128,23 +166,25 @@ class WeightSharing:
         return self.trained or self.fusion.endswith("weighted_mean")
 
     def accepts(self, module: nn.Module) -> bool:
-        return is_convolution(module) and (self.depthwise or not is_depthwise(module))
+        if is_convolution(module):
+            return self.depthwise or not is_depthwise(module)
+        return self.linear and is_linear(module)
 
-    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+    def group(self, sites: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[list[Site[nn.Conv2d | nn.Linear]]]:
         if self.groups is not None:
-            return [_named_group(sites, group) for group in self.groups]
+            return _named_groups(sites, self.groups)
         equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
         shareable = [layers for layers in equal if len(layers) >= self.rate]
         if (shareable and not any(len(layers) % self.rate == 0 for layers in shareable)) or (equal and not shareable):
             raise self._indivisible(equal)
-        groups: list[list[Site[nn.Conv2d]]] = []
+        groups: list[list[Site[nn.Conv2d | nn.Linear]]] = []
         for layers in shareable:
             depth = len(layers) - len(layers) % self.rate
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
 
-    def _part(self, layers: list[Site[nn.Conv2d]]) -> list[Site[nn.Conv2d]]:
+    def _part(self, layers: list[Site[nn.Conv2d | nn.Linear]]) -> list[Site[nn.Conv2d | nn.Linear]]:
         """The layers of the part of the depth that shares: a multiple of the rate, unless it is all."""
         if self.distribution == "uniform":
             return layers
@@ -152,7 +192,7 @@ class WeightSharing:
         start = {"front": 0, "middle": (len(layers) - length) // 2, "back": len(layers) - length}[self.distribution]
         return layers[start : start + length]
 
-    def _indivisible(self, equal: list[list[Site[nn.Conv2d]]]) -> IncompatibleModelError:
+    def _indivisible(self, equal: list[list[Site[nn.Conv2d | nn.Linear]]]) -> IncompatibleModelError:
         largest = max(equal, key=len)
         size = len(largest)
         possible = [rate for rate in range(2, size + 1) if size % rate == 0]
@@ -162,23 +202,37 @@ class WeightSharing:
             f"Possible rates for it: {', '.join(map(str, possible)) or 'none'}; or say which layers share with groups=[...]"
         )
 
-    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        convs = [site.module for site in group]
-        shared: GeneratedConv2d = FusedConv2d(convs, self.fusion)
-        if not self.keeps_members:
-            fused = shared
-            shared = PlainConv2d(convs[0])
-            with torch.no_grad():
-                shared.weight.copy_(fused.weight)
-                if shared.bias is not None and fused.bias is not None:
-                    shared.bias.copy_(fused.bias)
-        return [(conv, shared) for conv in convs]
+    def build(self, group: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[Replacement]:
+        layers = [site.module for site in group]
+        fused = _fused(layers, self.fusion)
+        shared = fused if self.keeps_members else _plain(layers[0], fused)
+        return [(layer, shared) for layer in layers]
 
 
-def signature(conv: Convolution) -> tuple[object, ...]:
-    """What convolutions must agree in to be one and the same module."""
-    rest = (conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.bias is None, getattr(conv, "slim", None))
-    return (*geometry(conv), *rest, conv.weight.dtype, conv.weight.device)
+def _fused(layers: Sequence[Layer], fusion: str) -> FusedConv2d | FusedLinear:
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if linears:
+        return FusedLinear(linears, fusion)
+    return FusedConv2d([layer for layer in layers if not isinstance(layer, nn.Linear)], fusion)
+
+
+@torch.no_grad()
+def _plain(like: Layer, fused: FusedConv2d | FusedLinear) -> PlainConv2d | PlainLinear:
+    """A layer with a weight of its own, the fused one."""
+    plain = PlainLinear(like) if isinstance(like, nn.Linear) else PlainConv2d(like)
+    plain.weight.copy_(fused.weight)
+    if plain.bias is not None and fused.bias is not None:
+        plain.bias.copy_(fused.bias)
+    return plain
+
+
+def signature(layer: Layer) -> tuple[object, ...]:
+    """What layers must agree in to be one and the same module."""
+    if isinstance(layer, nn.Linear):
+        form: tuple[object, ...] = ("linear", layer.in_features, layer.out_features)
+    else:
+        form = (*geometry(layer), layer.stride, layer.padding, layer.dilation, layer.padding_mode)
+    return (*form, layer.bias is None, getattr(layer, "slim", None), layer.weight.dtype, layer.weight.device)
 
 
 def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
@@ -201,10 +255,24 @@ def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int =
     return [slots[place] for place in order]
 
 
-def _named_group(sites: Sequence[Site[nn.Conv2d]], wanted: Sequence[str | int]) -> list[Site[nn.Conv2d]]:
+def _named_groups(
+    sites: Sequence[Site[nn.Conv2d | nn.Linear]], wanted: Sequence[Sequence[str | int]]
+) -> list[list[Site[nn.Conv2d | nn.Linear]]]:
+    """Groups by names or positions; no layer is in two places."""
+    groups = [_named_group(sites, group) for group in wanted]
+    names = [site.name for group in groups for site in group]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"groups holds layer {name!r} {names.count(name)} times: name each layer once")
+    return groups
+
+
+def _named_group(
+    sites: Sequence[Site[nn.Conv2d | nn.Linear]], wanted: Sequence[str | int]
+) -> list[Site[nn.Conv2d | nn.Linear]]:
     """Sites by name or position; all must agree in geometry."""
     by_name = {name: site for site in sites for name in site.names}
-    group: list[Site[nn.Conv2d]] = []
+    group: list[Site[nn.Conv2d | nn.Linear]] = []
     for key in wanted:
         if isinstance(key, int) and not 0 <= key < len(sites):
             raise ConfigError(
@@ -216,7 +284,7 @@ def _named_group(sites: Sequence[Site[nn.Conv2d]], wanted: Sequence[str | int]) 
         if group and signature(site.module) != signature(group[0].module):
             raise IncompatibleModelError(
                 f"layers {group[0].name!r} and {site.name!r} cannot share: {group[0].module} against {site.module}. "
-                "Put only equal convolutions into one of the groups"
+                "Put only equal layers into one of the groups"
             )
         group.append(site)
     if not group:

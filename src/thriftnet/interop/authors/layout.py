@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,6 +28,22 @@ class Slot:
 
 
 Layout: TypeAlias = Mapping[str, Slot]
+
+
+def renamed(model: nn.Module, rules: Sequence[tuple[str, str]]) -> dict[str, Slot]:
+    """The layout of authors whose tensors are ours under other names.
+
+    Args:
+        model: Our network.
+        rules: Regular expression and replacement, applied in this order to each of our keys.
+    """
+    layout = {}
+    for ours in unique_tensors(model):
+        theirs = ours
+        for pattern, replacement in rules:
+            theirs = re.sub(pattern, replacement, theirs)
+        layout[theirs] = Slot(ours)
+    return layout
 
 
 @torch.no_grad()
@@ -59,4 +76,6 @@ def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None
 
 def read(ours: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Our tensors (values or gradients, by our keys) under the authors' keys."""
-    return {key: ours[slot.key][slot.index] if slot.index else ours[slot.key] for key, slot in layout.items() if slot.key in ours}
+    return {
+        key: ours[slot.key][slot.index] if slot.index else ours[slot.key] for key, slot in layout.items() if slot.key in ours
+    }

@@ -1,0 +1,137 @@
+"""ResNets whose blocks share filter bases. The first block of each stage stays plain: it changes the shape.
+
+Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks, NeurIPS
+2021, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.compose import made_of
+from thriftnet.models.imagenet_resnet import DEPTHS, imagenet_resnet
+from thriftnet.models.resnet import blocks_of_depth, resnet
+from thriftnet.techniques.filter_basis import FilterBasis
+
+LATER_BLOCKS = r"^layer\d\.[1-9]\d*"
+
+
+def cifar10_resnet(
+    depth: int = 32,
+    bases: int = 2,
+    shared_rank: int = 16,
+    unique_rank: int = 1,
+    lambda_r: float = 10.0,
+    num_classes: int = 10,
+    in_chans: int = 3,
+) -> nn.Module:
+    """A ResNet of depth 6n + 2 for 32 x 32 images, in which the 3 x 3 convolutions of a stage share filter bases.
+
+    Args:
+        depth: Layers: 14, 20, 32, 44, 56, 110, ...
+        bases: Shared bases per stage; with 2, a block's first convolution uses one and its second the other.
+        shared_rank: Filters per shared basis in the first stage; later ones have twice and four times as many. 0 shares
+            nothing.
+        unique_rank: Filters of each convolution's own in the first stage; later ones have twice and four times as many.
+        lambda_r: Factor of the orthogonality penalty in training; it covers shared and unique filters.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth or rank.
+    """
+    if blocks_of_depth(depth) < 2:
+        raise ConfigError(f"depth={depth}: its stages have one block, which stays plain; nearest is 14")
+    technique = _basis(16, bases, shared_rank, unique_rank, lambda_r, unique_penalty=True)
+    plain = resnet(depth, num_classes=num_classes, in_chans=in_chans)
+    return made_of(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
+
+
+def basic_resnet(
+    depth: int = 34,
+    stem: str = "imagenet",
+    bases: int = 1,
+    shared_rank: int = 16,
+    unique_rank: int = 1,
+    lambda_r: float = 10.0,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> nn.Module:
+    """A ResNet-18 or -34, in which the 3 x 3 convolutions of a stage share filter bases.
+
+    Args:
+        depth: Layers: 18 or 34.
+        stem: "imagenet" for 224 x 224 images, "cifar" for 32 x 32.
+        bases: Shared bases per stage; with 2, a block's first convolution uses one and its second the other.
+        shared_rank: Filters per shared basis in the first stage; each later one has twice as many. 0 shares nothing.
+        unique_rank: Filters of each convolution's own in the first stage; each later one has twice as many.
+        lambda_r: Factor of the orthogonality penalty in training; it covers shared filters only.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth, stem or rank.
+    """
+    _check_depth(depth, bottleneck=False)
+    technique = _basis(64, bases, shared_rank, unique_rank, lambda_r, unique_penalty=False)
+    return made_of(imagenet_resnet(depth, stem, num_classes, in_chans), technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
+
+
+def bottleneck_resnet(
+    depth: int = 50, shared: int = 2, lambda_r: float = 10.0, num_classes: int = 1000, in_chans: int = 3
+) -> nn.Module:
+    """A ResNet of bottleneck blocks, which are decomposed as they are: those of a stage share whole convolutions.
+
+    Args:
+        depth: Layers: 50, 101 or 152.
+        shared: How many convolutions of a block are shared: 1, the 3 x 3 one; or 2, the last 1 x 1 one, too. The penalty
+            averages each kind for itself.
+        lambda_r: Factor of the orthogonality penalty in training.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth or number.
+    """
+    _check_depth(depth, bottleneck=True)
+    check_choice("shared", shared, (1, 2))
+    model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
+    for conv in ("conv2", "conv3")[:shared]:
+        technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, family=conv, init="random")
+        model = made_of(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$")
+    return model
+
+
+def _basis(
+    channels: int, bases: int, shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
+) -> FilterBasis:
+    """The config for ranks that belong to the first stage's number of channels."""
+    technique = FilterBasis(
+        shared_rank=shared_rank,
+        unique_rank=unique_rank,
+        bases=bases,
+        rank_channels=channels,
+        lambda_r=lambda_r,
+        unique_penalty=unique_penalty,
+        init="random",
+    )
+    entries = 9 * channels
+    if shared_rank + unique_rank > entries:
+        nearest = (
+            f"shared_rank={entries - unique_rank}" if shared_rank > unique_rank else f"unique_rank={entries - shared_rank}"
+        )
+        raise ConfigError(
+            f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {entries}, the entries of "
+            f"a filter in the first stage; nearest is {nearest}"
+        )
+    return technique
+
+
+def _check_depth(depth: int, *, bottleneck: bool) -> None:
+    check_whole_number("depth", depth, 1)
+    possible = [known for known, (_, is_bottleneck) in DEPTHS.items() if is_bottleneck == bottleneck]
+    if depth not in possible:
+        nearest = min(possible, key=lambda known: abs(known - depth))
+        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, possible))}; nearest is {nearest}")

@@ -1,0 +1,205 @@
+"""ConvMixers as SPIN trains them: patches, then equal blocks of a depthwise and a pointwise convolution.
+
+All blocks have one geometry, so that any of their pointwise convolutions can share a weight. Unlike in the ConvMixer paper
+the pointwise part has a shortcut, too.
+
+Source: Lin et al., SPIN: An Empirical Evaluation on Sharing Parameters of Isotropic Networks, ECCV 2022, section 4; after
+Trockman & Kolter, Patches Are All You Need?, TMLR 2023.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.compose import made_of
+from thriftnet.techniques.weight_sharing import WeightSharing
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class MixerBlock(nn.Module):
+    """Depthwise convolution, then pointwise convolution; each with activation, norm and a shortcut of its own.
+
+    Shape: (N, dim, h, w) -> (N, dim, h, w).
+    """
+
+    def __init__(self, dim: int, kernel_size: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        padding = kernel_size // 2 if kernel_size % 2 else "same"
+        self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=dim)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.pointwise = nn.Conv2d(dim, dim, 1)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.act = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm1(self.act(self.depthwise(x)))
+        out: Tensor = x + self.norm2(self.act(self.pointwise(x)))
+        return out
+
+
+class ConvMixer(Classifier):
+    """Patches, blocks of one geometry, global average pooling, dropout, linear head.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least ``patch_size``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        patch_size: int,
+        kernel_size: int,
+        activation: type[nn.Module],
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = dim, num_classes
+        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
+        self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.act = activation()
+        self.norm = nn.BatchNorm2d(dim)
+        self.blocks = nn.Sequential(*(MixerBlock(dim, kernel_size, activation) for _ in range(depth)))
+        self.dropout = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(dim, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        features: Tensor = self.blocks(self.norm(self.act(self.stem(x))))
+        return features
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = super().forward_head(x, pre_logits=True)
+        return pooled if pre_logits else self.fc(self.dropout(pooled))
+
+
+def convmixer(
+    dim: int = 768,
+    depth: int = 32,
+    patch_size: int = 14,
+    kernel_size: int = 3,
+    activation: str = "relu",
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.5,
+) -> ConvMixer:
+    """A ConvMixer with a weight for every layer.
+
+    Args:
+        dim: Channels of all blocks.
+        depth: Blocks.
+        patch_size: Side and stride of the patches that the stem reads.
+        kernel_size: Side of the depthwise kernels.
+        activation: "relu" or "gelu".
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the head.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Raises:
+        ConfigError: An argument out of its range, with what is possible.
+
+    Source: SPIN, section 4.1.
+    """
+    sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size, "in_chans": in_chans}
+    for name, value in sizes.items():
+        check_whole_number(name, value, 1)
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    check_number("drop_rate", drop_rate, -1e-12)
+    if drop_rate >= 1:
+        raise ConfigError(f"drop_rate={drop_rate}: possible is a number in [0, 1)")
+    function = ACTIVATIONS[activation]
+    return ConvMixer(dim, depth, patch_size, kernel_size, function, check_classes(num_classes), in_chans, drop_rate)
+
+
+def ws_convmixer(
+    rate: int = 2,
+    mapping: str = "sequential",
+    distribution: str = "uniform",
+    portion: float = 0.5,
+    seed: int = 0,
+    dim: int = 768,
+    depth: int = 32,
+    patch_size: int = 14,
+    kernel_size: int = 3,
+    activation: str = "relu",
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.5,
+) -> ConvMixer:
+    """A ConvMixer whose pointwise convolutions share weights in groups, from a fresh start.
+
+    Args:
+        rate: Layers per weight; it divides the depth.
+        mapping, distribution, portion, seed: Which layers form a group, as in `WeightSharing`.
+        dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `convmixer`.
+
+    Raises:
+        ConfigError: The rate does not divide the depth, with the rates that do.
+
+    Source: SPIN, section 3.2 (weight sharing).
+    """
+    technique = WeightSharing(
+        rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion="choose_first"
+    )
+    backbone = convmixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
+    return _sharing(backbone, technique)
+
+
+def wfws_convmixer(
+    rate: int = 2,
+    fusion: str = "mean",
+    mapping: str = "sequential",
+    distribution: str = "uniform",
+    portion: float = 0.5,
+    seed: int = 0,
+    dim: int = 768,
+    depth: int = 32,
+    patch_size: int = 14,
+    kernel_size: int = 3,
+    activation: str = "relu",
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.5,
+) -> ConvMixer:
+    """A ConvMixer that trains the weights of all layers and fuses those of a group in every forward.
+
+    `fold` bakes the fused weights in: the result is a `ws_convmixer`.
+
+    Args:
+        rate: Layers per fused weight; it divides the depth.
+        fusion: How the weights of a group become one, as in `WeightSharing`.
+        mapping, distribution, portion, seed: Which layers form a group, as in `WeightSharing`.
+        dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `convmixer`.
+
+    Raises:
+        ConfigError: The rate does not divide the depth, with the rates that do.
+
+    Source: SPIN, section 3.3 (weight fusion).
+    """
+    technique = WeightSharing(
+        rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion=fusion, trained=True
+    )
+    backbone = convmixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
+    return _sharing(backbone, technique)
+
+
+def _sharing(backbone: ConvMixer, technique: WeightSharing) -> ConvMixer:
+    """The backbone with pointwise convolutions that share."""
+    depth, rate = len(backbone.blocks), technique.rate
+    if depth % rate:
+        possible = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
+        raise ConfigError(f"rate={rate} does not divide the depth {depth}: possible rates are {possible}")
+    made_of(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
+    return backbone

@@ -1,0 +1,160 @@
+"""ResNets of depthwise convolutions, which ShiftResNet is compared with: plain, with channel shuffles, and inverted.
+
+Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions, CVPR 2018, and its repository,
+whose README names all three; its code has the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_number, check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import check_classes
+from thriftnet.models.resnet import ResNet, blocks_of_depth
+
+GROUPS = 4  # of the 1 x 1 convolutions between which channels are shuffled
+
+
+def projection(ins: int, outs: int, stride: int) -> nn.Module:
+    """The shortcut of a block: 1 x 1 convolution and norm where the shape changes, else the input itself."""
+    if stride == 1 and ins == outs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+
+
+class DepthwiseBlock(nn.Module):
+    """1 x 1, depthwise 3 x 3, 1 x 1 with the stride, each with a norm; a ReLU after the first and after the sum.
+
+    Shape: (N, ins, H, W) -> (N, outs, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, ins: int, inner: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ins, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outs, 1, stride, bias=False)
+        self.bn3 = nn.BatchNorm2d(outs)
+        self.shortcut = projection(ins, outs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.bn2(self.depthwise(out))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ShuffleBlock(nn.Module):
+    """Grouped 1 x 1, channel shuffle, depthwise 3 x 3 with the stride, grouped 1 x 1; ReLUs as in `DepthwiseBlock`.
+
+    Shape: as `DepthwiseBlock`.
+
+    Source: Zhang et al., ShuffleNet, CVPR 2018, figure 2b; the shortcut is that of the ResNet around it.
+    """
+
+    def __init__(self, ins: int, inner: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ins, inner, 1, groups=GROUPS, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.shuffle = nn.ChannelShuffle(GROUPS)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outs, 1, groups=GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(outs)
+        self.shortcut = projection(ins, outs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.shuffle(F.relu(self.bn1(self.conv1(x))))
+        out = self.bn3(self.conv3(self.bn2(self.depthwise(out))))
+        return F.relu(out + self.shortcut(x))
+
+
+class InvertedBlock(nn.Module):
+    """1 x 1, depthwise 3 x 3 with the stride, linear 1 x 1; the input is added where the shape stays.
+
+    Shape: as `DepthwiseBlock`.
+
+    Source: Sandler et al., MobileNetV2, CVPR 2018, section 3.3.
+    """
+
+    def __init__(self, ins: int, inner: int, outs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ins, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outs)
+        self.adds_input = stride == 1 and ins == outs
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.relu6(self.bn1(self.conv1(x)))
+        out: Tensor = self.bn3(self.conv3(F.relu6(self.bn2(self.depthwise(wide)))))
+        return out + x if self.adds_input else out
+
+
+def depthwise_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+    """A ResNet of depthwise blocks, depth 6n + 2, for 32 x 32 images.
+
+    Args:
+        depth: Layers of the ResNet whose blocks it replaces: 20, 56, 110, ...
+        reduction: How many times fewer channels inside a block than it gives; below 1 there are more.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Raises:
+        ConfigError: An impossible depth, or a reduction that leaves no channel.
+
+    Source: the ShiftResNet repository. Weights start as torch's layers do.
+    """
+    return _build(DepthwiseBlock, depth, reduction, num_classes, in_chans)
+
+
+def shuffle_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+    """A ResNet of shuffle blocks; arguments as in `depthwise_resnet`, inner channels rounded down to a multiple of 4.
+
+    Raises:
+        ConfigError: An impossible depth, or a reduction above 4.
+
+    Source: named in the README of the ShiftResNet repository; the block is ShuffleNet's.
+    """
+    return _build(ShuffleBlock, depth, reduction, num_classes, in_chans, multiple=GROUPS)
+
+
+def mobile_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+    """A ResNet of inverted residual blocks; arguments as in `depthwise_resnet`: 1/6 widens as MobileNetV2 does.
+
+    Raises:
+        ConfigError: An impossible depth, or a reduction that leaves no channel.
+
+    Source: named in the README of the ShiftResNet repository; the block is MobileNetV2's.
+    """
+    return _build(InvertedBlock, depth, reduction, num_classes, in_chans)
+
+
+def _build(
+    block: Callable[[int, int, int, int], nn.Module],
+    depth: int,
+    reduction: float,
+    num_classes: int,
+    in_chans: int,
+    multiple: int = 1,
+) -> ResNet:
+    """The network of one kind of block, whose inner channels are a multiple of ``multiple``."""
+    check_whole_number("in_chans", in_chans, 1)
+    check_number("reduction", reduction, 0)
+    widths = (16, 32, 64)
+    inners = {outs: int(outs / reduction) // multiple * multiple for outs in widths}
+    if min(inners.values()) < 1:
+        raise ConfigError(f"reduction={reduction} leaves no channel: use at most {widths[0] // multiple}")
+
+    def make_block(ins: int, outs: int, stride: int) -> nn.Module:
+        return block(ins, inners[outs], outs, stride)
+
+    return ResNet(blocks_of_depth(depth), widths, check_classes(num_classes), in_chans, make_block)

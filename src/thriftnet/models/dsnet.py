@@ -1,0 +1,244 @@
+"""DS-Net's slimmable supernets: MobileNets whose stages have a choice of widths.
+
+A sub-network keeps the smallest widths up to the stage that holds the gate, and takes its own width from that stage on:
+there a gate may choose it per image. Only "largest" is wide everywhere, and it is none of the numbered sub-networks.
+
+Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from thriftnet.core.conv import PlainConv2d
+from thriftnet.core.linear import PlainLinear
+from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.width import Slim, WidthAware
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.dsnet_blocks import (
+    KINDS,
+    InvertedResidual,
+    Options,
+    SeparableBlock,
+    Stage,
+    WidestDropout,
+    Widths,
+    make_stage,
+    names_of,
+    slim_conv,
+    slim_norm,
+)
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU}
+
+StageSpec = Sequence[Any]
+
+MOBILENETV1: tuple[StageSpec, ...] = (
+    ((32, 88), 1, 3, 1, "ds", False),
+    ((48, 168), 2, 3, 2, "ds", False),
+    ((96, 264), 2, 3, 2, "ds", False),
+    (tuple(range(224, 641, 32)), 6, 3, 2, "ds", True),
+    (tuple(range(736, 1153, 32)), 2, 3, 2, "ds", False),
+)
+
+
+class DSNet(Classifier):
+    """Stem, stages, optionally a 1 x 1 head, global average pooling, dropout at "largest", linear classifier.
+
+    It starts at "largest"; `set_width` selects a sub-network by its number or name, `freeze` takes one out.
+
+    Behind the gate "largest" is as wide as the last sub-network and shares its norms' statistics. The authors recalibrate
+    the numbered ones only: ``recalibrate(model, loader, widths=range(14))``.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes), for any H and W.
+    """
+
+    def __init__(
+        self,
+        stem: Widths,
+        stages: Sequence[tuple[Stage, Widths]],
+        head: int,
+        options: Options,
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
+        self.stem: nn.Module = slim_conv((in_chans,) * len(stem), stem, 3, 2)
+        self.norm = slim_norm(stem)
+        self.act = options.activation()
+        self.stages = nn.Sequential()
+        ins = stem
+        for stage, outs in stages:
+            self.stages.append(make_stage(stage, ins, outs, options))
+            ins = outs
+        self.head: nn.Sequential | None = None
+        if head:
+            outs = (head,) * len(stem)
+            self.head = nn.Sequential(slim_conv(ins, outs), slim_norm(outs), options.activation())
+            ins = outs
+        self.num_features, self.num_classes, self._features = ins[-1], num_classes, ins
+        self.dropout = WidestDropout(drop_rate, ins)
+        self.fc = self._classifier(num_classes)
+        self._initialise()
+
+    def _classifier(self, num_classes: int) -> PlainLinear:
+        linear = PlainLinear(nn.Linear(self.num_features, num_classes))
+        linear.set_slim(Slim(names_of(self._features), self._features, (num_classes,) * len(self._features)))
+        return linear
+
+    def _initialise(self) -> None:
+        """Convolutions normal by fan-out, classifier uniform; the last norm before each shortcut starts at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | PlainConv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.uniform_(module.weight, -(module.out_features**-0.5), module.out_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SeparableBlock | InvertedResidual) and module.shortcut is not None:
+                nn.init.zeros_(module.last_norm.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stages(self.act(self.norm(self.stem(x))))
+        return x if self.head is None else self.head(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = super().forward_head(x, pre_logits=True)
+        return pooled if pre_logits else self.fc(self.dropout(pooled))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for this many classes, for all widths that the network has; 0 removes it."""
+        if isinstance(self.fc, nn.Linear) and not isinstance(self.stem, WidthAware):
+            self.num_features = self.fc.in_features  # of a sub-network that was taken out
+        super().reset_classifier(num_classes)
+        if num_classes and isinstance(self.stem, WidthAware):
+            like = next(self.parameters())
+            self.fc = self._classifier(num_classes).to(like)
+            self.fc.set_width_index(self.stem.width_index)
+
+
+def slimmable_mobilenetv1(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, se_ratio: float = 0.25
+) -> DSNet:
+    """DS-Net's supernet on MobileNetV1, with 14 sub-networks and "largest".
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the classifier, at "largest" only.
+        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+
+    Raises:
+        ConfigError: An argument out of its range.
+
+    Source: Li et al., section 4.1.
+    """
+    return dsnet(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, se_ratio=se_ratio)
+
+
+def dsnet(
+    stem: Sequence[int] = (16, 24),
+    stages: Sequence[StageSpec] = MOBILENETV1,
+    head: int = 0,
+    se_ratio: float = 0.25,
+    skip: bool = False,
+    activation: str = "swish",
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+) -> DSNet:
+    """A slimmable supernet of any stages.
+
+    Sub-network c has the smallest widths up to the stage with the gate and the c-th from that stage on; without a gate, the
+    c-th everywhere. "largest" has the last widths everywhere.
+
+    Args:
+        stem: Possible channels of the stem, ascending.
+        stages: For each stage its widths, blocks, kernel size, stride, kind ("ds" or "ir") and whether it holds the gate.
+        head: Channels of a 1 x 1 convolution before pooling, 0 for none.
+        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+        skip: Give blocks shortcuts.
+        activation: "swish" or "relu".
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the classifier, at "largest" only.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Raises:
+        ConfigError: An argument out of its range, or stages whose numbers of widths do not go together.
+
+    Source: Li et al., section 3.
+    """
+    check_whole_number("head", head, 0)
+    check_whole_number("in_chans", in_chans, 1)
+    check_number("se_ratio", se_ratio, 0)
+    check_choice("skip", skip, (True, False))
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
+        raise ConfigError(f"drop_rate={drop_rate!r}: possible is a number in [0, 1)")
+    parsed = [read_stage(number, spec) for number, spec in enumerate(stages)]
+    places = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
+    options = Options(se_ratio, ACTIVATIONS[activation], skip)
+    built = list(zip(parsed, places[1:], strict=True))
+    return DSNet(places[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
+
+
+def read_stage(number: int, spec: StageSpec) -> Stage:
+    """A stage from what the user wrote."""
+    where = f"stage {number}"
+    if not isinstance(spec, list | tuple) or len(spec) != 6:
+        raise ConfigError(f"{where} is {spec!r}: write it as (widths, blocks, kernel_size, stride, 'ds' or 'ir', gate)")
+    widths, blocks, kernel_size, stride, kind, gate = spec
+    check_whole_number(f"blocks of {where}", blocks, 1)
+    check_whole_number(f"kernel_size of {where}", kernel_size, 1)
+    check_whole_number(f"stride of {where}", stride, 1)
+    check_choice(f"kind of {where}", kind, KINDS)
+    check_choice(f"gate of {where}", gate, (True, False))
+    if kernel_size % 2 == 0:
+        raise ConfigError(
+            f"kernel_size={kernel_size} of {where}: possible are odd numbers; nearest are {kernel_size - 1} and {kernel_size + 1}"
+        )
+    return Stage(_ascending(where, widths), blocks, kernel_size, stride, kind, gate)
+
+
+def sub_networks(widths: Sequence[tuple[int, ...]], gates: Sequence[bool]) -> list[Widths]:
+    """Channels of stem and stages in each sub-network, "largest" last.
+
+    Args:
+        widths: Possible channels of the stem and of each stage.
+        gates: Which stages hold a gate: one, or none.
+    """
+    if not gates or sum(gates) > 1:
+        raise ConfigError(
+            f"{len(gates)} stages with {sum(gates)} gates: possible are one stage or more, and at most one gate"
+        )
+    first = gates.index(True) + 1 if any(gates) else 0
+    count = len(widths[first])
+    for place, possible in enumerate(widths[first:], first):
+        if len(possible) != count:
+            name = f"stage {place - 1}" if place else "stem"
+            raise ConfigError(
+                f"{name} has {len(possible)} widths, but the network has {count} sub-networks: give it {count}"
+            )
+    still = [(possible[0],) * count + (possible[-1],) for possible in widths[:first]]
+    return still + [(*possible, possible[-1]) for possible in widths[first:]]
+
+
+def _ascending(where: str, widths: object) -> tuple[int, ...]:
+    values = tuple(widths) if isinstance(widths, list | tuple) else ()
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    if not values or not whole or list(values) != sorted(set(values)):
+        raise ConfigError(
+            f"widths {widths!r} of {where}: possible are whole numbers above 0 in ascending order, as (16, 24)"
+        )
+    return values

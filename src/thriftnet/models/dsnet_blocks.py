@@ -1,0 +1,219 @@
+"""Layers and blocks of DS-Net that run in several sub-networks.
+
+Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3; the authors' code for what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.conv import PlainConv2d
+from thriftnet.core.norm import PlainBatchNorm2d
+from thriftnet.core.width import Slim, WidthAware
+
+GATE_CHOICES = 4  # the gate chooses among the narrowest sub-networks
+EXPANSION = 6  # of inverted residuals
+KINDS = ("ds", "ir")
+
+Widths = tuple[int, ...]  # channels at one place of the network, in each sub-network, "largest" last
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks at one resolution, as the authors write them.
+
+    Args:
+        widths: Possible channels, ascending.
+        blocks: Blocks; only the first strides.
+        kernel_size: Side of the depthwise kernels, odd.
+        stride: Of the first block.
+        kind: "ds" for depthwise-separable blocks, "ir" for inverted residuals.
+        gate: Whether the first block holds the gate.
+    """
+
+    widths: tuple[int, ...]
+    blocks: int
+    kernel_size: int
+    stride: int
+    kind: str
+    gate: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all blocks of a network have in common.
+
+    Args:
+        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+        activation: Activation function.
+        skip: Whether blocks have shortcuts.
+    """
+
+    se_ratio: float
+    activation: type[nn.Module]
+    skip: bool
+
+
+def slim_conv(
+    ins: Widths, outs: Widths, kernel_size: int = 1, stride: int = 1, *, bias: bool = False, depthwise: bool = False
+) -> PlainConv2d:
+    """A convolution of these widths, padded by half the kernel."""
+    padding = kernel_size // 2
+    groups = ins[-1] if depthwise else 1
+    conv = PlainConv2d(nn.Conv2d(ins[-1], outs[-1], kernel_size, stride, padding, groups=groups, bias=bias))
+    conv.set_slim(Slim(names_of(outs), ins, outs))
+    return conv
+
+
+def slim_norm(widths: Widths) -> PlainBatchNorm2d:
+    """A norm with statistics for each distinct width: sub-networks that are equally wide here share them."""
+    distinct = sorted(set(widths))
+    norm = PlainBatchNorm2d(nn.BatchNorm2d(widths[-1]))
+    norm.set_slim(Slim(names_of(widths), widths, widths, tuple(map(distinct.index, widths))))
+    return norm
+
+
+def names_of(widths: Widths) -> tuple[int | str, ...]:
+    """What the sub-networks are called: their positions, and "largest"."""
+    return (*range(len(widths) - 1), "largest")
+
+
+class WidthGate(nn.Module):
+    """What chooses a sub-network for an image, from the reduced features of a squeeze-and-excitation.
+
+    It plays no part at a fixed width; folding, which fixes the width, leaves nothing of it.
+
+    Shape: (N, reduced, 1, 1) -> (N, choices, 1, 1) logits.
+
+    Source: Li et al., section 3.3.
+    """
+
+    def __init__(self, reduced: int, choices: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(reduced, choices, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.conv(x)
+        return logits
+
+    def fold(self) -> nn.Identity:
+        """Nothing: at a fixed width there is nothing to choose."""
+        return nn.Identity()
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention; its reduced features are equally many at every width. The gate, if any, reads them.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, widths: Widths, se_ratio: float, choices: int) -> None:
+        super().__init__()
+        reduced = (divisible(widths[-1] * se_ratio, 1),) * len(widths)
+        self.reduce = slim_conv(widths, reduced, bias=True)
+        self.expand = slim_conv(reduced, widths, bias=True)
+        self.gate = WidthGate(reduced[-1], choices) if choices else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        reduced = F.relu(self.reduce(x.mean((2, 3), keepdim=True)))
+        attention: Tensor = self.expand(reduced).sigmoid()
+        return x * attention
+
+
+class Shortcut(nn.Sequential):
+    """Average pooling where the block strides, a 1 x 1 convolution where it changes widths."""
+
+    def __init__(self, ins: Widths, outs: Widths, stride: int) -> None:
+        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+        super().__init__(*([pool] if stride > 1 else []), *([slim_conv(ins, outs)] if ins != outs else []))
+
+
+class SeparableBlock(nn.Module):
+    """Depthwise convolution, channel attention, 1 x 1 convolution."""
+
+    def __init__(self, ins: Widths, outs: Widths, stage: Stage, stride: int, choices: int, options: Options) -> None:
+        super().__init__()
+        self.depthwise = slim_conv(ins, ins, stage.kernel_size, stride, depthwise=True)
+        self.norm1 = slim_norm(ins)
+        self.se = SqueezeExcite(ins, options.se_ratio, choices)
+        self.pointwise = slim_conv(ins, outs)
+        self.norm2 = slim_norm(outs)
+        self.act = options.activation()
+        self.shortcut = Shortcut(ins, outs, stride) if options.skip else None
+
+    @property
+    def last_norm(self) -> PlainBatchNorm2d:
+        """The norm before the shortcut is added."""
+        return self.norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.se(self.act(self.norm1(self.depthwise(x))))
+        out = self.act(self.norm2(self.pointwise(out)))
+        return out if self.shortcut is None else out + self.shortcut(x)
+
+
+class InvertedResidual(nn.Module):
+    """1 x 1 expansion, depthwise convolution, channel attention, linear 1 x 1 projection."""
+
+    def __init__(self, ins: Widths, outs: Widths, stage: Stage, stride: int, choices: int, options: Options) -> None:
+        super().__init__()
+        middle = tuple(divisible(width * EXPANSION, 8) for width in ins)
+        self.expand = slim_conv(ins, middle)
+        self.norm1 = slim_norm(middle)
+        self.depthwise = slim_conv(middle, middle, stage.kernel_size, stride, depthwise=True)
+        self.norm2 = slim_norm(middle)
+        self.se = SqueezeExcite(middle, options.se_ratio, choices)
+        self.project = slim_conv(middle, outs)
+        self.norm3 = slim_norm(outs)
+        self.act = options.activation()
+        self.shortcut = Shortcut(ins, outs, stride) if options.skip else None
+
+    @property
+    def last_norm(self) -> PlainBatchNorm2d:
+        """The norm before the shortcut is added."""
+        return self.norm3
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.norm1(self.expand(x)))
+        out = self.se(self.act(self.norm2(self.depthwise(out))))
+        out = self.norm3(self.project(out))
+        return out if self.shortcut is None else out + self.shortcut(x)
+
+
+def make_stage(stage: Stage, ins: Widths, outs: Widths, options: Options) -> nn.Sequential:
+    """The blocks of one stage."""
+    block = SeparableBlock if stage.kind == "ds" else InvertedResidual
+    choices = min(GATE_CHOICES, len(outs) - 1) if stage.gate else 0
+    first = block(ins, outs, stage, stage.stride, choices, options)
+    return nn.Sequential(first, *(block(outs, outs, stage, 1, 0, options) for _ in range(stage.blocks - 1)))
+
+
+class WidestDropout(WidthAware):
+    """Dropout in the widest network only: narrower ones have too little capacity to need it."""
+
+    def __init__(self, rate: float, widths: Widths) -> None:
+        super().__init__()
+        self.rate = rate
+        self.set_slim(Slim(names_of(widths), widths, widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        widest = self.slim is None or self.slim.widths[self.width_index] == self.slim.widths[-1]
+        return F.dropout(x, self.rate, self.training and widest)
+
+    def fold(self) -> nn.Identity:
+        """Nothing: folding is for eval mode."""
+        return nn.Identity()
+
+
+def divisible(value: float, divisor: int) -> int:
+    """The multiple of ``divisor`` nearest to ``value``, but not more than a tenth below it.
+
+    Example:
+        >>> divisible(10.5, 1), divisible(60, 8), divisible(11, 8)
+        (11, 64, 16)
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded

@@ -1,0 +1,212 @@
+"""MobileNetV2: inverted residuals, whose ends are narrow and whose middle is wide. Plain, and with shared 1 x 1 convolutions.
+
+Source: Sandler et al., MobileNetV2, CVPR 2018, section 3; Kang & Kim, Learning Deeply Shared Filter Bases, NeurIPS 2021,
+section 4; Wang et al., ECA-Net, CVPR 2020, section 3 (channel attention).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_number, check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.compose import made_of
+from thriftnet.techniques.filter_basis import FilterBasis, SharedConv2d
+
+WIDTHS = (16, 24, 32, 64, 96, 160, 320)  # of the seven stages
+BLOCKS = (1, 2, 3, 4, 3, 3, 1)
+SHARING = r"^stage[3456]\.[1-9]\d*"  # blocks that share convolutions with their stage: all of these stages but the first
+
+
+class InvertedResidual(nn.Module):
+    """1 x 1 convolution to a wide middle, depthwise 3 x 3, 1 x 1 back; the input is added where the shape allows it.
+
+    Args:
+        ins: Channels read.
+        outs: Channels given.
+        expansion: How many times wider the middle is.
+        stride: Of the depthwise convolution.
+        projects: Where only the width changes, add the input through a 1 x 1 convolution and norm.
+    """
+
+    def __init__(self, ins: int, outs: int, expansion: int, stride: int, projects: bool) -> None:
+        super().__init__()
+        inner = expansion * ins
+        self.conv1: nn.Conv2d | SharedConv2d = nn.Conv2d(ins, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3: nn.Conv2d | SharedConv2d = nn.Conv2d(inner, outs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outs)
+        self.attention: nn.Module = nn.Identity()
+        self.shortcut: nn.Module | None = None
+        if stride == 1 and ins == outs:
+            self.shortcut = nn.Identity()
+        elif stride == 1 and projects:
+            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        out: Tensor = self.attention(self.bn3(self.conv3(wide)))
+        return out if self.shortcut is None else out + self.shortcut(x)
+
+
+class ChannelAttention(nn.Module):
+    """ECA: a factor per channel, from the means of the channel and its neighbours.
+
+    Shape: (N, C, H, W) -> the same.
+
+    Source: Wang et al., section 3.2.
+    """
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean((2, 3))  # (N, C)
+        factors: Tensor = self.conv(means[:, None]).sigmoid()  # (N, 1, C)
+        return x * factors.mT[..., None]
+
+
+class MobileNetV2(Classifier):
+    """Stem, seven stages of inverted residuals, 1 x 1 convolution, global average pooling, dropout, linear head.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+    """
+
+    def __init__(
+        self, stem: nn.Conv2d, strides: tuple[int, ...], projects: bool, image: int, num_classes: int, drop_rate: float
+    ) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = 1280, num_classes
+        self.default_cfg = config((stem.in_channels, image, image), num_classes, "conv1", "fc")
+        self.conv1 = stem
+        self.bn1 = nn.BatchNorm2d(32)
+        ins = 32
+        for stage, (outs, blocks, stride) in enumerate(zip(WIDTHS, BLOCKS, strides, strict=True), 1):
+            expansion = 1 if stage == 1 else 6
+            first = InvertedResidual(ins, outs, expansion, stride, projects)
+            more = (InvertedResidual(outs, outs, expansion, 1, projects) for _ in range(blocks - 1))
+            self.add_module(f"stage{stage}", nn.Sequential(first, *more))
+            ins = outs
+        self.conv2 = nn.Conv2d(ins, 1280, 1)
+        self.bn2 = nn.BatchNorm2d(1280)
+        self.dropout = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(1280, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn1(self.conv1(x)))
+        for stage in range(1, len(WIDTHS) + 1):
+            x = self.get_submodule(f"stage{stage}")(x)
+        return F.relu6(self.bn2(self.conv2(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the maps, and classify them unless ``pre_logits``."""
+        pooled: Tensor = self.dropout(x.mean((2, 3)))
+        if pre_logits:
+            return pooled
+        logits: Tensor = self.fc(pooled)
+        return logits
+
+
+def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2) -> MobileNetV2:
+    """The MobileNetV2 for 224 x 224 images.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the head.
+
+    Raises:
+        ConfigError: A number that is out of range.
+    """
+    check_whole_number("in_chans", in_chans, 1)
+    check_number("drop_rate", drop_rate, -1e-300)
+    if drop_rate >= 1:
+        raise ConfigError(f"drop_rate={drop_rate}: possible is a fraction in [0, 1)")
+    stem = nn.Conv2d(in_chans, 32, 3, 2, 1)
+    return MobileNetV2(stem, (1, 2, 2, 2, 1, 2, 1), False, 224, check_classes(num_classes), drop_rate)
+
+
+def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
+    """A MobileNetV2 for 32 x 32 images, with a 1 x 1 stem that pads its maps to 34 x 34.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: A number that is out of range.
+    """
+    check_whole_number("in_chans", in_chans, 1)
+    stem = nn.Conv2d(in_chans, 32, 1, padding=1)
+    return MobileNetV2(stem, (1, 2, 2, 2, 1, 1, 1), True, 32, check_classes(num_classes), 0.0)
+
+
+def mobilenetv2_shared(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, lambda_r: float = 10.0
+) -> MobileNetV2:
+    """A MobileNetV2 whose blocks share the first 1 x 1 convolution of their stage, in four stages but for the first block.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the head.
+        lambda_r: Factor of the orthogonality penalty in training.
+
+    Raises:
+        ConfigError: A number that is out of range.
+
+    Source: Kang & Kim, section 4.
+    """
+    return _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1",), lambda_r)
+
+
+def mobilenetv2_shared_double(
+    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, lambda_r: float = 10.0, eca: bool = False
+) -> MobileNetV2:
+    """A MobileNetV2 whose blocks share both 1 x 1 convolutions of their stage, in four stages but for the first block.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+        drop_rate: Dropout before the head.
+        lambda_r: Factor of the orthogonality penalties in training; one for each of the two convolutions.
+        eca: Channel attention at the end of each sharing block: over three neighbours from 96 channels on, else over one.
+
+    Raises:
+        ConfigError: A number that is out of range.
+
+    Source: Kang & Kim, section 4; Wang et al., section 3.2.
+    """
+    if not isinstance(eca, bool):
+        raise ConfigError(f"eca={eca!r}: possible are True and False")
+    model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1", "conv3"), lambda_r)
+    for module in model.modules() if eca else ():
+        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedConv2d):
+            module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
+    return model
+
+
+def cifar_mobilenetv2_shared(num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0) -> MobileNetV2:
+    """As `mobilenetv2_shared`, for 32 x 32 images."""
+    return _sharing(cifar_mobilenetv2(num_classes, in_chans), ("conv1",), lambda_r)
+
+
+def cifar_mobilenetv2_shared_double(num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0) -> MobileNetV2:
+    """As `mobilenetv2_shared_double`, for 32 x 32 images."""
+    return _sharing(cifar_mobilenetv2(num_classes, in_chans), ("conv1", "conv3"), lambda_r)
+
+
+def _sharing(model: MobileNetV2, convs: tuple[str, ...], lambda_r: float) -> MobileNetV2:
+    """Share these convolutions within each stage of `SHARING`; each kind has a penalty of its own."""
+    for conv in convs:
+        technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
+        made_of(model, technique, select=rf"{SHARING}\.{conv}$")
+    for module in model.modules():
+        if isinstance(module, SharedConv2d):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)  # the authors leave it as torch starts a convolution
+    return model

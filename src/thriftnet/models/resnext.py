@@ -1,0 +1,163 @@
+"""ResNeXts for small images: bottleneck blocks whose 3 x 3 convolution has groups. Plain, and with shared filter bases.
+
+Source: Xie et al., Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017, section 3; Kang & Kim, Learning
+Deeply Shared Filter Bases, NeurIPS 2021, section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_number, check_whole_number
+from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.techniques.filter_basis import SharedConv2d
+
+# depth -> (blocks of each stage, channels per group in the first stage)
+DEPTHS = {50: ((3, 4, 6, 3), 4), 101: ((3, 4, 23, 3), 8)}
+GROUPS = 32
+
+
+class PartlySharedConv2d(nn.Module):
+    """Filters of a block's own, then those that the blocks of a stage share; each part has groups of its own.
+
+    Shape: (N, I, H, W) -> (N, U + S, H, W).
+
+    Source: Kang & Kim, section 3.
+    """
+
+    def __init__(self, unique: nn.Conv2d, shared: SharedConv2d) -> None:
+        super().__init__()
+        self.unique, self.shared = unique, shared
+        self.in_channels, self.out_channels = unique.in_channels, unique.out_channels + shared.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.unique(x), self.shared(x)), 1)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1 convolution, a middle one, 1 x 1 convolution, and the input added before the last ReLU."""
+
+    def __init__(self, ins: int, outs: int, middle: nn.Conv2d | PartlySharedConv2d, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(ins, middle.in_channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle.in_channels)
+        self.conv2 = middle
+        self.bn2 = nn.BatchNorm2d(middle.out_channels)
+        self.conv3 = nn.Conv2d(middle.out_channels, outs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or ins != outs:
+            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNeXt(Classifier):
+    """Stem, four stages of bottleneck blocks, global average pooling, linear head.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int], per_group: int, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = 2048, num_classes
+        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
+        self.conv1 = nn.Conv2d(in_chans, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        ins, stages = 64, []
+        for stage, number in enumerate(blocks):
+            outs, width = 256 * 2**stage, GROUPS * per_group * 2**stage
+            layers = []
+            for stride in [1 if stage == 0 else 2] + [1] * (number - 1):
+                middle = nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False)
+                layers.append(Bottleneck(ins, outs, middle, stride))
+                ins = outs
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.fc = nn.Linear(ins, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return features
+
+
+def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNeXt:
+    """A ResNeXt for 32 x 32 images.
+
+    Args:
+        depth: Layers: 50 (32 groups of 4 channels in the first stage) or 101 (32 groups of 8).
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth.
+    """
+    check_whole_number("depth", depth, 1)
+    check_whole_number("in_chans", in_chans, 1)
+    if depth not in DEPTHS:
+        nearest = min(DEPTHS, key=lambda possible: abs(possible - depth))
+        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, DEPTHS))}; nearest is {nearest}")
+    return ResNeXt(*DEPTHS[depth], check_classes(num_classes), in_chans)
+
+
+def resnext_shared(
+    depth: int = 50,
+    shared_rank: int = 64,
+    unique_rank: int = 4,
+    lambda_r: float = 10.0,
+    num_classes: int = 100,
+    in_chans: int = 3,
+) -> ResNeXt:
+    """A ResNeXt in which the 3 x 3 convolutions of each stage, but for its first block, share filters.
+
+    Ranks are those of the first stage and double from stage to stage. A ReLU follows the norm of the basis, so that basis
+    and 1 x 1 convolution remain two layers.
+
+    Args:
+        depth: Layers: 50 or 101.
+        shared_rank: Filters that the blocks of the first stage share.
+        unique_rank: Filters of each block's own in the first stage.
+        lambda_r: Factor of the orthogonality penalty in training.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth, or a rank that gives no whole groups; the message names the nearest possible.
+
+    Source: Kang & Kim, section 4.
+    """
+    model = resnext(depth, num_classes, in_chans)
+    check_number("lambda_r", lambda_r, -1e-300)
+    per_group = DEPTHS[depth][1]
+    _check_rank("shared_rank", shared_rank, per_group)
+    _check_rank("unique_rank", unique_rank, per_group)
+    for stage, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+        outs, width = 256 * 2**stage, GROUPS * per_group * 2**stage
+        shared, unique = shared_rank * 2**stage, unique_rank * 2**stage
+        like = nn.Conv2d(width, shared, 3, padding=1, groups=shared_rank // per_group, bias=False)
+        nn.init.orthogonal_(like.weight)
+        bank = SharedConv2d(like, lambda_r)
+        for place in range(1, len(layer)):
+            own = nn.Conv2d(width, unique, 3, padding=1, groups=unique // per_group, bias=False)
+            layer[place] = Bottleneck(outs, outs, PartlySharedConv2d(own, bank))
+    return model
+
+
+def _check_rank(name: str, rank: int, per_group: int) -> None:
+    """Raise unless the filters form groups of ``per_group`` that divide the width of the first stage."""
+    check_whole_number(name, rank, 1)
+    width = GROUPS * per_group
+    possible = [per_group * groups for groups in range(1, width + 1) if width % groups == 0]
+    if rank not in possible:
+        below, above = [value for value in possible if value < rank][-1:], [value for value in possible if value > rank][:1]
+        raise ConfigError(
+            f"{name}={rank}: filters come in groups of {per_group}, and the number of groups divides {width}; "
+            f"possible are {', '.join(map(str, possible))}; nearest: {' and '.join(map(str, below + above))}"
+        )

@@ -1,0 +1,63 @@
+"""ShiftResNets: each residual block is one 1 x 1 convolution, a shift and another 1 x 1 convolution.
+
+Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Convolutions, CVPR 2018, section 4.1.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.core.spec import check_whole_number
+from thriftnet.models.classifier import check_classes
+from thriftnet.models.resnet import ResNet, blocks_of_depth
+from thriftnet.techniques.shift import ShiftConv2d
+
+
+class ShiftBlock(nn.Module):
+    """Conv-shift-conv, norm and ReLU, and the shortcut added after that last ReLU.
+
+    Shape: (N, ins, H, W) -> (N, outs, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        ins: Channels read.
+        outs: Channels given.
+        stride: Step of the last convolution and of the shortcut.
+        expansion: Channels that shift, as a multiple of ``outs``.
+    """
+
+    def __init__(self, ins: int, outs: int, stride: int, expansion: float) -> None:
+        super().__init__()
+        self.conv = ShiftConv2d(ins, outs, stride=stride, expansion=expansion)
+        self.bn = nn.BatchNorm2d(outs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or ins != outs:
+            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.relu(self.bn(self.conv(x))) + self.shortcut(x)
+        return out
+
+
+def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+    """A ShiftResNet of depth 6n + 2 for 32 x 32 images.
+
+    Args:
+        depth: Layers of the ResNet whose blocks it replaces: 20, 56, 110, ...
+        expansion: Channels that shift, as a multiple of the block's outputs; rounded down to a whole number.
+        num_classes: Outputs.
+        in_chans: Channels of the image.
+
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Raises:
+        ConfigError: An impossible depth, or an expansion that leaves no channel.
+
+    Source: Wu et al., sections 4.1 and 5.1. Weights start as torch's layers do.
+    """
+    check_whole_number("in_chans", in_chans, 1)
+
+    def block(ins: int, outs: int, stride: int) -> ShiftBlock:
+        return ShiftBlock(ins, outs, stride, expansion)
+
+    return ResNet(blocks_of_depth(depth), (16, 32, 64), check_classes(num_classes), in_chans, block)
