@@ -41,7 +41,7 @@ def test_a_network_comes_back_bit_by_bit(steps: list[str], folded: bool, tmp_pat
     loaded = tn.load(tn.save(model, tmp_path / "model"))
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded(images), model(images))
-    assert {id(p) for p in loaded.parameters()} and len(list(loaded.parameters())) == len(list(model.parameters()))
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert len({t.untyped_storage().data_ptr() for t in stored.values()}) == len(stored)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

@@ -107,9 +107,7 @@ def test_fold_at_a_width(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     )
     assert done["params"] < 80000
     assert done["max_relative_error"] < 1e-5
-    assert "0.5, 1" in refused(
-        capsys, "fold", str(tmp_path / "slim"), "--width", "0.3", "--output", str(tmp_path / "other")
-    )
+    assert "0.5, 1" in refused(capsys, "fold", str(tmp_path / "slim"), "--width", "0.3", "--output", str(tmp_path / "other"))
 
 
 def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixture[str], tmp_path: Path):

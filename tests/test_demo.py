@@ -105,7 +105,9 @@ def test_a_training_set_smaller_than_a_batch_is_refused():
 
 
 def test_text_in_a_page_is_escaped(tmp_path: Path):
-    page = Page("<b>", ["<script>alert(1)</script>"], ["a"], [["<i>"]], [Picture("name", "<p>", "<svg></svg>", "<q>")], {"k": "<u>"})
+    page = Page(
+        "<b>", ["<script>alert(1)</script>"], ["a"], [["<i>"]], [Picture("name", "<p>", "<svg></svg>", "<q>")], {"k": "<u>"}
+    )
     text = write_page(page, tmp_path / "report.html").read_text()
     assert re.findall(r"<(script|i|q|u|b)>", text) == []
     assert text.count("<svg></svg>") == 1

@@ -152,7 +152,9 @@ def test_08_copies_keep_ties(config: str) -> None:
     laws.law_copies_keep_ties(converted(network, config), network.image())
 
 
-ON_TWO_NETWORKS = [(config, "chain") for config in CONFIGS] + [(config, "depthwise") for config in ("soft", "shift", "slimmable")]
+ON_TWO_NETWORKS = [(config, "chain") for config in CONFIGS] + [
+    (config, "depthwise") for config in ("soft", "shift", "slimmable")
+]
 
 
 @pytest.mark.parametrize(("config", "network"), ON_TWO_NETWORKS)

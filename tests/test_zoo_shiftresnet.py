@@ -100,7 +100,7 @@ def test_shuffles_match_the_published_sizes():
         assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - published) < 0.01
 
 
-@pytest.mark.parametrize(("name", "params", "macs"), [("shiftresnet20_e3", 2.85, 2.48), ("resnet20_block2.8", 2.83, 2.90)])
+@pytest.mark.parametrize(("name", "params", "macs"), [("shiftresnet20_e3", 2.85, 2.48), ("resnet20_block28", 2.83, 2.90)])
 def test_reductions_that_the_readme_shows(name: str, params: float, macs: float):
     plain, small = MODELS["resnet20_projection"], MODELS[name]
     assert (round(plain.params / small.params, 2), round(plain.macs / small.macs, 2)) == (params, macs)
@@ -123,7 +123,7 @@ def test_published_figures_agree_with_ours_or_are_explained(name: str):
         assert sum(p.numel() for p in plain.parameters()) == MODELS[f"{entry.baseline}_projection"].params
 
 
-@pytest.mark.parametrize("name", ["shiftresnet20", "depthwiseresnet20", "resnet20_block2.8", *OURS])
+@pytest.mark.parametrize("name", ["shiftresnet20", "depthwiseresnet20", "resnet20_block28", *OURS])
 def test_other_sizes_channels_and_classes(name: str):
     model = tn.create_model(name, in_chans=1, num_classes=7).eval()
     for size in ((40, 56), (17, 32), (5, 4)):

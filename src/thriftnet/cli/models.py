@@ -33,10 +33,11 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, as 'resnet*'")
     parser.add_argument("--technique", help=f"only networks of this technique, as soft-sharing; or {PLAIN}")
     parser.add_argument("--paper", help="only networks of this paper: any part of its authors, title or venue")
+    parser.add_argument("--markdown", action="store_true", help="print the page docs/zoo.md")
     options = parse(parser, arguments)
     chosen = _chosen(options.pattern, options.technique, options.paper)
     result = {"models": [_as_dict(name, entry) for name, entry in chosen.items()]}
-    emit(_page(chosen), result, as_json=options.json)
+    emit(_markdown(chosen) if options.markdown else _page(chosen), result, as_json=options.json)
 
 
 def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str, ModelEntry]:
@@ -123,6 +124,28 @@ def _page(chosen: Mapping[str, ModelEntry]) -> str:
     if numbers:
         parts += ["", "notes", *(f"  {number:>{len(str(len(numbers)))}}  {note}" for note, number in numbers.items())]
     return "\n".join(parts)
+
+
+def _markdown(chosen: Mapping[str, ModelEntry]) -> str:
+    """The page of the documentation: one table for each paper."""
+    notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
+    numbers = {note: str(number) for number, note in enumerate(notes, 1)}
+    lines = [
+        "# The zoo",
+        "",
+        "Every network of `create_model`, with its stored parameters and executed multiply-accumulates at the stated input size,",
+        "beside what the authors published. This page is what `thriftnet models --markdown` prints.",
+    ]
+    for paper in dict.fromkeys(entry.paper for entry in chosen.values()):
+        heads = ("name", "technique", "input", "params", "MACs", "published params", "published FLOPs", "published top-1 %")
+        lines += ["", f"## {paper}", "", f"| {' | '.join(heads)} | notes |", "|---|---|---|--:|--:|--:|--:|---|---|"]
+        for name, entry in chosen.items():
+            if entry.paper == paper:
+                row = _row(name, entry, numbers)
+                size = "x".join(map(str, entry.input_size))
+                cells = (f"`{row[0]}`", row[1] or PLAIN, size, f"{row[2]:,}", f"{row[3]:,}", *row[4:7], row[8])
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", "## Notes", "", *(f"{number}. {note}" for note, number in numbers.items())])
 
 
 def _row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[object, ...]:

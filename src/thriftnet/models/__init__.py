@@ -14,7 +14,7 @@ from thriftnet.models.table import MODELS, NAMES, normal
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs"]
+__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs", "register_timm"]
 
 IDENTITY = "thriftnet_model"  # attribute of a network: the name and kwargs that rebuild it
 
@@ -47,6 +47,20 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     model: nn.Module = _function(entry)(**{**entry.kwargs, **kwargs})
     setattr(model, IDENTITY, {"name": NAMES[normal(name)], "kwargs": kwargs})
     return model
+
+
+def register_timm() -> list[str]:
+    """Make the zoo's networks known to ``timm.create_model``; names that timm has already keep timm's meaning.
+
+    Returns:
+        The names registered, by this or an earlier call.
+
+    Raises:
+        ConfigError: timm is not installed.
+    """
+    from thriftnet.models import timm_names
+
+    return timm_names.register_timm()
 
 
 def model_kwargs(name: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ FILTER_BASIS_OTHERS: dict[str, ModelEntry] = {
         Published(
             "5.08M",
             "1.43G",
-            {"cifar100": 77.85},
+            {"CIFAR-100": 77.85},
             f'published as "DenseNet121-S64U4", but these are the counts of shared_rank=16, unique_rank=1 (64 and 4 give '
             f"5606708 parameters); they include 18432 of a basis that the authors' network does not use, and ours does; {FLOPS}",
         ),
@@ -129,7 +129,7 @@ FILTER_BASIS_OTHERS: dict[str, ModelEntry] = {
         published=Published(
             "19.3M",
             "2.38G",
-            {"cifar100": 79.91},
+            {"CIFAR-100": 79.91},
             f'published as "ResNeXt50-S16U1", but these are the counts of shared_rank=64, unique_rank=4 (16 and 1 cannot be '
             f"built); {FLOPS} + 2 x 835584 elements of the ReLUs in the stages' first blocks",
         ),
@@ -147,7 +147,7 @@ FILTER_BASIS_OTHERS: dict[str, ModelEntry] = {
         "cifar100_MobileNetV2_Shared",
         2163812,
         67356736,
-        published=Published("2.16M", "0.14G", {"cifar100": 72.30}, FLOPS),
+        published=Published("2.16M", "0.14G", {"CIFAR-100": 72.30}, FLOPS),
         note=CIFAR_STEM,
     ),
     "cifar_mobilenetv2_shared_double": _mobilenetv2(
@@ -159,7 +159,7 @@ FILTER_BASIS_OTHERS: dict[str, ModelEntry] = {
         "ilsvrc_MobileNetV2_Shared",
         3243080,
         313619328,
-        published=Published("3.24M", "0.66G", {"imagenet": 72.39}, FLOPS),
+        published=Published("3.24M", "0.66G", {"ImageNet": 72.39}, FLOPS),
         note=BIASES,
     ),
     "mobilenetv2_shared_double": _mobilenetv2(

@@ -98,21 +98,21 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
         2829238912,
         kwargs={"depth": 1202},
         fixed=("depth",),
-        published=Published("19.4M", top1={"cifar10": 92.07}),
+        published=Published("19.4M", top1={"CIFAR-10": 92.07}),
     ),
     "resnet32_double_shared": _cifar10(
         32,
         "DoubleShared",
         245642,
         79086208,
-        Published("0.24M", "0.16G", {"cifar10": 93.07}, f"{FLOPS}; published parameters are cut off, not rounded"),
+        Published("0.24M", "0.16G", {"CIFAR-10": 93.07}, f"{FLOPS}; published parameters are cut off, not rounded"),
     ),
     "resnet32_single_shared": _cifar10(
         32,
         "SingleShared",
         197258,
         79086208,
-        Published("0.20M", "0.16G", {"cifar10": 92.57}, f"{FLOPS}; with shared_rank=8: 0.15M, 0.10G, 91.92 % on cifar10"),
+        Published("0.20M", "0.16G", {"CIFAR-10": 92.57}, f"{FLOPS}; with shared_rank=8: 0.15M, 0.10G, 91.92 % on CIFAR-10"),
     ),
     "resnet32_shared_only": _cifar10(32, "SharedOnly", 218650, 75154048),
     "resnet32_non_shared": _cifar10(32, "NonShared", 293018, 43696768),
@@ -121,7 +121,7 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
         "DoubleShared",
         319226,
         145932928,
-        Published("0.31M", "0.30G", {"cifar10": 93.70}, f"{FLOPS}; published parameters are cut off, not rounded"),
+        Published("0.31M", "0.30G", {"CIFAR-10": 93.70}, f"{FLOPS}; published parameters are cut off, not rounded"),
     ),
     "resnet56_single_shared": _cifar10(
         56,
@@ -131,8 +131,8 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
         Published(
             "0.22M",
             "0.30G",
-            {"cifar10": 92.54},
-            f"{FLOPS}; 0.22M is a typing error for 0.27M; with shared_rank=8: 0.20M, 0.17G, 92.48 % on cifar10",
+            {"CIFAR-10": 92.54},
+            f"{FLOPS}; 0.22M is a typing error for 0.27M; with shared_rank=8: 0.20M, 0.17G, 92.48 % on CIFAR-10",
         ),
     ),
     "resnet56_shared_only": _cifar10(56, "SharedOnly", 265242, 138068608),
@@ -151,8 +151,8 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
         Published(
             "6.49M",
             "1.05G",
-            {"cifar100": 77.36},
-            f"{FLOPS}; with shared_rank=8: 5.87M, 0.79G, 76.89 %; with shared_rank=32: 7.73M, 1.55G, 78.21 % on cifar100",
+            {"CIFAR-100": 77.36},
+            f"{FLOPS}; with shared_rank=8: 5.87M, 0.79G, 76.89 %; with shared_rank=32: 7.73M, 1.55G, 78.21 % on CIFAR-100",
         ),
     ),
     "cifar_resnet34_shared_only": _basic(34, "cifar", "SharedOnly", 6201508, 505137152),
@@ -169,7 +169,7 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
         9762776,
         2478804992,
         Published(
-            "9.76M", "4.98G", {"imagenet": 72.80}, f"{FLOPS}; with shared_rank=48: 11.79M, 6.52G, 73.33 % on imagenet"
+            "9.76M", "4.98G", {"ImageNet": 72.80}, f"{FLOPS}; with shared_rank=48: 11.79M, 6.52G, 73.33 % on ImageNet"
         ),
         shared_rank=32,
     ),

@@ -96,7 +96,7 @@ SHIFTRESNETS: dict[str, ModelEntry] = {
         253149824,
         _stated("1.73M", 92.46, 72.11, "", _by_reduction({7.8: 65.79, 2.9: 70.22, 1.5: 72.21, 0.98: 72.67}, BLOCK)),
     ),
-    "resnet20_block2.8": ModelEntry(
+    "resnet20_block28": ModelEntry(
         "resnet",
         "resnet",
         SHIFT,
