@@ -18,7 +18,7 @@ demo: $(STAMP) ## train a small ResNet plain and with each technique on real dig
 	$(BIN)/thriftnet demo $(ARGS)
 
 test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, and which room imports which
 	$(BIN)/ruff check

@@ -106,6 +106,7 @@ def test_authors_names(alias: str) -> None:
     assert not history(model), "what the zoo converts is no history: load would replay it"
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("dim", "depth", "patch_size", "kernel_size"), [(8, 1, 7, 9), (12, 5, 1, 1), (6, 4, 2, 4)], ids=str)
 def test_any_size_has_the_parameters_of_the_formula(dim: int, depth: int, patch_size: int, kernel_size: int) -> None:
     sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size}

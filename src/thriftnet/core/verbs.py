@@ -246,8 +246,11 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
             )
     plain = model if inplace else copy.deepcopy(model)
-    while found := sites(plain, lambda _, module: is_foldable(module)):
-        plain = replace(plain, {id(site.module): cast(Foldable, site.module).fold() for site in found})
+    folded: set[int] = set()
+    while found := sites(plain, lambda _, module: is_foldable(module) and id(module) not in folded):
+        table = {id(site.module): cast(Foldable, site.module).fold() for site in found}
+        folded.update(id(layer) for layer in table.values())
+        plain = replace(plain, table)
     record(plain, {"verb": "fold"})
     return plain
 

@@ -14,7 +14,7 @@ IMAGENET = (3, 224, 224)
 UNPUBLISHED = Published()
 
 
-def _plain(depth: int, stem: str, params: int, macs: int) -> ModelEntry:
+def _plain(depth: int, stem: str, params: int, macs: int, note: str = "") -> ModelEntry:
     cifar = stem == "cifar"
     return ModelEntry(
         "imagenet_resnet",
@@ -26,6 +26,7 @@ def _plain(depth: int, stem: str, params: int, macs: int) -> ModelEntry:
         fixed=("depth", "stem"),
         input_size=(3, 32, 32) if cifar else IMAGENET,
         aliases=(f"{'cifar100' if cifar else 'ilsvrc'}_ResNet{depth}",),
+        note=note,
     )
 
 
@@ -160,7 +161,9 @@ FILTER_BASIS_RESNETS: dict[str, ModelEntry] = {
     "resnet18": _plain(18, "imagenet", 11689512, 1814073344),
     "resnet34": _plain(34, "imagenet", 21797672, 3663761408),
     "resnet50": _plain(50, "imagenet", 25557032, 4089184256),
-    "resnet101": _plain(101, "imagenet", 44549160, 7801405440),
+    "resnet101": _plain(
+        101, "imagenet", 44549160, 7801405440, "the authors define it, but their training script does not list it"
+    ),
     "resnet34_single_shared": _basic(34, "imagenet", "SingleShared", 9436888, 3249508352, shared_rank=48),
     "resnet34_double_shared": _basic(
         34,
