@@ -87,6 +87,13 @@ def test_count_reads_any_callable(capsys: pytest.CaptureFixture[str]):
     assert result["params"] == 3 * 8 * 9 + 8
 
 
+def test_count_reads_folders_and_torchvision(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    thriftnet.save(thriftnet.convert(thriftnet.create_model("resnet20"), "soft-sharing(templates=2)"), tmp_path / "m")
+    assert json.loads(run(capsys, "count", str(tmp_path / "m"), "--json"))["params"] == 122298
+    result = json.loads(run(capsys, "count", "torchvision:resnet18", "--input-size", "3,224,224", "--json"))
+    assert (result["params"], result["macs"]) == (11689512, 1814073344)
+
+
 def test_plan_convert_fold_round_trip(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     plan, small, plain = (str(tmp_path / name) for name in ("plan.json", "small", "plain"))
     printed = run(capsys, "plan", "resnet20", "--technique", "filter-basis(shared_rank=8)", "--output", plan)

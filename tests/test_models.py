@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,6 +51,20 @@ def test_models_offer_what_timm_users_expect(name: str):
     assert model(images).shape == (2, 3)
     model.reset_classifier(0)
     assert model(images).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "shiftresnet20", "swrn16_1_2", "slimmable_mobilenetv1"])
+def test_building_a_network_imports_its_own_family_only(name: str):
+    families = {entry.family for entry in MODELS.values()} - {MODELS[name].family}
+    code = f"""
+import sys, thriftnet
+thriftnet.create_model({name!r})
+print(*(name.removeprefix('thriftnet.models.') for name in sys.modules if name.startswith('thriftnet.models.')))
+assert not {{'timm', 'torchvision'}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    built_on = {"swrn16_1_2": {"wrn"}, "shiftresnet20": {"resnet"}}.get(name, set())
+    assert set(done.stdout.split()) & families <= built_on
 
 
 def test_fixed_arguments_are_not_offered():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dsnet_by_hand
@@ -23,7 +24,7 @@ from thriftnet.interop.checkpoints import unique_tensors
 from thriftnet.models import MODELS
 from thriftnet.models.dsnet_blocks import SqueezeExcite, WidthGate
 from thriftnet.models.facts.dsnet import SUBNETWORKS, SUPERNETS
-from zoo_golden import FLOAT32, FLOAT64, check_digests, check_keys, check_output, facts, their_tensors
+from zoo_golden import FLOAT32, FLOAT64, check_digests, check_keys, check_output, facts, gradients, their_tensors
 
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ds", False))
 EVERY = [*range(14), "smallest", "largest"]
@@ -102,6 +103,34 @@ def test_recorded_recalibration() -> None:
     expected = {key: value for key, value in step["buffers_after"].items() if "num_batches" not in key}
     assert expected
     check_digests(read(unique_tensors(model), layout), expected)
+
+
+def test_recorded_sandwich_step() -> None:
+    """Largest, two numbered ones and smallest: losses, outputs, summed gradients and statistics of one training step.
+
+    The largest learns the labels, the others what the untouched network says at its largest.
+    """
+    step, case = facts("dsnet")["train_sandwich_tiny"], facts("dsnet")["tiny"]
+    model = recorded("tiny").double()
+    layout = dsnet_layout(model)
+    fill(model, their_tensors(case | {"fill_gain": step["fill_gain"]}), layout)
+    x = torch.from_numpy(golden_input(*step["input_shape"])).double()
+    teacher = copy.deepcopy(model).eval()
+    tn.set_width(teacher, "largest")
+    with torch.no_grad():
+        taught = teacher(x).softmax(1)
+    model.train()
+    for each in step["passes"]:
+        tn.set_width(model, each["choice"] if each["mode"] == "uniform" else each["mode"])
+        logits = model(x)
+        largest = each["mode"] == "largest"
+        target = torch.arange(len(x)) % logits.shape[1] if largest else taught
+        loss = F.cross_entropy(logits, target, label_smoothing=0.1 if largest else 0.0)
+        assert loss.item() == pytest.approx(each["loss"], rel=1e-9)
+        loss.backward()
+    check_digests(read(gradients(model), layout), step["grad"])
+    after = {key: value for key, value in step["buffers_after"].items() if "num_batches" not in key}
+    check_digests(read(unique_tensors(model), layout), after)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def check_train_step(step: dict[str, Any], case: dict[str, Any], model: nn.Modul
     assert abs(loss.item() - step["cross_entropy"]) <= 1e-9 * abs(step["cross_entropy"])
     if step["extra_loss"] is not None:
         assert abs(extra.item() - step["extra_loss"]) <= 1e-9 * abs(step["extra_loss"])
-    check_digests(read(_gradients(model), layout), step["grad"])
+    check_digests(read(gradients(model), layout), step["grad"])
     check_digests(read(unique_tensors(model), layout), step["buffers_after"])
 
 
@@ -104,7 +104,7 @@ def check_digests(got: dict[str, Tensor], expected: dict[str, Any], tolerance: f
             assert abs(float(one) - other) <= tolerance * max(1e-6, facts_of[1]), (key, float(one), other)
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by our keys; zeros where a tensor has none."""
     own = model.state_dict(keep_vars=True)
     tensors = {name: own[name] for name in unique_tensors(model)}
