@@ -1,0 +1,39 @@
+"""What the docs list is what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from thriftnet.cli import VERBS
+from thriftnet.techniques import TECHNIQUES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_each_technique_has_a_page_with_all_its_fields(name: str):
+    page = (ROOT / "docs" / "techniques" / f"{name.replace('-', '_')}.md").read_text(encoding="utf-8")
+    table = page.split("\n## Config\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(TECHNIQUES[name])}
+    assert set(rows) == set(fields)
+    for field, default in fields.items():
+        written = rows[field].strip().strip("`").strip('"')
+        assert written == str(default), f"{field}: the page says {written}, the default is {default}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_is_on_the_page_of_the_command_line(verb: str):
+    assert f"thriftnet {verb}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert f"`thriftnet {verb}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
