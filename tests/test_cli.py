@@ -142,7 +142,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["plan", "resnet20", "--technique", "shift", "--select", "layer9"], "matches no layer"),
         (["convert", "resnet20", "--output", "x"], "--technique or --plan"),
         (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
-        (["fold", "resnet20", "--output", "x"], "never converted"),
+        (["fold", "resnet20", "--output", "x"], "plain layers only"),
         (["demo", "--epochs", "0", "--output", "x"], "epochs >= 1"),
         (["models", "nothing*"], "no model matches"),
     ],
@@ -153,3 +153,13 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert expected in refused(capsys, *arguments)
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_fold_takes_networks_that_are_thrifty_by_themselves(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    done = json.loads(run(capsys, "fold", "swrn16_1_2", "--output", str(tmp_path / "m"), "--json"))
+    assert done["params"] == 175066  # as many templates as layers: only the 12 coefficients go
+    assert "plain layers only" in refused(capsys, "fold", str(tmp_path / "m"), "--output", str(tmp_path / "again"))
+
+
+def test_select_needs_a_technique(capsys: pytest.CaptureFixture[str]):
+    assert "--technique" in refused(capsys, "count", "resnet20", "--select", "layer1")

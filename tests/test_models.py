@@ -78,7 +78,7 @@ def test_fixed_arguments_are_not_offered():
         ("resnet21", {}, "did you mean 'resnet"),
         ("resnet20", {"num_clases": 3}, "did you mean 'num_classes'"),
         ("resnet20", {"depth": 32}, "unknown kwarg"),
-        ("resnet20", {"num_classes": 0}, "num_classes=0"),
+        ("resnet20", {"num_classes": -1}, "num_classes=-1"),
         ("resnet20", {"shortcut": "paid"}, "did you mean 'pad'"),
         ("resnet20", {"reduction": 5000.0}, "leaves no channel"),
         ("wrn", {"depth": 27}, "nearest are 22 and 28"),

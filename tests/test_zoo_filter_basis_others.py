@@ -292,7 +292,7 @@ def test_mobilenetv2_starts_as_torch_starts_convolutions() -> None:
         ("mobilenetv2_shared_double", {"eca": "yes"}, "eca='yes': possible are True and False"),
         ("mobilenetv2", {"drop_rate": 1.0}, r"drop_rate=1\.0: possible is a fraction"),
         ("cifar_mobilenetv2", {"in_chans": 0}, "in_chans=0: possible is"),
-        ("mobilenetv2_shared", {"num_classes": 0}, "num_classes=0: possible is"),
+        ("mobilenetv2_shared", {"num_classes": -1}, "num_classes=-1: possible is"),
     ],
     ids=lambda part: ",".join(part) if isinstance(part, dict) else part if " " not in part else "",
 )

@@ -180,7 +180,7 @@ def test_whole_convolutions_are_shared_folded_and_stored_once() -> None:
         ("resnet34_single_shared", {"shared_rank": -1}, "shared_rank"),
         ("resnet56_shared_only", {"unique_rank": 1}, "unique_rank"),
         ("resnet50_shared", {"shared_rank": 4}, "shared_rank"),
-        ("resnet50", {"num_classes": 0}, "num_classes"),
+        ("resnet50", {"num_classes": -1}, "num_classes"),
         ("cifar_resnet34", {"in_chans": 0}, "in_chans"),
     ],
 )

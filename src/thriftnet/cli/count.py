@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
-from thriftnet.models import IDENTITY, MODELS, model_kwargs
+from thriftnet.errors import ConfigError
+from thriftnet.models import MODELS, model_kwargs
+from thriftnet.models.entry import IDENTITY
 from thriftnet.models.table import NAMES, normal
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ def run(arguments: Sequence[str]) -> None:
         "--against", metavar="MODEL", help="a network to compare with; left out, the plain network that the zoo names"
     )
     options, kwargs = parse_with_kwargs(parser, arguments)
+    if options.select and not options.technique:
+        raise ConfigError("--select says which layers --technique converts: give both or neither")
 
     from thriftnet.measure import inspect
     from thriftnet.techniques import convert

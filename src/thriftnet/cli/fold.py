@@ -17,14 +17,16 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--input-size", metavar="C,H,W", help="for the check; left out, what the network was made for")
     options, kwargs = parse_with_kwargs(parser, arguments)
 
-    from thriftnet.core.verbs import count_params, fold, freeze, history
+    from thriftnet.core.verbs import count_params, fold, freeze, is_foldable
     from thriftnet.core.width import set_width
     from thriftnet.interop.checkpoints import save
     from thriftnet.measure.difference import relative_difference
 
     model = open_network(options.model, kwargs).eval()
-    if not history(model):
-        raise IncompatibleModelError(f"{options.model} was never converted: there is nothing to fold. See thriftnet convert")
+    if not any(is_foldable(module) for module in model.modules()):
+        raise IncompatibleModelError(
+            f"{options.model} has plain layers only: there is nothing to fold. See thriftnet convert"
+        )
     size = input_size(options.input_size, model)
     if options.width is None:
         folded = fold(model)

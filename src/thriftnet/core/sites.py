@@ -124,6 +124,10 @@ def selection(model: nn.Module, select: Select) -> Want:
         except re.error as error:
             raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
         return lambda name, module: pattern.search(name) is not None
+    if not isinstance(select, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in select):
+        raise ConfigError(
+            f"select={select!r}: possible are a regular expression, a list of names, or (name, module) -> bool"
+        )
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:

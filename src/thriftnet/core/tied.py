@@ -6,6 +6,7 @@ pickling are then plain PyTorch. Only the state dict needs care, because PyTorch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +61,15 @@ class Tied(nn.Module):
         elif self._loading is not None:
             for leaf in [leaf for leaf in self._loading[1] if leaf not in leaves]:
                 missing_keys.remove(self._loading[1].pop(leaf))  # found under this name
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tied:
+        """Stacked filters (5-d) keep their layout: channels_last is for the weights made of them."""
+
+        def on_rows(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten(1)).view(tensor.shape) if tensor.ndim == 5 else fn(tensor)
+
+        super()._apply(on_rows, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_written", "_loading")}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
-from thriftnet.core.sites import Select, Site, Want, default_select, replace, selection, sites
+from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
 from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Technique, is_whole, takes
 from thriftnet.core.width import set_width
@@ -33,7 +33,7 @@ def plan(model: nn.Module, technique: Technique, *, select: Select | None = None
         ConfigError, IncompatibleModelError: As `convert`.
     """
     with torch.random.fork_rng(devices=[]):
-        return _prepare(copy.deepcopy(model), technique, select)[1]
+        return _prepare(_copied(model), technique, select)[1]
 
 
 def convert(
@@ -56,10 +56,22 @@ def convert(
         IncompatibleModelError: A listed layer that the technique cannot take, or nothing to convert.
     """
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copied(model)
     converted, done = _prepare(model, technique, select)
     record(converted, {"verb": "convert", "plan": done.to_dict()})
     return converted
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a network is needed, got {model!r}. Build one by name with create_model(...)")
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        reason = str(error).split(".")[0]
+        raise IncompatibleModelError(
+            f"{type(model).__name__} cannot be copied ({reason}): remove what computes its weights, as weight_norm or pruning, first"
+        ) from None
 
 
 def record(model: nn.Module, step: dict[str, Any]) -> None:
@@ -84,19 +96,44 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
         reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
-        raise IncompatibleModelError(f"{format_spec(config)} finds nothing to convert in {type(model).__name__}. {reasons}")
+        raise IncompatibleModelError(
+            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
+            f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
+        )
     before = count_params(model)
     rows: list[PlanRow] = []
     table: dict[int, nn.Module] = {}
     for number, group in enumerate(groups):
+        for site in group:
+            _check_hooks(site)
         described = {id(site.module): describe(site.module) for site in group}
         names = {id(site.module): site.names for site in group}
-        for old, new in config.build(group):
+        pairs = config.build(group)
+        _freeze_alike(pairs)
+        for old, new in pairs:
             table[id(old)] = new.train(old.training)
             rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, number, relative_error(old, new)))
     model_name = type(model).__name__
     converted = replace(model, table)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
+
+
+def _check_hooks(site: Site[nn.Module]) -> None:
+    """A new layer would lose what hooks do; weight norm and pruning work by hooks, too."""
+    if site.module._forward_hooks or site.module._forward_pre_hooks:
+        raise IncompatibleModelError(
+            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and add them again after"
+        )
+
+
+def _freeze_alike(pairs: Sequence[Replacement]) -> None:
+    """Where a layer does not train, what replaces it does not, unless a layer that trains uses it, too."""
+    before = [(new, [p.requires_grad for p in old.parameters(recurse=False)]) for old, new in pairs]
+    trained = {id(p) for new, flags in before if any(flags) or not flags for p in new.parameters()}
+    for new, _ in before:
+        for parameter in new.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad_(False)
 
 
 def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[list[Site[nn.Module]]]]:
@@ -113,6 +150,13 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
                 f"the plan was made for another network: layer {name!r} is {found}; it needs {takes(config)}. Make a new plan"
             )
         wanted.add(id(modules[name]))
+    if is_whole(config):
+        for site in sites(model, lambda _, module: config.accepts(module)):
+            if id(site.module) not in wanted:
+                raise IncompatibleModelError(
+                    f"the plan was made for another network: {format_spec(config)} must take every layer, "
+                    f"but the plan leaves out {site.name!r}. Make a new plan"
+                )
     by_module = {id(site.module): site for site in sites(model, lambda _, module: id(module) in wanted)}
     return config, [[by_module[id(modules[name])] for name in group] for group in planned.groups]
 
@@ -328,8 +372,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Raises:
         ConfigError: A negative ``weight_decay``.
     """
-    if weight_decay < 0:
-        raise ConfigError(f"weight_decay={weight_decay}: possible is a number of at least 0")
+    if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < float("inf"):
+        raise ConfigError(f"weight_decay={weight_decay!r}: possible is a number of at least 0")
     spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
     parameters = list(model.parameters())
     groups = [

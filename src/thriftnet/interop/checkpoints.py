@@ -25,7 +25,7 @@ from thriftnet.core.plan import Plan
 from thriftnet.core.spec import format_spec
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
 from thriftnet.interop.sources import build
-from thriftnet.models import IDENTITY
+from thriftnet.models.entry import IDENTITY
 from thriftnet.techniques import convert, resolve
 
 FORMAT = 1
@@ -187,7 +187,7 @@ def _load_weights(model: nn.Module, place: Path) -> None:
                 raise CheckpointError(
                     f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}"
                 )
-            own[name].data = tensor.to(own[name].device)
+            own[name].data = tensor.to(own[name].device, copy=True)  # aligned: results depend on it in the last bit
 
 
 def _plain(place: Path, config: Mapping[str, Any], model: nn.Module | None) -> nn.Module:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from thriftnet.errors import ConfigError, unknown
-from thriftnet.models import IDENTITY, create_model
+from thriftnet.models import create_model
+from thriftnet.models.entry import IDENTITY
 
 
 def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:

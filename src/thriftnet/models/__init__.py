@@ -8,15 +8,13 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.errors import ConfigError, unknown
-from thriftnet.models.entry import ModelEntry
+from thriftnet.models.entry import IDENTITY, ModelEntry
 from thriftnet.models.table import MODELS, NAMES, normal
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs", "register_timm"]
-
-IDENTITY = "thriftnet_model"  # attribute of a network: the name and kwargs that rebuild it
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -34,7 +32,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: One of `list_models()` or an author's name for it; case and underscores do not matter.
-        kwargs: What the network's function takes, as ``num_classes`` and ``in_chans``.
+        kwargs: What the network's function takes, as ``num_classes`` (0 for none: pooled features) and ``in_chans``.
 
     Raises:
         ConfigError: Unknown name or kwarg, with close matches, or a value that the network refuses.
@@ -44,9 +42,14 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     for key in kwargs:
         if key not in possible:
             raise unknown(f"kwarg of {name}", key, possible)
-    model: nn.Module = _function(entry)(**{**entry.kwargs, **kwargs})
+    headless = type(kwargs.get("num_classes")) is int and kwargs["num_classes"] == 0
+    given = {key: value for key, value in kwargs.items() if not (headless and key == "num_classes")}
+    model: Any = _function(entry)(**{**entry.kwargs, **given})
+    if headless:
+        model.reset_classifier(0)
     setattr(model, IDENTITY, {"name": NAMES[normal(name)], "kwargs": kwargs})
-    return model
+    built: nn.Module = model
+    return built
 
 
 def register_timm() -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from thriftnet.errors import ConfigError
+from thriftnet.models.entry import IDENTITY
 
 
 class Classifier(nn.Module):
@@ -33,6 +34,12 @@ class Classifier(nn.Module):
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = self.default_cfg["input_size"][0]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ConfigError(
+                f"layer {self.default_cfg['first_conv']!r} of {type(self).__name__} reads images (N, {channels}, H, W), "
+                f"got {tuple(x.shape)}. Build the network with in_chans=..., or give images with {channels} channels"
+            )
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -43,7 +50,11 @@ class Classifier(nn.Module):
         """A fresh head for this many classes; 0 removes it."""
         like = next(self.parameters())
         self.num_classes = check_classes(num_classes, least=0)
-        self.fc = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        self.fc = head.train(self.training)
+        identity = getattr(self, IDENTITY, None)
+        if identity is not None:
+            setattr(self, IDENTITY, {**identity, "kwargs": {**identity["kwargs"], "num_classes": num_classes}})
 
 
 def check_classes(num_classes: object, least: int = 1) -> int:

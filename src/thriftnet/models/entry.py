@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+IDENTITY = "thriftnet_model"  # attribute of a network: the name and kwargs that rebuild it
+
 
 @dataclass(frozen=True)
 class Published:

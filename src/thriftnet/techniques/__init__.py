@@ -12,6 +12,7 @@ from thriftnet.core import spec, verbs
 from thriftnet.core.plan import Plan
 from thriftnet.core.sites import Select
 from thriftnet.core.technique import Technique
+from thriftnet.errors import ConfigError
 from thriftnet.techniques.filter_basis import FilterBasis
 from thriftnet.techniques.shift import Shift
 from thriftnet.techniques.slimmable import Slimmable
@@ -39,6 +40,12 @@ def resolve(technique: TechniqueLike) -> Technique:
         return spec.parse_spec(technique, TECHNIQUES)
     if isinstance(technique, Mapping):
         return spec.from_dict(technique, TECHNIQUES)
+    if isinstance(technique, type):
+        raise ConfigError(f"{technique.__name__} is a class: write {technique.__name__}() for its config")
+    if not all(callable(getattr(technique, method, None)) for method in ("accepts", "group", "build")):
+        raise ConfigError(
+            f"a technique is a config or its text, got {technique!r}. Possible: {', '.join(sorted(TECHNIQUES))}"
+        )
     return technique
 
 

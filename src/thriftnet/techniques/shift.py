@@ -8,9 +8,9 @@ Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,17 @@ class Shift2d(Tied, WidthAware):
         self.channels, self.kernel_size, self.dilation = channels, kernel_size, dilation
         self.moved = moved_channels(channels, kernel_size)
         self.register_buffer("kernel", one_hot(channels, kernel_size), persistent=False)  # (C, 1, m, m)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shift2d:
+        super()._apply(fn, recurse)
+        if not self.kernel.is_meta:
+            self.kernel = one_hot(self.channels, self.kernel_size).to(self.kernel)  # `to_empty` leaves nothing in it
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.kernel.is_meta:  # not stored, so that loading with assign=True does not bring it
+            self.kernel = one_hot(self.channels, self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.active_outs(self.channels)

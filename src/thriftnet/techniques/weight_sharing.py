@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,12 @@ class WeightSharing:
         if self.portion > 1:
             raise ConfigError(f"portion={self.portion}: possible is a fraction in (0, 1]")
         if self.groups is not None:
+            given: Any = self.groups
             try:
+                if isinstance(given, str) or any(isinstance(group, str) or len(group) < 2 for group in given):
+                    raise ConfigError(
+                        f"groups={self.groups!r}: each must be a list of at least two layer names or positions"
+                    )
                 object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
             except TypeError:
                 raise ConfigError(f"groups={self.groups!r}: give a list of lists of layer names or positions") from None
@@ -287,6 +292,4 @@ def _named_group(
                 "Put only equal layers into one of the groups"
             )
         group.append(site)
-    if not group:
-        raise ConfigError("groups holds an empty group: name at least one layer in each")
     return group
