@@ -136,3 +136,14 @@ def test_a_loaded_network_computes_the_same_bits(tmp_path: Path):
     model = tn.convert(plain(), "weight-sharing")
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(tn.load(tn.save(model, tmp_path / "m"), model=plain())(images), model(images))
+
+
+def test_recalibrate_takes_one_width_and_refuses_what_is_no_image():
+    model = tn.convert(tn.create_model("resnet20"), "slimmable(widths=(0.5, 1.0))")
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with pytest.raises(tn.DataError, match="tensors or"):
+        tn.recalibrate(model, [{"image": torch.randn(2, 3, 32, 32)}])
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    tn.recalibrate(model, [torch.randn(2, 3, 32, 32)], widths=0.5)
+    changed = {name.rpartition(".")[2] for name, value in model.named_buffers() if not torch.equal(before[name], value)}
+    assert changed == {"running_mean_0", "running_var_0", "num_batches_tracked_0"}

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
-from thriftnet.core.verbs import batches_of
 from thriftnet.core.width import set_width, width
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import DataError, IncompatibleModelError
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, loader: Iterable[Any], widths: Sequence[float | int | str] | None = None) -> None:
+def recalibrate(
+    model: nn.Module, loader: Iterable[Any], widths: Sequence[float | int | str] | float | int | str | None = None
+) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
     Weights, modes, the selected width and the random state are left as they were; only statistics change. If the
@@ -26,17 +27,18 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], widths: Sequence[float 
     Args:
         model: Any network with batch norms.
         loader: Yields ``inputs`` or ``(inputs, ...)``; gone through once.
-        widths: Which widths of a slimmable network; left out, all of them.
+        widths: Which widths of a slimmable network, or one of them; left out, all.
 
     Raises:
         IncompatibleModelError: No batch norm keeps statistics.
-        DataError: The loader yields no batch.
+        DataError: The loader yields no batch, or something else than tensors.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
         raise IncompatibleModelError(f"{type(model).__name__} has no batch norm with running statistics to recalibrate")
-    available = widths_of(model)
-    chosen: Sequence[float | int | str | None] = widths if widths is not None else (available or (None,))
+    if isinstance(widths, float | int | str):
+        widths = (widths,)
+    chosen: Sequence[float | int | str | None] = widths if widths is not None else (widths_of(model) or (None,))
     like = next(p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     with _only_norms_train(model, norms), _restored_on_failure(norms):
         for each in chosen:
@@ -45,11 +47,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], widths: Sequence[float 
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
         seen = 0
-        for batch in batches_of(loader):
+        for batch in loader:
             seen += 1
+            images = batch[0] if isinstance(batch, list | tuple) else batch
+            if not isinstance(images, Tensor):
+                raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
             for each in chosen:
                 _choose(model, each)
-                model(batch.to(like))
+                model(images.to(like))
         if not seen:
             raise DataError("recalibrate got a loader without batches: the statistics are unchanged. Give it training data")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -381,8 +381,3 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def batches_of(loader: Iterable[Any]) -> Iterator[Tensor]:
-    """The inputs of a loader that yields ``inputs`` or ``(inputs, ...)``."""
-    return (batch[0] if isinstance(batch, list | tuple) else batch for batch in loader)
