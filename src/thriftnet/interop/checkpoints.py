@@ -254,7 +254,7 @@ def _check_replaceable(place: Path) -> None:
 
 
 def _move_into_place(draft: Path, place: Path) -> None:
-    """Swap the complete draft in; at every moment the old or the new folder is whole on disk."""
+    """Swap the complete draft in by two renames; a kill between them leaves the old one whole, as ``.NAME.old-PID``."""
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
     if place.exists():
         place.rename(old)
