@@ -24,6 +24,8 @@ _PLACES = {
         "ThriftnetError",
     ),
     "thriftnet.interop.checkpoints": ("load", "save"),
+    "thriftnet.interop.hub": ("from_pretrained", "push_to_hub"),
+    "thriftnet.interop.importer": ("ImportedCheckpoint", "import_checkpoint"),
     "thriftnet.measure": ("Report", "inspect"),
     "thriftnet.models": ("create_model", "list_models"),
     "thriftnet.techniques": ("TECHNIQUES", "convert", "plan"),
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
         ThriftnetError,
     )
     from thriftnet.interop.checkpoints import load, save
+    from thriftnet.interop.hub import from_pretrained, push_to_hub
+    from thriftnet.interop.importer import ImportedCheckpoint, import_checkpoint
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
     from thriftnet.techniques import TECHNIQUES, convert, plan

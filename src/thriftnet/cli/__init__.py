@@ -15,8 +15,12 @@ VERBS = {
     "count": "count parameters, multiply-accumulates and bytes moved of a network",
     "plan": "show what a conversion would do, layer by layer",
     "convert": "make a network small with a technique, and save it",
+    "train": "train a network by a recipe, on one process or many; resumes",
+    "recipes": "list the training recipes, or show one",
+    "import": "import a checkpoint of one of the five original projects",
     "fold": "turn a converted network into plain layers, check that it computes the same, and save it",
 }
+MODULES = {"import": "import_"}  # where a verb is no name that Python takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        importlib.import_module(f"thriftnet.cli.{verb}").run(rest)
+        importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
     except ThriftnetError as error:
         sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"thriftnet {verb}: stopped\n")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"thriftnet {verb}: {interrupt or 'stopped'}\n")
         return 130
     except BrokenPipeError:
         sys.stderr.close()

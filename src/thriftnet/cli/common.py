@@ -39,8 +39,10 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         raise ConfigError(f"{error.message}. See {parser.prog} --help") from None
 
 
-def parse_with_kwargs(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, dict[str, Any]]:
-    """Parse the verb's own options; all other ``--key value`` pairs are arguments of the network."""
+def parse_with_kwargs(
+    parser: ArgumentParser, arguments: Sequence[str], *, literals: bool = True
+) -> tuple[Namespace, dict[str, Any]]:
+    """Parse the verb's own options; all other ``--key value`` pairs are given back, as Python values or as texts."""
     known = {name for action in parser._actions for name in action.option_strings}
     own: list[str] = []
     kwargs: dict[str, Any] = {}
@@ -55,7 +57,7 @@ def parse_with_kwargs(parser: ArgumentParser, arguments: Sequence[str]) -> tuple
             if not rest or rest[0].startswith("--"):
                 raise unknown("option", word, known)
             value = rest.pop(0)
-        kwargs[key[2:].replace("-", "_")] = literal(value)
+        kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
     return parse(parser, own), kwargs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -14,7 +14,9 @@ class Technique(Protocol):
     """A frozen, keyword-only dataclass with three methods. The verbs know nothing else of it.
 
     Two class attributes are looked at when present: ``takes``, a phrase for error messages that says which layers it
-    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none.
+    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none. Likewise two methods:
+    ``adapt(model)`` gives the config with what it leaves to the network filled in, and ``finish(model)`` adds to the
+    converted network, in place, what stands for no layer.
     """
 
     def accepts(self, module: nn.Module) -> bool:
@@ -38,3 +40,16 @@ def takes(technique: Technique) -> str:
 def is_whole(technique: Technique) -> bool:
     """Whether a technique changes every layer with parameters or none."""
     return bool(getattr(technique, "every_layer", False))
+
+
+def adapted(technique: Technique, model: nn.Module) -> Technique:
+    """The config with what it leaves to the network filled in."""
+    adapt = getattr(technique, "adapt", None)
+    return technique if adapt is None else cast(Technique, adapt(model))
+
+
+def finish(technique: Technique, model: nn.Module) -> None:
+    """Add to a converted network what stands for no layer."""
+    add = getattr(technique, "finish", None)
+    if add is not None:
+        add(model)

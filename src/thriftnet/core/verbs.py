@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections import Counter
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
+from thriftnet.core.merge import merge_norms_of
+from thriftnet.core.penalty import PenaltyTerm as PenaltyTerm
+from thriftnet.core.penalty import param_groups as param_groups
+from thriftnet.core.penalty import penalty as penalty
+from thriftnet.core.places import Choice, assign
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
 from thriftnet.core.spec import format_spec
-from thriftnet.core.technique import Technique, is_whole, takes
-from thriftnet.core.width import set_width
+from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
+from thriftnet.core.width import Width, set_width, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
@@ -91,7 +96,7 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
         config, groups = _planned_groups(model, technique)
     else:
-        config = technique
+        config = adapted(technique, model)
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
@@ -115,6 +120,7 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, number, relative_error(old, new)))
     model_name = type(model).__name__
     converted = replace(model, table)
+    finish(config, converted)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
 
 
@@ -151,7 +157,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
             )
         wanted.add(id(modules[name]))
     if is_whole(config):
-        for site in sites(model, lambda _, module: config.accepts(module)):
+        for site in itertools.chain(*config.group(sites(model, lambda _, module: config.accepts(module)))):
             if id(site.module) not in wanted:
                 raise IncompatibleModelError(
                     f"the plan was made for another network: {format_spec(config)} must take every layer, "
@@ -313,71 +319,51 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
     return tied
 
 
-def freeze(model: nn.Module, width: float | int | str) -> nn.Module:
-    """A plain network, in eval mode, that computes what ``model`` does at one of its widths.
+def freeze(
+    model: nn.Module,
+    width: Choice | Mapping[str, Any],
+    *,
+    fold_norms: bool = False,
+    input_size: Sequence[int] | None = None,
+) -> nn.Module:
+    """A plain network, in eval mode, that computes what ``model`` does at one of its widths. Its weights are copies.
+
+    Args:
+        model: A network of several widths.
+        width: One width for all of it; or a width for each part that can have its own; or widths by regular expressions on the
+            names of layers, where the first that is found counts, and the largest if none is. What the history of a
+            frozen network holds is taken, too.
+        fold_norms: Fold batch norms into the convolutions before them, where nothing else reads those.
+        input_size: Channels, height and width of an image, for finding out which layers belong together. Left out, as the
+            network says or as is found by trying.
 
     Raises:
-        IncompatibleModelError: The network has one width only.
-        ConfigError: It has no such width.
+        IncompatibleModelError: The network has one width only, or a layer can have none of its own.
+        ConfigError: It has no such width, or widths that do not fit together.
     """
+    if isinstance(width, Mapping) and "width" in width:
+        return freeze(model, width["width"], fold_norms=width.get("fold_norms", False), input_size=width.get("input_size"))
+    _check_slimmable(model)
+    options = ({"fold_norms": True} if fold_norms else {}) | ({"input_size": list(input_size)} if input_size else {})
+    uniform = not isinstance(width, Mapping | list | tuple)
+    size = None if uniform and not fold_norms else probe.input_size(model, input_size)
     model = copy.deepcopy(model).eval()
-    set_width(model, width)
+    if isinstance(width, Mapping | list | tuple):
+        assign(model, width, size or ())
+    else:
+        set_width(model, cast(Width, width))
     frozen = fold(model, inplace=True)
-    setattr(frozen, HISTORY, [*history(frozen)[:-1], {"verb": "freeze", "width": width}])
+    if fold_norms:
+        frozen = merge_norms_of(frozen, size or ())
+    kept = dict(width) if isinstance(width, Mapping) else list(width) if isinstance(width, list | tuple) else width
+    step = {"verb": "freeze", "width": {"width": kept, **options} if options else kept}
+    setattr(frozen, HISTORY, [*history(frozen)[:-1], step])
     return frozen
 
 
-@dataclasses.dataclass(frozen=True)
-class PenaltyTerm:
-    """A share of the penalty that one module adds.
-
-    Args:
-        total: Sum over its entries, a scalar.
-        count: Number of entries, for averaging over all modules of the network.
-        scale: The factor that the technique's config asks for in training.
-        family: Modules of one family are averaged together; families are added.
-    """
-
-    total: Tensor
-    count: int
-    scale: float
-    family: str = ""
-
-
-def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
-    """What the techniques in a network ask to be added to the loss: averaged by family, each shared part once.
-
-    Args:
-        model: Any network; one without a penalty gives zero.
-        scaled: Multiply by the factor of the technique's config (``lambda_r``), as training does.
-
-    Returns:
-        A differentiable scalar.
-    """
-    holders = [module for module in model.modules() if callable(getattr(type(module), "penalty_term", None))]
-    terms: list[PenaltyTerm] = [cast(Any, module).penalty_term() for module in holders]
-    counts: Counter[str] = Counter()
-    for term in terms:
-        counts[term.family] += term.count
-    shares = [term.total * (term.scale if scaled else 1.0) / counts[term.family] for term in terms if counts[term.family]]
-    if not shares:
-        like = next(model.parameters(), torch.zeros(()))
-        return torch.zeros((), device=like.device, dtype=like.dtype)
-    return torch.stack(shares).sum()
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: what a layer lists in ``no_decay`` gets no weight decay.
-
-    Raises:
-        ConfigError: A negative ``weight_decay``.
-    """
-    if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < float("inf"):
-        raise ConfigError(f"weight_decay={weight_decay!r}: possible is a number of at least 0")
-    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _check_slimmable(model: nn.Module) -> None:
+    """Raise for a network that was taken out of a slimmable one."""
+    if not widths(model) and any(step["verb"] == "freeze" for step in history(model)):
+        raise IncompatibleModelError(
+            f"{type(model).__name__} has one width only, since it was frozen. Freeze the network that it was taken from"
+        )

@@ -6,7 +6,7 @@ Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3 (switchable w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import nn
@@ -27,12 +27,14 @@ class Slim:
         outs: Channels given in each.
         stores: Which of a norm's statistics each one uses, numbered from 0, the widest ones last. Left out, every
             sub-network has its own.
+        place: Where several layers must give equally many channels, a name for them all. Left out, the layer's own name.
     """
 
     widths: tuple[Width, ...]
     ins: tuple[int, ...]
     outs: tuple[int, ...]
     stores: tuple[int, ...] | None = None
+    place: str = field(default="", compare=False)
 
     def with_ins(self, channels: int) -> Slim:
         """The same widths, reading ``channels`` at each of them."""
@@ -115,12 +117,17 @@ def set_width(model: nn.Module, width: Width) -> None:
         raise IncompatibleModelError(
             f"{type(model).__name__} has one width only. Make it slimmable first: convert(model, Slimmable(widths=(0.5, 1.0)))"
         )
-    index = _position(width, possible)
+    index = position(width, possible)
     for layer in slim_layers(model):
         layer.set_width_index(index)
 
 
-def _position(width: Width, possible: tuple[Width, ...]) -> int:
+def position(width: Width, possible: tuple[Width, ...]) -> int:
+    """Where a width stands in the ascending list of a network's widths.
+
+    Raises:
+        ConfigError: It is none of them; the message lists them.
+    """
     if isinstance(width, str) and width in possible:
         return possible.index(width)
     names = {"smallest": 0, "largest": len(possible) - 1}

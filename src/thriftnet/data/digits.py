@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.errors import DataError
+
+STEP = 15  # of the 8 bits of an image, for each of the 16 levels of grey
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Digits:
-    """Train and test split; mean and std are those of the training images."""
+    """Train and test split; mean and std are those of the training images, stored as `digits_source` stores them, in [0, 1]."""
 
     train: Split
     test: Split
@@ -42,6 +45,33 @@ def load_digits(seed: int = 0, test_fraction: float = 0.25) -> Digits:
     Raises:
         DataError: scikit-learn, which brings the images, is not installed.
     """
+    train_x, test_x, train_y, test_y = _pieces(seed, test_fraction)
+    mean, std = float(train_x.mean()), float(train_x.std())
+
+    def split(x: Tensor, y: Tensor) -> Split:
+        return Split(((x - mean) / std).float().view(-1, 1, 8, 8), y.long())
+
+    return Digits(split(train_x, train_y), split(test_x, test_y), mean * STEP / 255, std * STEP / 255)
+
+
+def digits_source() -> DataSource:
+    """The same images as a `DataSource`, with 8 bits for each pixel.
+
+    Raises:
+        DataError: scikit-learn, which brings the images, is not installed.
+    """
+    train_x, test_x, train_y, test_y = _pieces(seed=0, test_fraction=0.25)
+    facts = load_digits()
+
+    def images(x: Tensor, y: Tensor) -> ArrayImages:
+        return ArrayImages((x * STEP).to(torch.uint8).view(-1, 1, 8, 8), y.long())
+
+    splits = {"train": images(train_x, train_y), "test": images(test_x, test_y)}
+    return DataSource("digits", facts.classes, dict(splits), (facts.mean,), (facts.std,))
+
+
+def _pieces(seed: int, test_fraction: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images, test images, training labels, test labels; pixels from 0 to 16."""
     try:
         from sklearn.datasets import load_digits as bundled
         from sklearn.model_selection import train_test_split
@@ -50,9 +80,4 @@ def load_digits(seed: int = 0, test_fraction: float = 0.25) -> Digits:
     images, labels = bundled(return_X_y=True)
     pieces = train_test_split(images, labels, test_size=test_fraction, random_state=seed, stratify=labels)
     train_x, test_x, train_y, test_y = map(torch.from_numpy, pieces)
-    mean, std = float(train_x.mean()), float(train_x.std())
-
-    def split(x: Tensor, y: Tensor) -> Split:
-        return Split(((x - mean) / std).float().view(-1, 1, 8, 8), y.long())
-
-    return Digits(split(train_x, train_y), split(test_x, test_y), mean, std)
+    return train_x, test_x, train_y, test_y

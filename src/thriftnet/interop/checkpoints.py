@@ -1,7 +1,7 @@
 """Our model folder: every tensor once, what rebuilds the network, and a model card. No pickle.
 
 folder/model.safetensors   each tensor once, under its first name
-folder/config.json         format, model name and kwargs, what was done to it, hashes
+folder/config.json         format, model name and kwargs, what was done to it, what it reads and reaches, hashes
 folder/README.md           model card
 """
 
@@ -11,133 +11,148 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thriftnet import __version__
 from thriftnet.core import verbs
 from thriftnet.core.plan import Plan
-from thriftnet.core.spec import format_spec
+from thriftnet.core.width import set_width
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
+from thriftnet.interop import shapes
+from thriftnet.interop.atomic import recover, replace_folder
+from thriftnet.interop.card import model_card
+from thriftnet.interop.card import steps as steps
+from thriftnet.interop.config import (
+    CARD,
+    CONFIG,
+    FILES,
+    FORMAT,
+    WEIGHTS,
+    Config,
+    check_sizes,
+    described,
+    no_folder,
+    parse_config,
+    read_config,
+)
 from thriftnet.interop.sources import build
-from thriftnet.models.entry import IDENTITY
-from thriftnet.techniques import convert, resolve
+from thriftnet.techniques import convert
 
-FORMAT = 1
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+__all__ = ["FORMAT", "load", "open_model", "read_config", "replay", "save", "steps", "unique_tensors"]
+
+ATTEMPTS = 100  # of reading a folder that others replace meanwhile
+HUB = "hf-hub:"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a network to a folder, so that `load` gives it back bit by bit.
+    """Write a network to a folder, so that `load` gives it back bit by bit, at the width it has now.
 
-    The folder is written beside its place and moved there when complete; one that holds something else is not touched.
+    The folder is replaced whole: whenever the process dies, the old or the new one is there. Other files in an earlier
+    model folder stay; a folder of something else is not touched.
 
     Args:
-        model: Any network; one outside the zoo needs its plain form again when loaded.
+        model: Any network; one outside the zoo needs its plain form again when loaded. Of a compiled network, or one
+            wrapped for training on several devices, what it holds is saved.
         folder: Where to; an earlier model folder there is replaced.
-        metadata: JSON-ready facts to keep: input size, metrics, class names, ...
+        metadata: JSON-ready facts to keep. ``input_size`` (C, H, W), ``normalisation`` (``mean`` and ``std``),
+            ``class_names`` and ``metrics`` (numbers by name) are checked; others are kept as they are.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: The place holds something that is not a model folder, or cannot be written.
+        ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
-    from safetensors.torch import save_file
-
     place = Path(folder)
     _check_replaceable(place)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {place}: {error.strerror}") from None
-    try:
-        save_file(unique_tensors(model), draft / WEIGHTS)
-        config = _config(model, metadata or {})
-        config["sha256"] = {WEIGHTS: _sha256(draft / WEIGHTS)}
-        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (draft / CARD).write_text(_card(model, config))
-        for path in draft.iterdir():
-            _sync(path)
-        draft.chmod(0o755)
-        _move_into_place(draft, place)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {place}: {error.strerror or error}. What was there before is unchanged"
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return place
+    model = _unwrapped(model)
+    tensors = _separate(unique_tensors(model))
+    config = described(model, metadata or {})
+
+    def write(draft: Path) -> None:
+        (draft / CARD).write_text(model_card(config), encoding="utf-8")
+        _write_weights(tensors, draft / WEIGHTS)
+        shutil.copymode(draft / CARD, draft / WEIGHTS)  # safetensors lets only its writer read it
+        config["sha256"] = {name: _sha256(draft / name) for name in (WEIGHTS, CARD)}
+        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _keep_others(place, draft)
+
+    return replace_folder(place, write)
 
 
 def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
-    """The network that `save` wrote, in eval mode on the CPU.
+    """The network that `save` wrote, in eval mode on the CPU, at the width it was saved at.
+
+    Nothing is fitted anew and the random state stays as it is. The hash is checked of the very bytes that are loaded, so
+    that another process may replace the folder meanwhile.
 
     Args:
-        folder: A model folder.
+        folder: A model folder, or ``hf-hub:owner/name`` with an optional ``@revision``.
         model: The plain network, for one that is not in the zoo: what was done to the saved one is done to a copy of it.
 
     Raises:
         CheckpointError: Not a model folder, damaged, of a newer format, or not fitting the network.
     """
+    if isinstance(folder, str) and folder.startswith(HUB):
+        from thriftnet.interop.hub import from_pretrained
+
+        return from_pretrained(folder, model=model)
     place = Path(folder)
-    config = read_config(place)
-    expected = config.get("sha256", {}).get(WEIGHTS)
-    if not (place / WEIGHTS).is_file() or _sha256(place / WEIGHTS) != expected:
-        raise CheckpointError(
-            f"{place / WEIGHTS} is missing or damaged: its hash is not the one in {CONFIG}. Copy the folder anew"
-        )
+    config, stored = _read(place)
+    check_sizes(config, sum(tensor.numel() for tensor in stored.values()), place)
     try:
-        rebuilt = replay(_plain(place, config, model), config["history"])
-    except (ThriftnetError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{place} cannot be rebuilt: {error}") from error
-    _load_weights(rebuilt, place)
+        rebuilt = _skeleton(place, config, model)
+        _check_fit(rebuilt, stored, place)
+        shapes.fill(rebuilt, stored)
+        if shapes.unfilled(rebuilt):
+            with torch.random.fork_rng(devices=[]):
+                shapes.fill_rest(rebuilt, _plain(place, config, model))
+        if config["width"] is not None:
+            set_width(rebuilt, config["width"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a foreign config.json makes a network's own code raise
+        kind = "" if isinstance(error, ThriftnetError) else f"{type(error).__name__} "
+        raise CheckpointError(f"{place} cannot be rebuilt: {kind}{error}") from error
     return rebuilt.eval()
 
 
 def open_model(source: str, **kwargs: Any) -> nn.Module:
-    """The network that the user names: a folder written by `save`, or what `sources.build` knows.
+    """The network that the user names.
+
+    Args:
+        source: A folder written by `save`, ``hf-hub:owner/name[@revision]``, a file of the authors' formats, or what
+            `sources.build` knows.
+        kwargs: For the function that builds it.
 
     Raises:
         ConfigError: No such network, with close matches.
-        CheckpointError: A folder that cannot be loaded.
+        CheckpointError: A folder or file that cannot be loaded.
     """
-    if Path(source).is_dir():
-        if kwargs:
-            raise ConfigError(f"{source} is a saved network: it takes no further arguments, got {sorted(kwargs)}")
+    path = Path(source)
+    saved = source.startswith(HUB) or path.exists()
+    if saved and kwargs:
+        raise ConfigError(f"{source} is a saved network: it takes no further arguments, got {sorted(kwargs)}")
+    if path.is_file():
+        from thriftnet.interop.importer import open_file
+
+        opened: nn.Module = open_file(path)
+        return opened
+    if saved:
         return load(source)
     if "/" in source and ":" not in source:
         raise ConfigError(
-            f"there is no folder {source!r}. Give a saved folder, a model name (see list_models), or timm:NAME"
+            f"there is no folder or file {source!r}. Give a saved folder, a checkpoint file, hf-hub:OWNER/NAME, "
+            "a model name (see list_models), or timm:NAME"
         )
     return build(source, kwargs, trusted=True)
-
-
-def read_config(place: Path) -> dict[str, Any]:
-    """The folder's `config.json`, checked to be of a format that this version reads."""
-    try:
-        config = json.loads((place / CONFIG).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{place} is no model folder: it has no {CONFIG}. Folders are written by thriftnet.save"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{place / CONFIG} cannot be read: {error}") from None
-    version = config.get("thriftnet_format") if isinstance(config, dict) else None
-    if not isinstance(version, int):
-        raise CheckpointError(f"{place / CONFIG} is not of thriftnet: it has no thriftnet_format")
-    if version > FORMAT:
-        made_by = config.get("thriftnet_version", "a newer version")
-        raise CheckpointError(
-            f"{place} has format {version}, this version reads up to {FORMAT}: install thriftnet {made_by}"
-        )
-    return dict(config)
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
@@ -148,6 +163,8 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         if verb == "convert":
             model = convert(model, Plan.from_dict(step["plan"]))
         elif verb == "fold":
+            if step.get("width") is not None:
+                set_width(model, step["width"])
             model = verbs.fold(model)
         elif verb == "freeze":
             model = verbs.freeze(model, step["width"])
@@ -161,128 +178,166 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each tensor once, under its first name."""
-    seen: set[int] = set()
-    unique = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor.detach().contiguous()
-    return unique
+    return {name: tensor.detach().contiguous() for name, tensor in shapes.first_names(model).items()}
 
 
-def _load_weights(model: nn.Module, place: Path) -> None:
-    from safetensors.torch import load_file
+def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Config and tensors that belong together, though another process may replace the folder meanwhile."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as tensors_of
 
-    stored = load_file(place / WEIGHTS)
-    wanted = unique_tensors(model)
+    for _ in range(ATTEMPTS):
+        seen = _config_file(place)
+        if seen is None:
+            if not recover(place):
+                raise no_folder(place)
+            time.sleep(0.01)  # a living process is between two renames, where the system has no exchange
+            continue
+        config = parse_config(seen[0], place)
+        try:
+            data = (place / WEIGHTS).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            data = b""
+        except OSError as error:
+            raise CheckpointError(f"{place / WEIGHTS} cannot be read: {error.strerror or error}") from None
+        if hashlib.sha256(data).hexdigest() == config["sha256"][WEIGHTS]:
+            try:
+                return config, tensors_of(data)
+            except (SafetensorError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{place / WEIGHTS} is no safetensors file: {error}") from None
+        if _config_file(place) == seen:
+            raise CheckpointError(
+                f"{place / WEIGHTS} is missing or damaged: its hash is not the one in {CONFIG}. Copy the folder anew"
+            )
+    raise CheckpointError(f"{place} is replaced faster than it can be read: {ATTEMPTS} attempts. Try again later")
+
+
+def _config_file(place: Path) -> tuple[bytes, int, int] | None:
+    """Content of the config file and which file it is; None where there is none."""
+    try:
+        with (place / CONFIG).open("rb") as file:
+            facts = os.fstat(file.fileno())
+            return file.read(), facts.st_ino, facts.st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{place / CONFIG} cannot be read: {error.strerror or error}") from None
+
+
+def _skeleton(place: Path, config: Config, model: nn.Module | None) -> nn.Module:
+    """The network with shapes and no values."""
+    with shapes.shapes_only():
+        if model is not None:
+            return replay(shapes.emptied(model), config["history"])
+        try:
+            plain = _plain(place, config, None)
+        except NotImplementedError:
+            plain = None  # it computes with numbers while it is built, as torchvision's RegNet does
+    if plain is None:
+        with torch.random.fork_rng(devices=[]):
+            plain = shapes.emptied(_plain(place, config, None))
+    with shapes.shapes_only():
+        return replay(plain, config["history"])
+
+
+def _plain(place: Path, config: Config, model: nn.Module | None) -> nn.Module:
+    if model is not None:
+        return model
+    identity = config["model"]
+    if identity is None:
+        raise CheckpointError(
+            f"{place} holds a {config['class']} whose making is not known: give its plain form, load(folder, model=...)"
+        )
+    return build(identity["name"], identity["kwargs"], trusted=False)
+
+
+def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], place: Path) -> None:
+    wanted = shapes.first_names(model)
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
         raise CheckpointError(
             f"{place} does not fit the network: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
         )
-    with torch.no_grad():
-        own = dict(model.state_dict(keep_vars=True))
-        for name, tensor in stored.items():
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(own[name].shape)}"
-                )
-            own[name].data = tensor.to(own[name].device, copy=True)  # aligned: results depend on it in the last bit
+    for name, tensor in stored.items():
+        if wanted[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(wanted[name].shape)}"
+            )
 
 
-def _plain(place: Path, config: Mapping[str, Any], model: nn.Module | None) -> nn.Module:
-    if model is not None:
-        return model
-    identity = config.get("model")
-    if identity is None:
-        raise CheckpointError(
-            f"{place} holds a {config.get('class')} whose making is not known: give its plain form, load(folder, model=...)"
-        )
-    return build(identity["name"], identity["kwargs"], trusted=False)
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what compiles, averages or distributes it."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
 
 
-def _config(model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "thriftnet_format": FORMAT,
-        "thriftnet_version": __version__,
-        "model": getattr(model, IDENTITY, None),
-        "class": type(model).__name__,
-        "history": verbs.history(model),
-        "params": verbs.count_params(model),
-        "metadata": dict(metadata),
-    }
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, none of which lies in memory that another one uses, too."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()._cdata
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} holds no values (it is on the meta device): load weights before saving")
+        if storage in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage)
+    return tensors
 
 
-def steps(history: list[dict[str, Any]]) -> list[str]:
-    """What was done to a network, a phrase each."""
-    return [
-        f"convert: {format_spec(resolve(step['plan']['technique']))}" if step["verb"] == "convert" else str(step["verb"])
-        for step in history
-    ]
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-
-def _card(model: nn.Module, config: Mapping[str, Any]) -> str:
-    identity = config["model"]
-    name = identity["name"] if identity else config["class"]
-    argument = "" if identity else ", model=plain_network"
-    lines = [
-        "---",
-        "library_name: thriftnet",
-        "tags: [image-classification]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{config['params']:,} stored parameters. Made with thriftnet {config['thriftnet_version']}.",
-        "",
-        *(f"- {step}" for step in steps(config["history"])),
-        *(f"- {key}: {value}" for key, value in config["metadata"].items()),
-        "",
-        "```python",
-        "import thriftnet",
-        "",
-        f'model = thriftnet.load("this/folder"{argument})',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path.name} cannot hold these tensors: {error}") from error
 
 
 def _check_replaceable(place: Path) -> None:
-    if place.is_file() or (place.is_dir() and any(place.iterdir()) and not (place / CONFIG).is_file()):
-        raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
-
-
-def _move_into_place(draft: Path, place: Path) -> None:
-    """Swap the complete draft in by two renames; a kill between them leaves the old one whole, as ``.NAME.old-PID``."""
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
-    if place.exists():
-        place.rename(old)
+    """Raise unless the place is empty or holds a folder that `save` wrote."""
     try:
-        draft.rename(place)
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return
+        if place.is_dir() and "thriftnet_format" in json.loads((place / CONFIG).read_bytes()):
+            return
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        pass  # no config.json, or not ours
+    except OSError as error:
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is unchanged") from error
+    raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
+
+
+def _keep_others(place: Path, draft: Path) -> None:
+    """Files of the user's in the old folder belong to the new one, too: the same files, not copies."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for path in sorted(place.iterdir()):
+            if path.name in FILES:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, draft / path.name, symlinks=True, copy_function=_link)
+            else:
+                _link(path, draft / path.name)
+
+
+def _link(source: str | Path, target: str | Path, **_: Any) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
     except OSError:
-        if old.exists():
-            old.rename(place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    _sync(place.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_hand(file)
-
-
-def _sha256_by_hand(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from thriftnet.errors import ConfigError, unknown
 from thriftnet.models import create_model
 from thriftnet.models.entry import IDENTITY
 
+FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights_backbone")
+
 
 def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
     """The network that ``source`` names, remembering how it was made.
@@ -19,7 +22,8 @@ def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
     Args:
         source: A name of the zoo, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:callable``.
         kwargs: For the function that builds it.
-        trusted: Whether ``source`` comes from the user and not from a file: only then is a callable run.
+        trusted: Whether ``source`` comes from the user and not from a file: only then is a callable run, and do arguments
+            that fetch weights from elsewhere count.
 
     Raises:
         ConfigError: No such network, with close matches, or arguments that it refuses.
@@ -27,6 +31,8 @@ def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
     head, colon, name = source.partition(":")
     if not colon:
         return create_model(source, **kwargs)
+    if not trusted:
+        kwargs = {key: value for key, value in kwargs.items() if key not in FETCHING}
     if head == "timm":
         model = _timm(name, kwargs)
     elif head == "torchvision":
@@ -52,6 +58,8 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
     models = _imported("torchvision", "torchvision.models")
     if name not in models.list_models():
         raise unknown("torchvision model", name, models.list_models())
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        kwargs = {"weights_backbone": None, **kwargs}  # torchvision's own default fetches weights
     return _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **kwargs))
 
 

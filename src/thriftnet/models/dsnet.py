@@ -20,6 +20,7 @@ from thriftnet.core.width import Slim, WidthAware
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, check_classes, config
 from thriftnet.models.dsnet_blocks import (
+    GATE_CHOICES,
     KINDS,
     InvertedResidual,
     Options,
@@ -69,7 +70,7 @@ class DSNet(Classifier):
     ) -> None:
         super().__init__()
         self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
-        self.stem: nn.Module = slim_conv((in_chans,) * len(stem), stem, 3, 2)
+        self.stem: nn.Module = slim_conv(Widths((in_chans,) * len(stem)), stem, 3, 2)
         self.norm = slim_norm(stem)
         self.act = options.activation()
         self.stages = nn.Sequential()
@@ -79,7 +80,7 @@ class DSNet(Classifier):
             ins = outs
         self.head: nn.Sequential | None = None
         if head:
-            outs = (head,) * len(stem)
+            outs = Widths((head,) * len(stem))
             self.head = nn.Sequential(slim_conv(ins, outs), slim_norm(outs), options.activation())
             ins = outs
         self.num_features, self.num_classes, self._features = ins[-1], num_classes, ins
@@ -89,7 +90,7 @@ class DSNet(Classifier):
 
     def _classifier(self, num_classes: int) -> PlainLinear:
         linear = PlainLinear(nn.Linear(self.num_features, num_classes))
-        linear.set_slim(Slim(names_of(self._features), self._features, (num_classes,) * len(self._features)))
+        linear.set_slim(Slim(names_of(self._features), tuple(self._features), (num_classes,) * len(self._features)))
         return linear
 
     def _initialise(self) -> None:
@@ -127,7 +128,11 @@ class DSNet(Classifier):
 
 
 def slimmable_mobilenetv1(
-    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0, se_ratio: float = 0.25
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    se_ratio: float = 0.25,
+    gate_choices: Sequence[int] | None = None,
 ) -> DSNet:
     """DS-Net's supernet on MobileNetV1, with 14 sub-networks and "largest".
 
@@ -136,13 +141,16 @@ def slimmable_mobilenetv1(
         in_chans: Channels of the image.
         drop_rate: Dropout before the classifier, at "largest" only.
         se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+        gate_choices: Sub-networks that the gate chooses among; left out, the first four, as the authors have it.
 
     Raises:
         ConfigError: An argument out of its range.
 
     Source: Li et al., section 4.1.
     """
-    return dsnet(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, se_ratio=se_ratio)
+    return dsnet(
+        num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, se_ratio=se_ratio, gate_choices=gate_choices
+    )
 
 
 def dsnet(
@@ -155,6 +163,7 @@ def dsnet(
     num_classes: int = 1000,
     in_chans: int = 3,
     drop_rate: float = 0.0,
+    gate_choices: Sequence[int] | None = None,
 ) -> DSNet:
     """A slimmable supernet of any stages.
 
@@ -171,6 +180,7 @@ def dsnet(
         num_classes: Outputs.
         in_chans: Channels of the image.
         drop_rate: Dropout before the classifier, at "largest" only.
+        gate_choices: Sub-networks that the gate chooses among; left out, the first four, as the authors have it.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 
@@ -188,7 +198,7 @@ def dsnet(
         raise ConfigError(f"drop_rate={drop_rate!r}: possible is a number in [0, 1)")
     parsed = [read_stage(number, spec) for number, spec in enumerate(stages)]
     places = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
-    options = Options(se_ratio, ACTIVATIONS[activation], skip)
+    options = Options(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(places[0]) - 1))
     built = list(zip(parsed, places[1:], strict=True))
     return DSNet(places[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
 
@@ -231,7 +241,21 @@ def sub_networks(widths: Sequence[tuple[int, ...]], gates: Sequence[bool]) -> li
                 f"{name} has {len(possible)} widths, but the network has {count} sub-networks: give it {count}"
             )
     still = [(possible[0],) * count + (possible[-1],) for possible in widths[:first]]
-    return still + [(*possible, possible[-1]) for possible in widths[first:]]
+    every = still + [(*possible, possible[-1]) for possible in widths[first:]]
+    return [Widths(channels, f"stages.{place - 1}" if place else "stem") for place, channels in enumerate(every)]
+
+
+def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The sub-networks that a gate chooses among."""
+    if choices is None:
+        return tuple(number for number in GATE_CHOICES if number < count)
+    given = tuple(choices) if isinstance(choices, list | tuple | range) else ()
+    whole = all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in given)
+    if len(given) < 2 or not whole or list(given) != sorted(set(given)):
+        raise ConfigError(
+            f"gate_choices={choices!r}: possible are two or more of the sub-networks 0 to {count - 1}, ascending, as (0, {count - 1})"
+        )
+    return given
 
 
 def _ascending(where: str, widths: object) -> tuple[int, ...]:

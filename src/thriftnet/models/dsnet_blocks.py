@@ -5,20 +5,36 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3; the authors'
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.conv import PlainConv2d
+from thriftnet.core.gate import Gate, squeeze
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.width import Slim, WidthAware
 
-GATE_CHOICES = 4  # the gate chooses among the narrowest sub-networks
+GATE_CHOICES = (0, 1, 2, 3)  # the authors' gate chooses among the narrowest sub-networks
 EXPANSION = 6  # of inverted residuals
 KINDS = ("ds", "ir")
 
-Widths = tuple[int, ...]  # channels at one place of the network, in each sub-network, "largest" last
+
+class Widths(tuple[int, ...]):
+    """Channels at one place of the network, in each sub-network, "largest" last.
+
+    Args:
+        channels: The channels.
+        place: Name of the place; "" where all sub-networks have equally many.
+    """
+
+    place: str
+
+    def __new__(cls, channels: Iterable[int], place: str = "") -> Widths:
+        widths = super().__new__(cls, channels)
+        widths.place = place
+        return widths
 
 
 @dataclass(frozen=True)
@@ -50,11 +66,13 @@ class Options:
         se_ratio: Reduced features of the channel attention, as a part of the widest channels.
         activation: Activation function.
         skip: Whether blocks have shortcuts.
+        choices: The sub-networks that the gate chooses among.
     """
 
     se_ratio: float
     activation: type[nn.Module]
     skip: bool
+    choices: tuple[int, ...] = GATE_CHOICES
 
 
 def slim_conv(
@@ -64,7 +82,7 @@ def slim_conv(
     padding = kernel_size // 2
     groups = ins[-1] if depthwise else 1
     conv = PlainConv2d(nn.Conv2d(ins[-1], outs[-1], kernel_size, stride, padding, groups=groups, bias=bias))
-    conv.set_slim(Slim(names_of(outs), ins, outs))
+    conv.set_slim(Slim(names_of(outs), tuple(ins), tuple(outs), place=outs.place))
     return conv
 
 
@@ -72,7 +90,7 @@ def slim_norm(widths: Widths) -> PlainBatchNorm2d:
     """A norm with statistics for each distinct width: sub-networks that are equally wide here share them."""
     distinct = sorted(set(widths))
     norm = PlainBatchNorm2d(nn.BatchNorm2d(widths[-1]))
-    norm.set_slim(Slim(names_of(widths), widths, widths, tuple(map(distinct.index, widths))))
+    norm.set_slim(Slim(names_of(widths), tuple(widths), tuple(widths), tuple(map(distinct.index, widths))))
     return norm
 
 
@@ -81,27 +99,21 @@ def names_of(widths: Widths) -> tuple[int | str, ...]:
     return (*range(len(widths) - 1), "largest")
 
 
-class WidthGate(nn.Module):
+class WidthGate(Gate):
     """What chooses a sub-network for an image, from the reduced features of a squeeze-and-excitation.
 
-    It plays no part at a fixed width; folding, which fixes the width, leaves nothing of it.
-
-    Shape: (N, reduced, 1, 1) -> (N, choices, 1, 1) logits.
+    Shape: (N, reduced) or (N, reduced, 1, 1) -> (N, choices) logits.
 
     Source: Li et al., section 3.3.
     """
 
-    def __init__(self, reduced: int, choices: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(reduced, choices, 1, bias=False)
+    def __init__(self, reduced: int, choices: Sequence[int]) -> None:
+        super().__init__(choices, reads="reduce")
+        self.conv = nn.Conv2d(reduced, len(self.widths), 1, bias=False)
+        self.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.conv(x)
-        return logits
-
-    def fold(self) -> nn.Identity:
-        """Nothing: at a fixed width there is nothing to choose."""
-        return nn.Identity()
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(squeeze(features).relu(), self.conv.weight.flatten(1))
 
 
 class SqueezeExcite(nn.Module):
@@ -110,9 +122,9 @@ class SqueezeExcite(nn.Module):
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
 
-    def __init__(self, widths: Widths, se_ratio: float, choices: int) -> None:
+    def __init__(self, widths: Widths, se_ratio: float, choices: Sequence[int]) -> None:
         super().__init__()
-        reduced = (divisible(widths[-1] * se_ratio, 1),) * len(widths)
+        reduced = Widths((divisible(widths[-1] * se_ratio, 1),) * len(widths))
         self.reduce = slim_conv(widths, reduced, bias=True)
         self.expand = slim_conv(reduced, widths, bias=True)
         self.gate = WidthGate(reduced[-1], choices) if choices else None
@@ -134,11 +146,12 @@ class Shortcut(nn.Sequential):
 class SeparableBlock(nn.Module):
     """Depthwise convolution, channel attention, 1 x 1 convolution."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: Stage, stride: int, choices: int, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: Stage, first: bool, options: Options) -> None:
         super().__init__()
+        stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
         self.depthwise = slim_conv(ins, ins, stage.kernel_size, stride, depthwise=True)
         self.norm1 = slim_norm(ins)
-        self.se = SqueezeExcite(ins, options.se_ratio, choices)
+        self.se = SqueezeExcite(ins, options.se_ratio, options.choices if holds_gate else ())
         self.pointwise = slim_conv(ins, outs)
         self.norm2 = slim_norm(outs)
         self.act = options.activation()
@@ -158,14 +171,15 @@ class SeparableBlock(nn.Module):
 class InvertedResidual(nn.Module):
     """1 x 1 expansion, depthwise convolution, channel attention, linear 1 x 1 projection."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: Stage, stride: int, choices: int, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: Stage, first: bool, options: Options) -> None:
         super().__init__()
-        middle = tuple(divisible(width * EXPANSION, 8) for width in ins)
+        stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
+        middle = Widths((divisible(width * EXPANSION, 8) for width in ins), ins.place)
         self.expand = slim_conv(ins, middle)
         self.norm1 = slim_norm(middle)
         self.depthwise = slim_conv(middle, middle, stage.kernel_size, stride, depthwise=True)
         self.norm2 = slim_norm(middle)
-        self.se = SqueezeExcite(middle, options.se_ratio, choices)
+        self.se = SqueezeExcite(middle, options.se_ratio, options.choices if holds_gate else ())
         self.project = slim_conv(middle, outs)
         self.norm3 = slim_norm(outs)
         self.act = options.activation()
@@ -186,9 +200,8 @@ class InvertedResidual(nn.Module):
 def make_stage(stage: Stage, ins: Widths, outs: Widths, options: Options) -> nn.Sequential:
     """The blocks of one stage."""
     block = SeparableBlock if stage.kind == "ds" else InvertedResidual
-    choices = min(GATE_CHOICES, len(outs) - 1) if stage.gate else 0
-    first = block(ins, outs, stage, stage.stride, choices, options)
-    return nn.Sequential(first, *(block(outs, outs, stage, 1, 0, options) for _ in range(stage.blocks - 1)))
+    first = block(ins, outs, stage, True, options)
+    return nn.Sequential(first, *(block(outs, outs, stage, False, options) for _ in range(stage.blocks - 1)))
 
 
 class WidestDropout(WidthAware):
@@ -197,7 +210,7 @@ class WidestDropout(WidthAware):
     def __init__(self, rate: float, widths: Widths) -> None:
         super().__init__()
         self.rate = rate
-        self.set_slim(Slim(names_of(widths), widths, widths))
+        self.set_slim(Slim(names_of(widths), tuple(widths), tuple(widths)))
 
     def forward(self, x: Tensor) -> Tensor:
         widest = self.slim is None or self.slim.widths[self.width_index] == self.slim.widths[-1]

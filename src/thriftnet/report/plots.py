@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,31 @@ def training_curves(names: Sequence[str], losses: Sequence[Sequence[float]], acc
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
         drawn.legend(loc="outside right upper", frameon=False)
+        return svg(drawn)
+
+
+def run_curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, accuracy and learning rate of one training.
+
+    Args:
+        rows: One for each epoch, with ``epoch`` and some of ``train_loss``, ``loss``, ``top1`` (percent) and ``lr``.
+    """
+    panels = (
+        ("loss", (("training", "train_loss"), ("held out", "loss"))),
+        ("top-1 accuracy, %", (("held out", "top1"),)),
+        ("learning rate", (("", "lr"),)),
+    )
+    with figure(7.2, 6.0) as drawn:
+        stacked = drawn.subplots(len(panels), 1, sharex=True, height_ratios=(3, 3, 1.5))
+        for axes, (title, lines) in zip(stacked, panels, strict=True):
+            for i, (label, name) in enumerate(lines):
+                points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[i + 1], label=label)
+            axes.set_ylabel(title)
+            if len(lines) > 1:
+                axes.legend(frameon=False)
+        stacked[-1].set_xlabel("epoch")
         return svg(drawn)
 
 

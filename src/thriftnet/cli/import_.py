@@ -1,0 +1,56 @@
+"""`thriftnet import`: a network from an author's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from thriftnet.cli.common import emit, new_parser, parse_with_kwargs
+
+if TYPE_CHECKING:
+    from thriftnet.interop.importer import ImportedCheckpoint
+
+BOOLEANS = {"true": True, "false": False}
+HINTS_HELP = (
+    "Further --key value options are hints, for what tensors do not tell and the file does not state: --mapping strided, "
+    "--activation gelu, --strides 1,2,2, --ema false, --system spin, --model resnet20 for a network of the zoo under its own keys."
+)
+
+
+def run(arguments: Sequence[str]) -> None:
+    parser = new_parser("import", "Import a checkpoint of one of the five original projects, or a plain ResNet's.")
+    parser.epilog = HINTS_HELP
+    parser.add_argument("file", metavar="FILE", help="a file of torch.save, old or new, or safetensors; its name does not matter")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="where to save the network as a model folder")
+    options, hints = parse_with_kwargs(parser, arguments)
+    hints = {name: _boolean(value) for name, value in hints.items()}
+
+    from thriftnet.core.verbs import count_params
+    from thriftnet.interop.checkpoints import save
+    from thriftnet.interop.importer import folder_facts, import_checkpoint
+    from thriftnet.models.entry import IDENTITY
+
+    imported = import_checkpoint(options.file, **hints)
+    identity = getattr(imported.model, IDENTITY, None) or {}
+    folder = save(imported.model, options.output, metadata=folder_facts(imported)) if options.output else None
+    result: dict[str, Any] = {
+        "file": imported.source.file,
+        "system": imported.source.system,
+        "format": imported.source.format,
+        "model": identity.get("name"),
+        "kwargs": dict(identity.get("kwargs", {})),
+        "params": count_params(imported.model),
+        "preprocessing": dict(imported.preprocessing),
+        "metadata": dict(imported.metadata),
+        "notes": list(imported.notes),
+        "output": None if folder is None else str(folder),
+    }
+    emit(_text(imported, folder), result, as_json=options.json)
+
+
+def _boolean(value: Any) -> Any:
+    return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _text(imported: ImportedCheckpoint, folder: object) -> str:
+    return str(imported) if folder is None else f"{imported}\nsaved   {folder}"

@@ -1,0 +1,95 @@
+"""Batch norms folded into the convolutions before them: the same function in eval mode, one layer fewer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from thriftnet.core.conv import plain_conv2d
+from thriftnet.core.norm import scale_and_shift
+from thriftnet.core.probe import Size, failure, on_meta
+from thriftnet.core.sites import replace
+
+
+class _Uses(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Counts how often each tensor is read by something that makes a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[int] = Counter()
+        self.kept: list[Tensor] = []  # so that no id is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            for leaf in tree_leaves((args, kwargs or {})):
+                if isinstance(leaf, Tensor):
+                    self.counts[id(leaf)] += 1
+                    self.kept.append(leaf)
+        return out
+
+
+def merge_norms(model: nn.Module, run: Callable[[nn.Module], None]) -> nn.Module:
+    """Fold every batch norm of ``model``, changed in place, that alone reads the output of a convolution that runs once.
+
+    Args:
+        model: A network of plain layers, in eval mode.
+        run: Runs a copy of it on the meta device once.
+    """
+    pairs = _pairs(model, run)
+    table: dict[int, nn.Module] = {}
+    for conv, norm in pairs:
+        scale, shift = scale_and_shift(norm)
+        weight = conv.weight.detach() * scale[:, None, None, None]
+        bias = shift if conv.bias is None else conv.bias.detach() * scale + shift
+        table[id(conv)] = plain_conv2d(conv, weight, bias, conv.groups)
+        table[id(norm)] = nn.Identity()
+    return replace(model, table)
+
+
+def merge_norms_of(model: nn.Module, size: Size) -> nn.Module:
+    """`merge_norms` for a whole network, which runs on images of this size."""
+
+    def run(ghost: nn.Module) -> None:
+        error = failure(ghost, size)
+        if error is not None:
+            raise error
+
+    return merge_norms(model, run)
+
+
+def _pairs(model: nn.Module, run: Callable[[nn.Module], None]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and the norms that alone read their outputs."""
+    ghost = on_meta(model)
+    made_by: dict[int, str] = {}
+    fed_by: dict[str, tuple[str, int]] = {}
+    ran: Counter[str] = Counter()
+
+    def conv_ran(name: str, output: Tensor) -> None:
+        made_by[id(output)] = name
+        ran[name] += 1
+        uses.kept.append(output)
+
+    def norm_runs(name: str, given: Tensor) -> None:
+        ran[name] += 1
+        if id(given) in made_by:
+            fed_by[name] = (made_by[id(given)], id(given))
+
+    for name, module in ghost.named_modules():
+        if type(module) is nn.Conv2d:
+            module.register_forward_hook(lambda _, args, output, name=name: conv_ran(name, output))
+        elif type(module) is nn.BatchNorm2d and module.running_mean is not None:
+            module.register_forward_pre_hook(lambda _, args, name=name: norm_runs(name, args[0]))
+    with torch.no_grad(), _Uses() as uses:
+        run(ghost)
+    found = []
+    for norm, (conv, output) in fed_by.items():
+        if ran[norm] == ran[conv] == 1 and uses.counts[output] == 1:
+            found.append((model.get_submodule(conv), model.get_submodule(norm)))
+    return found  # type: ignore[return-value]

@@ -1,0 +1,68 @@
+"""What the techniques in a network ask of training: a term of the loss, and which parameters decay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class PenaltyTerm:
+    """A share of the penalty that one module adds.
+
+    Args:
+        total: Sum over its entries, a scalar.
+        count: Number of entries, for averaging over all modules of the network.
+        scale: The factor that the technique's config asks for in training.
+        family: Modules of one family are averaged together; families are added.
+    """
+
+    total: Tensor
+    count: int
+    scale: float
+    family: str = ""
+
+
+def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
+    """What the techniques in a network ask to be added to the loss: averaged by family, each shared part once.
+
+    Args:
+        model: Any network; one without a penalty gives zero.
+        scaled: Multiply by the factor of the technique's config (``lambda_r``), as training does.
+
+    Returns:
+        A differentiable scalar.
+    """
+    holders = [module for module in model.modules() if callable(getattr(type(module), "penalty_term", None))]
+    terms: list[PenaltyTerm] = [cast(Any, module).penalty_term() for module in holders]
+    counts: Counter[str] = Counter()
+    for term in terms:
+        counts[term.family] += term.count
+    shares = [term.total * (term.scale if scaled else 1.0) / counts[term.family] for term in terms if counts[term.family]]
+    if not shares:
+        like = next(model.parameters(), torch.zeros(()))
+        return torch.zeros((), device=like.device, dtype=like.dtype)
+    return torch.stack(shares).sum()
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: what a layer lists in ``no_decay`` gets no weight decay.
+
+    Raises:
+        ConfigError: A negative ``weight_decay``.
+    """
+    if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < float("inf"):
+        raise ConfigError(f"weight_decay={weight_decay!r}: possible is a number of at least 0")
+    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,296 @@
+"""Batches for training and evaluation: from a whole data set on the device, or image by image.
+
+Both loaders give the same epochs however often they are interrupted, and on however many processes they run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thriftnet.data.batched import crop_and_flip, cut_out, draw, normalise, pad
+from thriftnet.data.dataset import ImageDataset
+from thriftnet.data.order import Order
+from thriftnet.data.transforms import Augmentation, Transform, eval_transform, own_random_state, train_transform
+from thriftnet.errors import ConfigError, DataError
+
+RESIDENT_BYTES = 2 << 30  # a larger set is not kept on the device unless that is asked for
+AT_ONCE = 16  # batches that an accelerator augments in one go, to launch fewer kernels
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(ABC):
+    """Batches of ``(images, labels)`` on the device: float32 (B, C, H, W) and int64 (B,).
+
+    Args:
+        dataset: The images.
+        augmentation: What is done to them, with mean and std.
+        order: Which come when.
+        device: Where the batches are wanted.
+    """
+
+    def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.order = order
+        self.device = torch.device(device)
+        self.epoch = 0
+        self._spans = order.spans()
+        self._next = 0  # batch with which the next pass begins
+        self._given = 0  # batches of this epoch that were given
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._spans)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images that this process gets in an epoch."""
+        return sum(stop - start for start, stop in self._spans)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next pass gives; another one than the present begins at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self._next, self._given = epoch, 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._next = self._next, 0
+        self._given = start
+        for batch in self._batches(self._spans[start:]):
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands: the epoch, and how many batches of it were given."""
+        return {"epoch": self.epoch, "step": self._given, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another loader stood: the next pass gives the batches of its epoch that it had not given.
+
+        Raises:
+            ConfigError: The state is of other data, another seed, or another batch size over all processes.
+        """
+        differing = [name for name, value in self._identity().items() if state.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"the sampler's state has {name}={state.get(name)}, this loader {self._identity()[name]}: resume with the data, "
+                "seed and batch size (times processes) that the run began with"
+            )
+        self.epoch, self._next, self._given = state["epoch"], state["step"], state["step"]
+
+    def _identity(self) -> dict[str, int]:
+        """What must be equal for epochs to be equal."""
+        return {"images": self.order.images, "global_batch": self.order.global_batch, "seed": self.order.seed}
+
+    @abstractmethod
+    def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+        """The batches at these positions of the present epoch."""
+
+
+class ResidentLoader(Loader):
+    """A whole data set of equal sizes as uint8 on the device, augmented in batches."""
+
+    def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
+        super().__init__(dataset, augmentation, order, device)
+        own = None if order.shuffle or not self._spans else torch.arange(self._spans[0][0], self._spans[-1][1])
+        self._first = 0 if own is None else int(own[0])  # what another process evaluates is not kept here
+        stored = dataset.resident(own)
+        self.height, self.width = stored.shape[-2:]
+        self._images = pad(stored, augmentation.crop_padding if order.train else 0).to(self.device)
+        self._labels = (dataset.labels if own is None else dataset.labels[own]).to(self.device)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in augmentation.normalisation())
+        if len(mean) != stored.shape[1]:
+            raise ConfigError(
+                f"mean and std have {len(mean)} values, the images {stored.shape[1]} channels: give one for each"
+            )
+        self._mean, self._std = mean.to(self.device), std.to(self.device)
+
+    def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+        order = self.order
+        indices = (order.indices(self.epoch) - self._first).to(self.device)
+        augmentation = self.augmentation if order.train else Augmentation()
+        size = self.height, self.width
+        draws = draw(augmentation, order.images, *size, order.seed, self.epoch).to(self.device)
+        rest = iter(spans)
+        while chunk := list(islice(rest, 1 if self.device.type == "cpu" else AT_ONCE)):
+            positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in chunk])
+            picked, chance = indices[positions], draws[positions]
+            images = normalise(crop_and_flip(self._images, picked, chance, *size), self._mean, self._std)
+            if chance.cutout is not None:
+                cut_out(images, chance.cutout, augmentation.cutout)
+            lengths = [stop - start for start, stop in chunk]
+            yield from zip(torch.split(images, lengths), torch.split(self._labels[picked], lengths), strict=True)
+
+
+class ImageLoader(Loader):
+    """Images decoded and augmented one by one, by torch's DataLoader.
+
+    Args:
+        workers: Processes that decode; 0: this one.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        augmentation: Augmentation,
+        order: Order,
+        device: str | torch.device,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(dataset, augmentation, order, device)
+        transform = train_transform(augmentation) if order.train else eval_transform(augmentation)
+        samples = _Samples(dataset, transform, order.seed if order.train else None)
+        self._plan: list[list[tuple[int, int]]] = []
+        self._loader = torch.utils.data.DataLoader(
+            samples,
+            batch_sampler=_Planned(self._plan),
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its own: the global one stays as a resumed run needs it
+        )
+
+    def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+        indices = self.order.indices(self.epoch)
+        self._plan[:] = [[(self.epoch, index) for index in indices[start:stop].tolist()] for start, stop in spans]
+        for loaded in self._loader:
+            if isinstance(loaded, _Failure):
+                raise DataError(loaded.message)
+            images, labels = loaded
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Planned(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    """Batches of ``(epoch, index)``: workers that outlive an epoch learn of the next one this way."""
+
+    def __init__(self, plan: list[list[tuple[int, int]]]) -> None:
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(list(self.plan))
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way out of a worker, which would wrap it in a traceback."""
+
+    message: str
+
+
+class _Samples(torch.utils.data.Dataset[Any]):
+    """Augmented images with their labels.
+
+    Args:
+        dataset: The images.
+        transform: What is done to each.
+        seed: Of chance; None where there is none.
+    """
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.labels = dataset.labels
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | _Failure:
+        epoch, index = key
+        try:
+            image = self.dataset.image(index)
+        except DataError as error:
+            return _Failure(str(error))
+        if self.seed is None:
+            return self.transform(image), self.labels[index]
+        with own_random_state(self.seed, epoch, index):
+            return self.transform(image), self.labels[index]
+
+
+def _collate(samples: list[tuple[Tensor, Tensor] | _Failure]) -> Batch | _Failure:
+    whole = [sample for sample in samples if not isinstance(sample, _Failure)]
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+    sizes = sorted({tuple(image.shape) for image, _ in whole})
+    if len(sizes) > 1:
+        return _Failure(f"images of one batch differ in size, as {sizes[0]} and {sizes[1]}: set an image_size")
+    return torch.stack([image for image, _ in whole]), torch.stack([label for _, label in whole])
+
+
+def make_loader(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    augmentation: Augmentation,
+    train: bool,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    resident: bool | None = None,
+    shuffle: bool | None = None,
+    drop_last: bool = False,
+) -> Loader:
+    """The loader that suits the data.
+
+    Args:
+        dataset: The images.
+        batch_size: Images per step and process.
+        augmentation: What is done to them; `Augmentation.for_source` sets mean and std.
+        train: Whether images are augmented, shuffled and given to all processes in equal numbers of batches. In evaluation
+            each image comes once over all processes.
+        seed: Of order and augmentation.
+        device: Where the batches are wanted.
+        rank: Number of this process.
+        world_size: Number of processes.
+        workers: Processes that decode, where images are decoded one by one.
+        resident: Whether to keep the whole set on the device; left out, if all images have one size, need at most
+            `RESIDENT_BYTES`, and the augmentation can be done in batches.
+        shuffle: Left out, in training only.
+        drop_last: Whether to leave out the last batch where it is smaller.
+
+    Raises:
+        ConfigError: ``resident=True`` and an augmentation that cannot be done in batches, or numbers that are not possible.
+        DataError: Fewer training images than one batch, or (resident) an image that cannot be decoded.
+    """
+    order = Order(
+        images=len(dataset),
+        batch_size=batch_size,
+        train=train,
+        shuffle=train if shuffle is None else shuffle,
+        drop_last=drop_last,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    if resident is None:
+        resident = _fits(dataset, augmentation.crop_padding if train else 0) and augmentation.is_batched(
+            dataset, train=train
+        )
+    elif resident and not augmentation.is_batched(dataset, train=train):
+        raise ConfigError(
+            "resident=True needs images of one size and no more than crop_padding, flip and cutout: random_resized_crop, "
+            "rand_augment, color_jitter, random_erasing and resizing are done image by image, with resident=False"
+        )
+    if resident:
+        return ResidentLoader(dataset, augmentation, order, device)
+    return ImageLoader(dataset, augmentation, order, device, workers)
+
+
+def _fits(dataset: ImageDataset, padding: int) -> bool:
+    """Whether the whole set is small enough to be kept on the device."""
+    size = dataset.input_size
+    if size is None:
+        return False
+    return len(dataset) * size[0] * (size[1] + 2 * padding) * (size[2] + 2 * padding) <= RESIDENT_BYTES

@@ -1,0 +1,81 @@
+"""Which images come when, on which process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thriftnet.data.transforms import generator
+from thriftnet.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of an epoch, as positions 0, 1, ... and the image at each of them.
+
+    In training the positions of a step are those of one process with a batch ``world_size`` times as large, a
+    consecutive part for each process; the last, smaller batch is shared in parts that differ by one image at most (fewer
+    images than processes are left out). In evaluation each process has one consecutive part of all images.
+
+    Args:
+        images: How many there are.
+        batch_size: Images per step and process.
+        train: Whether all processes need the same number of batches.
+        shuffle: Whether each epoch has its own order.
+        drop_last: Whether to leave out the last batch where it is smaller.
+        seed: Of the order.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ConfigError: A number that is not possible.
+        DataError: In training, fewer images than make one batch.
+    """
+
+    images: int
+    batch_size: int
+    train: bool
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.seed < 0 or not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"batch_size={self.batch_size}, seed={self.seed}, rank={self.rank}, world_size={self.world_size}: possible are "
+                "batch_size >= 1, seed >= 0 and 0 <= rank < world_size"
+            )
+        if self.train and not self.spans():
+            needed = self.batch_size * self.world_size if self.drop_last else self.world_size
+            raise DataError(f"{self.images} training images are fewer than one batch of {needed}: use a smaller batch")
+
+    @property
+    def global_batch(self) -> int:
+        """Images per step over all processes."""
+        return self.batch_size * self.world_size
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last + 1 position of each batch of this process."""
+        rank, world, size = self.rank, self.world_size, self.batch_size
+        if not self.train:
+            start, stop = self.images * rank // world, self.images * (rank + 1) // world
+            stop -= (stop - start) % size if self.drop_last else 0
+            return [(low, min(low + size, stop)) for low in range(start, stop, size)]
+        whole, rest = divmod(self.images, self.global_batch)
+        spans = [
+            (low + rank * size, low + (rank + 1) * size) for low in range(0, whole * self.global_batch, self.global_batch)
+        ]
+        if rest >= world and not self.drop_last:
+            low = whole * self.global_batch
+            spans.append((low + rest * rank // world, low + rest * (rank + 1) // world))
+        return spans
+
+    def indices(self, epoch: int) -> Tensor:
+        """Image at each position."""
+        if not self.shuffle:
+            return torch.arange(self.images)
+        return torch.randperm(self.images, generator=generator(self.seed, epoch, 0))

@@ -1,0 +1,39 @@
+"""Validation images, held out of the training images."""
+
+from __future__ import annotations
+
+import torch
+
+from thriftnet.data.dataset import ImageDataset, Subset
+from thriftnet.errors import ConfigError, DataError
+
+
+def train_validation(source: ImageDataset, fraction: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:
+    """Split a data set in two, with the same share of every class.
+
+    A class of two or more images is in both parts; one of a single image is in the first.
+
+    Args:
+        source: The training images.
+        fraction: Share of the second part, in (0, 1).
+        seed: Of the choice; equal seeds choose the same images.
+
+    Returns:
+        What to train on, and what to validate on; each in the order of the source.
+
+    Raises:
+        ConfigError: A fraction that is not between 0 and 1.
+        DataError: No class has two images.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"a validation share of {fraction} is not possible: give one between 0 and 1, as 0.1")
+    random = torch.Generator().manual_seed(seed)
+    labels = source.labels
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero().squeeze(1)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=random)[:count]]] = True
+    if not held_out.any():
+        raise DataError(f"none of the {len(labels)} images can be held out: no class has two. Give more images")
+    return Subset(source, (~held_out).nonzero().squeeze(1)), Subset(source, held_out.nonzero().squeeze(1))

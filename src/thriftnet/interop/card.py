@@ -1,0 +1,71 @@
+"""The model card: `README.md` of a model folder, as the Hub shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from thriftnet.core.spec import format_spec
+from thriftnet.techniques import resolve
+
+
+def steps(history: list[dict[str, Any]]) -> list[str]:
+    """What was done to a network, a phrase each."""
+    return [
+        f"convert: {format_spec(resolve(step['plan']['technique']))}" if step["verb"] == "convert" else str(step["verb"])
+        for step in history
+    ]
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """The card of the network that ``config`` describes.
+
+    Args:
+        config: The content of `config.json`.
+    """
+    identity = config["model"]
+    name = identity["name"] if identity else config["class"]
+    argument = "" if identity else ", model=plain_network"
+    lines = [
+        "---",
+        "library_name: thriftnet",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, thriftnet]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{config['params']:,} stored parameters. Made with thriftnet {config['thriftnet_version']}.",
+        "",
+        *(f"- {step}" for step in steps(config["history"])),
+        *_facts(config),
+        "",
+        "```python",
+        "import thriftnet",
+        "",
+        f'model = thriftnet.load("this/folder"{argument})  # or "hf-hub:owner/name"',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _facts(config: Mapping[str, Any]) -> list[str]:
+    """Lines on what the network reads, tells apart and reaches; those that are known."""
+    facts: dict[str, Any] = {}
+    if config["input_size"]:
+        facts["input size"] = " x ".join(map(str, config["input_size"]))
+    if config["normalisation"]:
+        facts["normalisation"] = "mean {mean}, std {std}".format(**config["normalisation"])
+    if config["class_names"]:
+        names = config["class_names"]
+        facts["classes"] = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+    facts |= {**(config["metrics"] or {}), **config["metadata"]}
+    return [f"- {_line(key)}: {_line(value)}" for key, value in facts.items()]
+
+
+def _line(value: Any) -> str:
+    """A value on one line, as text or JSON."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.split())

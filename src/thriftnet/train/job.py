@@ -1,0 +1,314 @@
+"""A whole training: from a recipe and a data set to a run folder that can be resumed, evaluated and loaded.
+
+run/run.json             what is trained, how and with what
+run/metrics.jsonl, .csv  one row for each epoch; curves.svg draws them
+run/model/               the network selected (see `Recipe`), as `thriftnet.save` writes it
+run/checkpoints/         what a resumed training needs
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thriftnet import __version__
+from thriftnet.core.verbs import count_params
+from thriftnet.data.dataset import DataSource, ImageDataset
+from thriftnet.data.loaders import make_loader
+from thriftnet.data.sources import open_data
+from thriftnet.data.split import train_validation
+from thriftnet.errors import ConfigError
+from thriftnet.interop.checkpoints import open_model
+from thriftnet.train import prepare
+from thriftnet.train.engine import Hooks, Loop, Progress
+from thriftnet.train.evaluate import evaluate
+from thriftnet.train.memory_format import faster_format
+from thriftnet.train.processes import Processes
+from thriftnet.train.recipe import Recipe
+from thriftnet.train.stages import make_stage
+
+RUN, MODEL = "run.json", "model"
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training gave.
+
+    Args:
+        run: The run's folder; ``model`` in it is the network.
+        top1: Of the selected network on the test images, in percent.
+        top5: The same, among the five best; None with five classes or fewer.
+        loss: Mean cross entropy on the test images.
+        params: Stored parameters, shared ones once.
+        world_size: Processes that trained together.
+        steps: Optimizer steps in all.
+        weights_sha256: Hash of the weights at the end of the training, to compare runs.
+        seconds: Of this start.
+        resumed_from: The checkpoint that it took up, or None.
+        notes: What the user should know.
+    """
+
+    run: str
+    top1: float
+    top5: float | None
+    loss: float
+    params: int
+    world_size: int
+    steps: int
+    weights_sha256: str
+    seconds: float
+    resumed_from: str | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+
+def train(
+    recipe: Recipe,
+    data: str | DataSource,
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    teacher: str | nn.Module | None = None,
+    device: str | None = None,
+    resume: str = "auto",
+    watch: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Train a network by a recipe; call it in each of the processes that ``torchrun`` starts.
+
+    Args:
+        recipe: What to train, and how.
+        data: A data set, or as `thriftnet.data.sources.open_data` takes it.
+        output: Folder of the run.
+        model: Your own network instead of the recipe's; trained in place.
+        teacher: A network, or what ``--model`` takes: its outputs are imitated, see ``distill_weight``.
+        device: ``cpu`` or ``cuda``; left out, a GPU where there is one.
+        resume: ``auto`` takes up what the folder holds, ``none`` refuses to, else the path of a checkpoint.
+        watch: Told of each step.
+
+    Raises:
+        ConfigError: Settings that do not fit each other, the folder or the data.
+        DataError: Images that cannot be read.
+        CheckpointError: A checkpoint that cannot be written or read.
+        DivergedError: The loss is no number.
+        Interrupted: Stopped by a signal; the same call goes on.
+    """
+    start = time.perf_counter()
+    processes = Processes(device, recipe.precision)
+    job = Job(recipe, processes, Path(output), start)
+    return job.run(data, model, teacher, resume, watch or (lambda progress: None))
+
+
+class Job:
+    """The parts of one training, put together.
+
+    Args:
+        recipe: As given; `run` completes it by what the data and the processes decide.
+        processes: This one among the others.
+        folder: Of the run.
+        start: When it began.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes, folder: Path, start: float) -> None:
+        self.recipe, self.processes, self.folder, self.start = recipe, processes, folder, start
+        self.notes: list[str] = []
+
+    def run(
+        self,
+        data: str | DataSource,
+        model: nn.Module | None,
+        teacher: str | nn.Module | None,
+        resume: str,
+        watch: Callable[[Progress], None],
+    ) -> Outcome:
+        """Train, and measure what came out."""
+        recipe, processes = self.recipe, self.processes
+        source = self.source = open_data(data, on_corrupt=recipe.on_corrupt) if isinstance(data, str) else data
+        if source.skipped:
+            self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
+        self.augmentation = prepare.augmentation_from(recipe.augmentation).for_source(source)
+        prepare.seed_everything(recipe.seed)
+        described = type(model).__name__ if model is not None else recipe.model
+        network = prepare.prepare_model(recipe, source, self.input_size(), model)
+        teacher_model = self._teacher(teacher)
+        known = self._agree_on_run(described, network, teacher, resume)
+        loader, held_out = self._loaders()
+        loop = Loop(
+            network.to(processes.device),
+            make_stage(recipe.stage, network, recipe.stage_options),
+            recipe,
+            loader,
+            processes,
+            self.folder,
+            Hooks(lambda trained: self._score(trained, held_out), self._keep, watch),
+            memory_format=known["memory_format"],
+            classes=len(source.classes),
+            teacher=teacher_model,
+        )
+        prepare.seed_everything(recipe.seed + processes.rank)
+        taken_up = self._resume(loop, resume)
+        self._start_trackers()
+        loop.run()
+        loop.release()
+        return self._outcome(loop, taken_up)
+
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width that the network is given."""
+        stored, wanted = self.source.input_size, self.augmentation.image_size
+        channels = len(self.augmentation.normalisation()[0])
+        if wanted is not None:
+            return channels, wanted, wanted
+        if stored is None:
+            raise ConfigError(
+                f"the images of {self.source.spec} differ in size: say to which to bring them, as "
+                "--augmentation.image_size 224"
+            )
+        return stored
+
+    def _teacher(self, teacher: str | nn.Module | None) -> nn.Module | None:
+        if teacher is None:
+            return None
+        model = open_model(teacher) if isinstance(teacher, str) else teacher
+        model = model.to(self.processes.device).eval().requires_grad_(False)
+        prepare.check_classes(model, self.source, self.input_size(), "the teacher")
+        return model
+
+    def _agree_on_run(
+        self, described: str, network: nn.Module, teacher: str | nn.Module | None, resume: str
+    ) -> dict[str, Any]:
+        """Write what this run is, or check that the folder holds the same one."""
+        wanted = {
+            "model": described,
+            "recipe": self.recipe.to_dict(),
+            "data": self.source.spec,
+            "teacher": teacher if isinstance(teacher, str) or teacher is None else type(teacher).__name__,
+            "world_size": self.processes.world_size,
+        }
+        path = self.folder / RUN
+        stored = prepare.read_run(path)
+        if stored is not None:
+            if resume == "none" and any((self.folder / "checkpoints").glob("step-*")):
+                raise ConfigError(f"{self.folder} holds a training already: give another --output, or --resume auto")
+            self.notes += prepare.compare_runs(stored, wanted, self.folder)
+        self.processes.wait()
+        chosen = self.recipe.memory_format if stored is None else stored.get("memory_format", "contiguous")
+        if chosen == "auto":
+            chosen = self.processes.from_main(self._faster_format(network) if self.processes.is_main else None)
+        versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
+        known = {**wanted, "memory_format": chosen, "device": str(self.processes.device.type), "versions": versions}
+        if self.processes.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(known, indent=1, default=str) + "\n")
+            except OSError as error:
+                raise ConfigError(f"cannot write to {self.folder}: {error.strerror}") from None
+        return known
+
+    def _faster_format(self, network: nn.Module) -> str:
+        images = torch.randn(self.per_process_batch(), *self.input_size(), device=self.processes.device)
+        return faster_format(network.to(self.processes.device), images, AUTOCAST[self.recipe.precision])
+
+    def per_process_batch(self) -> int:
+        """Images per batch and process."""
+        total, parts = self.recipe.total_batch_size, self.processes.world_size * self.recipe.accumulate
+        if total is None:
+            return self.recipe.batch_size
+        if total % parts:
+            raise ConfigError(
+                f"total_batch_size={total} cannot be divided among {self.processes.world_size} processes with "
+                f"accumulate={self.recipe.accumulate}: take a multiple of {parts}, or batch_size instead"
+            )
+        return total // parts
+
+    def _loaders(self) -> tuple[Any, Any]:
+        """Training batches, and those by which the network is selected."""
+        recipe, processes = self.recipe, self.processes
+        training: ImageDataset = self.source.split("train")
+        held_out: ImageDataset = self.source.split("test")
+        if recipe.select_on == "val":
+            training, held_out = train_validation(training, recipe.validation, recipe.seed)
+        elif recipe.select_on == "test":
+            self.notes.append("the network was selected on the test images, as the paper did: its accuracy is flattered")
+        loader = make_loader(
+            training,
+            self.per_process_batch(),
+            augmentation=self.augmentation,
+            train=True,
+            seed=recipe.seed,
+            device=processes.device,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            workers=recipe.workers,
+            resident=recipe.resident,
+            drop_last=recipe.drop_last or bool(recipe.mixup or recipe.cutmix),
+        )
+        return loader, self._eval_loader(held_out)
+
+    def _eval_loader(self, images: ImageDataset) -> Any:
+        return make_loader(
+            images,
+            min(max(2 * self.per_process_batch(), 64), 512),
+            augmentation=self.augmentation,
+            train=False,
+            device=self.processes.device,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            workers=self.recipe.workers,
+        )
+
+    def _resume(self, loop: Loop, resume: str) -> str | None:
+        place, problems = loop.resume(None if resume in ("auto", "none") else Path(resume))
+        self.notes += problems
+        return None if place is None else str(place)
+
+    def _start_trackers(self) -> None:
+        """Accelerate's trackers, those that are installed."""
+        import accelerate.tracking as tracking
+
+        accelerator, wanted = self.processes.accelerator, self.recipe.trackers
+        possible = {str(name): name for name in tracking.get_available_trackers()}
+        accelerator.log_with = [possible[name] for name in wanted if name in possible]
+        if accelerator.log_with and self.processes.is_main:
+            accelerator.project_configuration.set_directories(str(self.folder))
+            accelerator.init_trackers("trackers")
+
+    def _score(self, model: nn.Module, held_out: Any) -> dict[str, float]:
+        measured = evaluate(model, held_out)
+        return {"top1": measured.top1, "loss": measured.loss}
+
+    def _keep(self, model: nn.Module, row: Mapping[str, Any]) -> None:
+        if self.processes.is_main:
+            prepare.save_trained(model, self.folder / MODEL, self.source, self.augmentation, self.input_size(), row)
+
+    def _outcome(self, loop: Loop, taken_up: str | None) -> Outcome:
+        self.processes.wait()
+        final = loop.finished_model()
+        digest = prepare.weights_hash(final)
+        kept = copy.deepcopy(final)
+        prepare.load_kept(kept, self.folder / MODEL)
+        measured = evaluate(kept, self._eval_loader(self.source.split("test")))
+        return Outcome(
+            run=str(self.folder),
+            top1=measured.top1,
+            top5=measured.top5,
+            loss=measured.loss,
+            params=count_params(kept),
+            world_size=self.processes.world_size,
+            steps=loop.position.step,
+            weights_sha256=digest,
+            seconds=round(time.perf_counter() - self.start, 3),
+            resumed_from=taken_up,
+            notes=tuple(self.notes),
+        )

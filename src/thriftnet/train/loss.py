@@ -1,0 +1,68 @@
+"""What the outputs of a network are compared with: labels, smoothed or mixed, and a teacher's outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from thriftnet.train.recipe import Recipe
+
+
+class Criterion:
+    """Cross entropy, and the distance to a teacher where there is one.
+
+    Args:
+        recipe: Smoothing, share and temperature of the distillation.
+        teacher: A network whose outputs are compared with, in eval mode.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: nn.Module | None = None) -> None:
+        self.smoothing, self.temperature = recipe.label_smoothing, recipe.distill_temperature
+        self.teacher, self.share = teacher, recipe.distill_weight if teacher is not None else 0.0
+
+    def __call__(self, outputs: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """The loss, in float32 or wider.
+
+        Args:
+            outputs: Logits, (N, classes).
+            targets: Labels (N,) or probabilities (N, classes), which are smoothed already.
+            images: What the outputs are for; the teacher sees the same.
+        """
+        outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        smoothing = self.smoothing if targets.ndim == 1 else 0.0
+        loss = F.cross_entropy(
+            outputs, targets.to(outputs.dtype) if targets.ndim == 2 else targets, label_smoothing=smoothing
+        )
+        if self.teacher is None or not self.share:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher(images).to(outputs.dtype)
+        return (1.0 - self.share) * loss + self.share * distillation(outputs, wanted, self.temperature)
+
+
+def distillation(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened outputs, times the squared temperature.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
+    """
+    ours, theirs = F.log_softmax(outputs / temperature, 1), F.log_softmax(wanted / temperature, 1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def make_mixup(recipe: Recipe, classes: int) -> Any:
+    """timm's mixup and CutMix on batches, which also smooths the labels; None where the recipe has neither."""
+    if not recipe.mixup and not recipe.cutmix:
+        return None
+    from timm.data.mixup import Mixup
+
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        switch_prob=recipe.mixup_switch,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )

@@ -1,0 +1,218 @@
+"""Checkpoints of a training: complete or not there, verified before they are used, newest first.
+
+A checkpoint is a folder ``step-000000120`` of what Accelerate saves (weights, optimizer, schedule, random states of each process)
+with the loop's own state, and a manifest of hashes that is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from thriftnet.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MANIFEST, POSITION, AVERAGE = "manifest.json", "position.json", "average.pt"
+
+
+@dataclass
+class Position:
+    """Where the training is, and what it has to remember beside the tensors.
+
+    Args:
+        step: Optimizer steps taken.
+        epoch: Epochs completed.
+        loss_sum: Of the steps of this epoch, exact.
+        loss_count: Steps of this epoch.
+        skipped: Steps left out because of their loss.
+        best: Best accuracy so far on what the network is selected on, in percent; -1 for none.
+        loader: State of the training loader.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    skipped: int = 0
+    best: float = -1.0
+    loader: dict[str, Any] | None = None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)) + "\n")
+
+    def read(self, path: Path) -> None:
+        for name, value in json.loads(path.read_text()).items():
+            setattr(self, name, value)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they lie.
+        accelerator: Holds network and optimizer; its processes call each method together.
+        position: The loop's own state.
+        average: The averaged network, or None.
+        keep: How many of the newest remain.
+    """
+
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, position: Position, average: nn.Module | None, keep: int
+    ) -> None:
+        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+        self.position, self.average = position, average
+
+    def save(self) -> Path:
+        """Write the state as it is.
+
+        Raises:
+            CheckpointError: It cannot be written; earlier ones are untouched.
+        """
+        place = self.folder / f"step-{self.position.step:09d}"
+        if place.exists():
+            return place
+        draft = self.folder / f".{place.name}.draft"
+        self._on_main(lambda: _new_folder(draft), place)
+        error = ""
+        try:
+            self.accelerator.save_state(str(draft))
+            if self.accelerator.is_main_process:
+                self.position.write(draft / POSITION)
+                if self.average is not None:
+                    torch.save(self.average.state_dict(), draft / AVERAGE)
+        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError where it cannot write
+            error = str(problem) or type(problem).__name__
+        self._agree(error, place, draft)
+        self._on_main(lambda: _complete(draft, place), place, draft)
+        self._on_main(self._remove_old, place)
+        return place
+
+    def load_newest(self) -> tuple[Path | None, list[str]]:
+        """Load the newest that is whole; also says which were not.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none is whole.
+        """
+        self._on_main(self._remove_drafts, self.folder)
+        places = sorted(self.folder.glob("step-*"), reverse=True)
+        problems: list[str] = []
+        for place in places:
+            problem = damage(place)
+            if not problem:
+                self.load(place)
+                return place, problems
+            problems.append(f"{place.name} is not used: {problem}")
+        if problems:
+            raise CheckpointError(f"none of the checkpoints in {self.folder} is whole: {'; '.join(problems)}")
+        return None, problems
+
+    def load(self, place: Path) -> None:
+        """Put all that was saved back.
+
+        Raises:
+            CheckpointError: It is not whole, or does not fit the network or the number of processes.
+        """
+        problem = damage(place)
+        if problem:
+            raise CheckpointError(f"{place} cannot be used: {problem}")
+        if not (place / f"random_states_{self.accelerator.process_index}.pkl").exists():
+            raise CheckpointError(f"{place} was written by fewer processes: start as many as before")
+        try:
+            self.accelerator.load_state(str(place))
+            self.position.read(place / POSITION)
+            if self.average is not None:
+                self.average.load_state_dict(torch.load(place / AVERAGE, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{place} does not fit this training: {' '.join(str(error).split())[:300]}") from error
+
+    def _remove_old(self) -> None:
+        for place in sorted(self.folder.glob("step-*"), reverse=True)[self.keep :]:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _remove_drafts(self) -> None:
+        for place in self.folder.glob(".step-*"):
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _on_main(self, action: Callable[[], None], place: Path, draft: Path | None = None) -> None:
+        """Do something on one process, and fail on all where it fails."""
+        error = ""
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except OSError as problem:
+                error = problem.strerror or str(problem)
+        self._agree(error, place, draft)
+
+    def _agree(self, error: str, place: Path, draft: Path | None) -> None:
+        """Wait for each other; raise on all processes where one has an error."""
+        from accelerate.utils import gather_object
+
+        errors = [text for text in gather_object([error]) if text]
+        if not errors:
+            return
+        if draft is not None and self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+        kept = [p.name for p in sorted(self.folder.glob("step-*"))]
+        raise CheckpointError(
+            f"cannot write {place}: {' '.join(errors[0].split())[:200]}. Last good checkpoint: {kept[-1] if kept else 'none'}. "
+            "Make room or mend the folder, then start the same command again"
+        )
+
+
+def damage(place: Path) -> str:
+    """Why a checkpoint is not whole; "" if it is."""
+    try:
+        manifest = json.loads((place / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError):
+        return f"its {MANIFEST} cannot be read"
+    if not isinstance(manifest, dict) or not manifest:
+        return f"its {MANIFEST} lists nothing"
+    for name, expected in manifest.items():
+        try:
+            found = sha256(place / Path(name).name)
+        except OSError:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} is damaged"
+    return ""
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _new_folder(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def _complete(draft: Path, place: Path) -> None:
+    """Write the manifest, force all to the disk, and give the folder its name."""
+    files = sorted(path for path in draft.iterdir() if path.is_file())
+    (draft / MANIFEST).write_text(json.dumps({path.name: sha256(path) for path in files}, indent=1) + "\n")
+    for path in [*files, draft / MANIFEST, draft]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    draft.rename(place)
