@@ -23,6 +23,7 @@ import reference
 import thriftnet as tn
 from networks import perturb
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.gate import gates
 from thriftnet.core.spec import format_spec, to_dict
 from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import count_params, history, is_foldable
@@ -146,12 +147,19 @@ def law_fold_is_plain(model: nn.Module, *, fold: Verb = tn.fold) -> None:
 
 
 def law_gradients(model: nn.Module, x: Tensor) -> None:
-    """5: every parameter gets a gradient that is not zero, in training and in eval mode; there is no dense leftover."""
+    """5: every parameter gets a gradient that is not zero, in training and in eval mode; there is no dense leftover.
+
+    Gates are left out: at a fixed width they do not run, and they do not train until they are told to.
+    """
+    idle = {id(parameter) for gate in gates(model).values() for parameter in gate.parameters()}
+    assert not any(parameter.requires_grad for parameter in model.parameters() if id(parameter) in idle)
     for training in (True, False):
         model.train(training).zero_grad(set_to_none=True)
         out = model(x)
         (out * torch.linspace(-1.0, 2.0, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         for name, parameter in model.named_parameters():
+            if id(parameter) in idle:
+                continue
             assert parameter.grad is not None, f"{name!r} gets no gradient"
             assert parameter.grad.isfinite().all(), f"the gradient of {name!r} is not finite"
             if not training:  # in training mode a norm takes away the gradient of a bias before it

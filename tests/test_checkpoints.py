@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import thriftnet as tn
-from thriftnet.errors import CheckpointError
-from thriftnet.interop import checkpoints
+from thriftnet.errors import CheckpointError, ConfigError
+from thriftnet.interop import atomic
+from thriftnet.interop.checkpoints import open_model
+from thriftnet.interop.config import FIELDS, FORMAT, MIGRATIONS, read_config
 
 STEPS = [
     ["weight-sharing(rate=2)"],
@@ -106,8 +116,8 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: 
     def disk_full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_sync", disk_full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    monkeypatch.setattr(atomic, "_sync", disk_full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*unchanged"):
         tn.save(made(["soft-sharing(templates=2)"]), tmp_path / "m")
     monkeypatch.undo()
     images = torch.randn(2, 1, 8, 8)
@@ -161,3 +171,384 @@ def test_a_damaged_folder_is_refused(what: str, message: str, tmp_path: Path):
 def test_a_missing_folder_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no model folder"):
         tn.load(tmp_path / "nothing")
+
+
+# What format 2 says beyond the weights
+
+
+def test_facts_have_fields_of_their_own(tmp_path: Path):
+    facts = {
+        "input_size": (1, 8, 8),
+        "normalisation": {"mean": [0.5], "std": [0.25]},
+        "class_names": ["nought", "one"],
+        "metrics": {"top1": 91.5, "loss": float("nan")},
+        "data": "digits",
+    }
+    folder = tn.save(made(["shift"]), tmp_path / "m", metadata=facts)
+    config = read_config(folder)
+    assert config["input_size"] == [1, 8, 8]
+    assert config["normalisation"] == facts["normalisation"]
+    assert config["class_names"] == ["nought", "one"]
+    assert config["metrics"] == {"top1": 91.5, "loss": None}
+    assert config["metadata"] == {"data": "digits"}
+    assert config["model"] == {"name": "resnet20", "kwargs": {"in_chans": 1}}
+    for name, digest in config["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert {*config["sha256"], "config.json"} == {path.name for path in folder.iterdir()}
+    card = (folder / "README.md").read_text()
+    for said in ("1 x 8 x 8", "nought, one", "top1: 91.5", "data: digits", "mean [0.5], std [0.25]"):
+        assert said in card
+    assert read_config(tn.save(made(["shift"]), tmp_path / "n"))["input_size"] == [1, 32, 32]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"input_size": 32},
+        {"input_size": [3, 32]},
+        {"normalisation": {"mean": [0.5], "std": [0.0]}},
+        {"normalisation": {"mean": [0.5, 0.5], "std": [1.0]}},
+        {"class_names": "cat"},
+        {"metrics": {"top1": "high"}},
+        {"model": object()},
+    ],
+    ids=str,
+)
+def test_facts_of_the_wrong_type_are_refused(facts: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match="metadata"):
+        tn.save(made(["shift"]), tmp_path / "m", metadata=facts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_selected_width_comes_back(tmp_path: Path):
+    model = made(["slimmable(widths=(0.25, 0.5, 1.0))"])
+    images = torch.randn(2, 1, 8, 8)
+    for width in (0.25, 1.0, 0.5):
+        tn.set_width(model, width)
+        loaded = tn.load(tn.save(model, tmp_path / "m"))
+        assert torch.equal(loaded(images), model(images))
+        tn.set_width(loaded, "largest")
+        tn.set_width(model, "largest")
+        assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("steps", STEPS, ids=" + ".join)
+def test_every_type_comes_back(steps: list[str], dtype: torch.dtype, tmp_path: Path):
+    model = made(steps).to(dtype)
+    loaded = tn.load(tn.save(model, tmp_path / "m"))
+    assert {name: t.dtype for name, t in loaded.named_parameters()} == {
+        name: t.dtype for name, t in model.named_parameters()
+    }
+    images = torch.randn(2, 1, 8, 8).to(dtype)
+    assert torch.equal(loaded(images), model(images))
+    assert {b.dtype for b in loaded.buffers() if b.is_floating_point()} == {dtype}
+
+
+def test_mixed_types_come_back(tmp_path: Path):
+    model = made(["shift"]).to(torch.bfloat16)
+    model.fc.float()
+    loaded = tn.load(tn.save(model, tmp_path / "m"))
+    assert {name: t.dtype for name, t in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "steps", [["weight-sharing(trained=True)"], ["weight-sharing(trained=True)", "soft-sharing"]], ids=str
+)
+def test_fused_weights_come_back(steps: list[str], tmp_path: Path):
+    model = made(steps[:1])
+    folded = tn.fold(model)
+    images = torch.randn(2, 1, 8, 8)
+    for network in (model, folded):
+        assert torch.equal(tn.load(tn.save(network, tmp_path / "m"))(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("swrn16_1_2", 32), ("shiftresnet20", 32), ("slimmable_mobilenetv1", 64), ("resnet56_double_shared", 32)],
+)
+def test_networks_of_the_papers_come_back(name: str, size: int, tmp_path: Path):
+    model = tn.create_model(name).eval()
+    loaded = tn.load(tn.save(model, tmp_path / "m"))
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(loaded(images), model(images))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["timm:resnet10t", "timm:test_byobnet", "timm:resnetblur18", "torchvision:regnet_y_400mf", "torchvision:resnet18"],
+)
+@pytest.mark.parametrize("technique", ["", "weight-sharing"], ids=["plain", "converted"])
+def test_networks_of_others_come_back(source: str, technique: str, tmp_path: Path):
+    pytest.importorskip(source.partition(":")[0])
+    model = open_model(source, num_classes=7).eval()
+    if technique:
+        model = tn.convert(model, technique)
+    before = torch.get_rng_state()
+    loaded = tn.load(tn.save(model, tmp_path / "m"))
+    assert torch.equal(torch.get_rng_state(), before)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(images), model(images))
+    assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_what_wraps_a_network_is_left_out(tmp_path: Path):
+    model = made(["soft-sharing(templates=2)"])
+    images = torch.randn(2, 1, 8, 8)
+    for wrapped in (torch.compile(model), torch.optim.swa_utils.AveragedModel(model), nn.DataParallel(model)):
+        assert torch.equal(tn.load(tn.save(wrapped, tmp_path / "m"))(images), model(images))
+
+
+def test_tensors_tied_by_hand_come_back(tmp_path: Path):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)) + self.table
+
+    model, plain = Own().eval(), Own()
+    before = copy.deepcopy(plain.state_dict())
+    loaded = tn.load(tn.save(model, tmp_path / "m"), model=plain)
+    x = torch.randn(2, 4)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.first.weight is loaded.second.weight
+    assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
+    assert loaded.table.data_ptr() != plain.table.data_ptr()
+
+
+def test_meta_networks_are_not_saved(tmp_path: Path):
+    with torch.device("meta"):
+        model = tn.create_model("resnet20")
+    with pytest.raises(CheckpointError, match="holds no values"):
+        tn.save(model, tmp_path / "m")
+
+
+def test_other_files_in_the_folder_stay(tmp_path: Path):
+    folder = tn.save(made(["shift"]), tmp_path / "m")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "run.txt").write_text("mine")
+    (folder / "notes.txt").write_text("mine, too")
+    tn.save(made(["soft-sharing(templates=2)"]), folder)
+    assert (folder / "logs" / "run.txt").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine, too"
+    assert read_config(folder)["history"][0]["plan"]["technique"]["technique"] == "soft-sharing"
+
+
+def test_a_folder_with_a_config_of_others_is_left_alone(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="left alone"):
+        tn.save(made(["shift"]), tmp_path)
+
+
+# Loading fits nothing and trusts nothing
+
+
+def test_loading_fits_nothing(tmp_path: Path):
+    """Nothing is allocated or computed for the fits: their results would have to be on a device."""
+    model = made(["filter-basis(shared_rank=4, bases=2)"])
+    folder = tn.save(model, tmp_path / "m")
+    plain = made([])
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if any(isinstance(t, torch.Tensor) and not t.is_meta for t in (args or [None])[:1]):
+                seen.add(func.overloadpacket.__name__)
+            return out
+
+    with Watch():
+        tn.load(folder)
+        tn.load(folder, model=plain)
+    assert not {
+        name for name in seen if name.startswith(("linalg", "_linalg", "mm", "bmm", "addmm", "normal", "uniform"))
+    }, seen
+    assert "clone" in seen, "the watch saw nothing"
+
+
+def test_the_hash_is_of_the_bytes_that_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another process puts network B at the place after the config of A was read, and A again after B's weights were."""
+    models = [made(["soft-sharing(templates=2)"]), made(["shift"])]
+    for name, model in zip("ab", models, strict=True):
+        tn.save(model, tmp_path / name)
+    place = tmp_path / "m"
+    shutil.copytree(tmp_path / "a", place)
+    swaps = iter("babab")
+    read_bytes = Path.read_bytes
+
+    def swapped(path: Path) -> bytes:
+        def now(name: str) -> None:
+            shutil.rmtree(place)
+            shutil.copytree(tmp_path / name, place)
+
+        if path.name == "model.safetensors" and (name := next(swaps, None)):
+            now(name)
+            content = read_bytes(path)
+            now("a" if name == "b" else "b")
+            return content
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", swapped)
+    loaded = tn.load(place)
+    monkeypatch.undo()
+    images = torch.randn(2, 1, 8, 8)
+    assert any(torch.equal(loaded(images), model(images)) for model in models)
+
+
+def test_loading_takes_at_most_twice_the_file(tmp_path: Path):
+    folder = tn.save(tn.create_model("wrn40_4"), tmp_path / "m")
+    script = (
+        "import resource, sys, torch, thriftnet as tn\n"
+        "tn.load(sys.argv[2])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); model = tn.load(sys.argv[1]); print(peak() - before)\n"
+    )
+    small = tn.save(tn.create_model("wrn16_4"), tmp_path / "small")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(small)], capture_output=True, text=True, check=True
+    )
+    size = (folder / "model.safetensors").stat().st_size
+    assert int(done.stdout) < 2.2 * size
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "classes": lambda c: c["model"]["kwargs"].update(num_classes=10**12),
+    "somewhat more classes": lambda c: c["model"]["kwargs"].update(num_classes=1000),
+    "expansion": lambda c: c["history"][0]["plan"]["technique"].update(expansion=1e12),
+    "no number": lambda c: c["history"][0]["plan"]["technique"].update(expansion=float("nan")),
+    "text for classes": lambda c: c["model"]["kwargs"].update(num_classes="ten"),
+    "list for classes": lambda c: c["model"]["kwargs"].update(num_classes=[[]]),
+    "unknown kwarg": lambda c: c["model"]["kwargs"].update(colour="red"),
+    "own arguments": lambda c: c["model"]["kwargs"].update(self=1, name="resnet20"),
+    "unknown model": lambda c: c["model"].update(name="resnet21"),
+    "code": lambda c: c["model"].update(name="os:getcwd", kwargs={}),
+    "hub in hub": lambda c: c["model"].update(name="hf-hub:a/b", kwargs={}),
+    "timm from the Hub": lambda c: c["model"].update(name="timm:hf-hub:a/b", kwargs={}),
+    "timm with a file": lambda c: c["model"].update(name="timm:resnet10t", kwargs={"checkpoint_path": "/dev/zero"}),
+    "timm with nonsense": lambda c: c["model"].update(name="timm:resnet10t", kwargs={"block": 5, "layers": "x"}),
+    "name is a list": lambda c: c["model"].update(name=["resnet20"]),
+    "model is text": lambda c: c.update(model="resnet20"),
+    "history is text": lambda c: c.update(history="convert"),
+    "history is endless": lambda c: c.update(history=[{"verb": "fold"}] * 5000),
+    "history of numbers": lambda c: c.update(history=[1]),
+    "plan is missing": lambda c: c.update(history=[{"verb": "convert"}]),
+    "plan without rows": lambda c: c["history"][0]["plan"].pop("rows"),
+    "rows of text": lambda c: c["history"][0]["plan"].update(rows=["a"]),
+    "names of lists": lambda c: c["history"][0]["plan"]["rows"][0].update(names=[[]]),
+    "no names": lambda c: c["history"][0]["plan"]["rows"][0].update(names=[]),
+    "ties that are not there": lambda c: c["history"].append({"verb": "tie", "groups": [["a", "b"]]}),
+    "a width of one": lambda c: c["history"].append({"verb": "freeze", "width": 0.5}),
+    "a list for a width": lambda c: c["history"].append({"verb": "freeze", "width": []}),
+    "another width": lambda c: c.update(width=0.5),
+    "no hashes": lambda c: c.pop("sha256"),
+    "hash is a number": lambda c: c.update(sha256={"model.safetensors": 5}),
+    "format is text": lambda c: c.update(thriftnet_format="2"),
+    "format 0": lambda c: c.update(thriftnet_format=0),
+    "params is text": lambda c: c.update(params="many"),
+    "metadata is a list": lambda c: c.update(metadata=[]),
+    "classes are numbers": lambda c: c.update(class_names=[1, 2]),
+    "metrics of lists": lambda c: c.update(metrics={"top1": []}),
+    "size of text": lambda c: c.update(input_size=["3", "32", "32"]),
+}
+
+
+def edits_the_name(what: str) -> bool:
+    """Whether it is in the part of the config that is not used with ``model=``."""
+    config = {
+        "model": {"name": "resnet20", "kwargs": {}},
+        "history": [{"plan": {"rows": [{}], "technique": {}}}],
+        "sha256": {},
+    }
+    HOSTILE[what](config)
+    return config["model"] != {"name": "resnet20", "kwargs": {}}
+
+
+CASES = [(what, given) for what in HOSTILE for given in (False, True) if not (given and edits_the_name(what))]
+
+
+@pytest.mark.parametrize(("what", "given"), CASES)
+def test_a_hostile_config_is_refused(what: str, given: bool, tmp_path: Path):
+    folder = edited(tn.save(made(["shift"]), tmp_path / "m"), HOSTILE[what])
+    with pytest.raises(CheckpointError) as caught:
+        tn.load(folder, model=tn.create_model("resnet20", in_chans=1) if given else None)
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "", "[]", "null", '{"thriftnet_format": true}', "\x00", '{"a": ' + "9" * 5000 + "}"],
+    ids=range(7),
+)
+def test_what_is_no_config_is_refused(text: str, tmp_path: Path):
+    folder = tn.save(made(["shift"]), tmp_path / "m")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        tn.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, 1000])
+def test_what_is_no_safetensors_file_is_refused(size: int, tmp_path: Path):
+    folder = tn.save(made(["shift"]), tmp_path / "m")
+    cut = (folder / "model.safetensors").read_bytes()[:size]
+    (folder / "model.safetensors").write_bytes(cut)
+    edited(folder, lambda c: c["sha256"].update({"model.safetensors": hashlib.sha256(cut).hexdigest()}))
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        tn.load(folder)
+
+
+# Formats
+
+
+def test_format_1_is_read(tmp_path: Path):
+    """The folder was written by thriftnet before format 2; so was the output."""
+    folder = Path(__file__).parent / "data" / "format1" / "model"
+    assert json.loads((folder / "config.json").read_text())["thriftnet_format"] == 1
+    out = tn.load(folder)(torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8))
+    torch.testing.assert_close(out, torch.tensor([[0.07093718647956848, 0.35047003626823425, 0.047104816883802414]]))
+    config = read_config(folder)
+    assert (config["input_size"], config["class_names"]) == ([3, 32, 32], ["a", "b", "c"])
+    assert config["metadata"] == {"top1": 91.5}
+    again = read_config(tn.save(tn.load(folder), tmp_path / "m"))
+    assert again["thriftnet_format"] == 2
+    assert again["sha256"]["model.safetensors"] == config["sha256"]["model.safetensors"]
+
+
+def test_every_older_format_has_a_migration():
+    assert sorted(MIGRATIONS) == list(range(1, FORMAT))
+    page = (Path(__file__).parent.parent / "docs" / "saving.md").read_text()
+    for field in ("thriftnet_format", *FIELDS):
+        assert f"`{field}`" in page, f"docs/saving.md does not explain {field}"
+    for version in MIGRATIONS:
+        assert f"| {version} → {version + 1} |" in page
+
+
+# Names of networks
+
+
+def test_a_file_is_opened_by_the_importer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    importer = pytest.importorskip("thriftnet.interop.importer")
+    expected, path = tn.create_model("resnet20"), tmp_path / "theirs.pth"
+    path.write_bytes(b"")
+    monkeypatch.setattr(importer, "open_file", lambda given: expected if Path(given) == path else None)
+    assert open_model(str(path)) is expected
+    with pytest.raises(ConfigError, match="no further arguments"):
+        open_model(str(path), num_classes=5)
+
+
+def test_names_that_lead_nowhere(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no folder or file"):
+        open_model(str(tmp_path / "nothing"))

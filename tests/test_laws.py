@@ -29,9 +29,10 @@ CONFIGS: dict[str, Any] = {
     "basis-whole": tn.FilterBasis(whole=True),
     "shift": tn.Shift(expansion=2.0),
     "slimmable": tn.Slimmable(widths=(0.5, 1.0)),
+    "slimmable-gate": tn.Slimmable(widths=(0.5, 1.0), gate=True),
 }
 FIVE = ("weight", "soft", "basis", "shift", "slimmable")
-SHARING = [name for name in CONFIGS if name not in ("shift", "slimmable")]
+SHARING = [name for name in CONFIGS if name not in ("shift", "slimmable", "slimmable-gate")]
 
 every_config = pytest.mark.parametrize("config", CONFIGS)
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
@@ -179,6 +180,7 @@ PARAMS = {
     "basis-whole": OTHERS + CONV,
     "shift": OTHERS + L * (C * 2 * C + 2 * 2 * C + 2 * C * C + C),
     "slimmable": OTHERS + L * CONV,
+    "slimmable-gate": OTHERS + L * CONV + (4 * C + 4) + 2 * 4,
 }
 MACS = {
     "weight": OTHERS_MACS + L * A * WEIGHT,
@@ -190,6 +192,7 @@ MACS = {
     "basis-whole": OTHERS_MACS + L * A * WEIGHT,
     "shift": OTHERS_MACS + L * A * (C * 2 * C + 2 * C * C),
     "slimmable": OTHERS_MACS + L * A * WEIGHT,
+    "slimmable-gate": OTHERS_MACS + L * A * WEIGHT,  # at a fixed width the gate does not run
 }
 # Each use of a layer computes its weight: a bank of 2 templates in each of 4 layers; 2 members in each of 4 uses.
 GENERATION_MACS = {"soft": L * 2 * WEIGHT, "weight-channel": L * 2 * WEIGHT, "weight-strided-scalar": L * 2 * WEIGHT}
@@ -261,11 +264,25 @@ def test_12_pairs(first: str, second: str, network: Network) -> None:
         assert composes == ((first, second) in COMPOSE)
 
 
-@pytest.mark.parametrize("second", [name for name in CONFIGS if name not in FIVE])
+@pytest.mark.parametrize("second", [name for name in CONFIGS if name not in (*FIVE, "slimmable-gate")])
 def test_12_variants_compose_with_widths(second: str) -> None:
     network = NETWORKS["residual"]
     for one, other in (("slimmable", second), (second, "slimmable")):
         assert laws.law_pair(network.make(), CONFIGS[one], CONFIGS[other], network.image())
+
+
+@pytest.mark.parametrize("network", [NETWORKS["chain"], NETWORKS["residual"]], ids=lambda network: network.name)
+@pytest.mark.parametrize("other", [name for name in CONFIGS if name != "slimmable-gate"])
+def test_12_pairs_with_a_gate(other: str, network: Network) -> None:
+    """Behind a gate the same techniques compose; before it, where a layer would be on both sides of it, it refuses."""
+    behind = laws.law_pair(network.make(), CONFIGS["slimmable-gate"], CONFIGS[other], network.image())
+    before = laws.law_pair(network.make(), CONFIGS[other], CONFIGS["slimmable-gate"], network.image())
+    if network.name == "residual":
+        assert (behind, before) == GATE_COMPOSES.get(other, (True, True))
+
+
+# a filter basis that is one layer for the whole network is on both sides of the gate
+GATE_COMPOSES: dict[str, tuple[bool, bool]] = {"slimmable": (False, False), "basis-whole": (True, False)}
 
 
 def test_12_three_techniques_compose() -> None:

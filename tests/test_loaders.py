@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import chain
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from thriftnet.data.batched import Draws, _by_slices, _by_windows, crop_and_flip
 from thriftnet.data.dataset import ArrayImages, Subset
 from thriftnet.data.loaders import Batch, ImageLoader, Loader, ResidentLoader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.data.transforms import Augmentation, Cutout, PaddedCrop, eval_transform, own_random_state, train_transform
+from thriftnet.data.transforms import Augmentation, Cutout, PaddedCrop, eval_transform, random_state_kept, train_transform
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 AUGMENTATION = Augmentation(crop_padding=2, flip=True, cutout=4, mean=MEAN, std=STD)
@@ -121,13 +122,26 @@ def test_batched_and_per_image_chance_have_one_distribution():
         assert abs(chi_square(cases[1].float())) < 4
 
 
+def test_chance_differs_by_epoch_seed_and_purpose():
+    def drawn(seed: int, epoch: int) -> list[torch.Tensor]:
+        draws = draw(AUGMENTATION, 1000, 5, 5, seed, epoch)
+        return [field for field in (draws.crop, draws.flip, draws.cutout) if field is not None]
+
+    first = drawn(0, 0)
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(0, 0), strict=True))
+    for other in (drawn(0, 1), drawn(1, 0)):
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[2])  # both are pairs in 0 .. 4
+
+
 def test_cutout_centres_are_everywhere_equally_often():
     centres = draw(Augmentation(cutout=4), 20000, 4, 5, seed=0, epoch=0).cutout
     assert centres is not None
     places, counts = centres.unique(dim=0, return_counts=True)
     assert len(places) == 20
     assert abs(chi_square(counts.float())) < 4
-    with own_random_state(0):
+    with random_state_kept():
         cuts = torch.stack([Cutout(4)(torch.ones(1, 4, 5)) for _ in range(3000)])
     expected = torch.stack(
         [cut_out(torch.ones(1, 1, 4, 5), torch.tensor([[r, c]]), 4)[0] for r in range(4) for c in range(5)]
@@ -177,9 +191,12 @@ def test_a_resumed_epoch_goes_on_with_the_batches_not_yet_given(resident: bool, 
 @each_kind
 def test_passes_over_one_epoch_are_equal_and_leave_global_random_numbers_alone(resident: bool, workers: int):
     batches = loader(resident, workers)
-    before = torch.get_rng_state()
+    np.random.seed(7)
+    random.seed(7)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     first = list(batches)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     torch.manual_seed(99)
     next(iter(batches))  # a pass that is given up
     assert same(first, list(batches))
@@ -270,7 +287,7 @@ def test_rand_augment_survives_its_highest_magnitude():
     """timm then posterizes to 0 bits, which new versions of pillow refuse."""
     hardest = Augmentation(image_size=12, rand_augment="rand-m10-p1-inc1", mean=MEAN, std=STD)
     transform = train_transform(hardest)
-    with own_random_state(0):
+    with random_state_kept():
         assert all(transform(arrays().image(i)).isfinite().all() for i in range(50))
 
 

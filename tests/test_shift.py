@@ -12,7 +12,7 @@ import reference
 import thriftnet as tn
 from laws import assert_close
 from networks import NETWORKS, randomise_norms
-from thriftnet.kernels.shift import SliceShift, moved_channels, offsets, one_hot
+from thriftnet.kernels.shift import Moves, moved_channels, offsets, one_hot, windows
 
 CASES = {
     "kernel_size": st.integers(1, 5),
@@ -29,8 +29,8 @@ def random_input(channels: int, height: int, width: int, seed: int) -> Tensor:
 
 
 def apply(x: Tensor, kernel_size: int, dilation: int, direction: int = 1) -> Tensor:
-    """The strided form, in either direction."""
-    return SliceShift.apply(x, kernel_size, dilation, moved_channels(x.shape[1], kernel_size), direction)
+    """The form that any layout and type can take, in either direction."""
+    return windows(x, Moves(kernel_size, dilation, moved_channels(x.shape[1], kernel_size), direction))
 
 
 @given(**CASES)

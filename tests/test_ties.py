@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -13,7 +12,6 @@ import fully_sharded
 import laws
 import thriftnet as tn
 from test_laws import CONFIGS, converted, every_config, tied
-from thriftnet.core.tied import Tied
 
 
 @every_config
@@ -71,10 +69,9 @@ def loaded(like: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def test_sharing_the_tensor_would_not_survive() -> None:
-    """Why modules are shared and not tensors: the tests above would fail for this."""
+    """Why modules are shared and not tensors."""
     layers = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
     layers[1].weight = layers[0].weight
+    assert len(list(layers.parameters())) == 3
     layers.load_state_dict(copy.deepcopy(layers).state_dict(), assign=True)
-    assert layers[0].weight is layers[1].weight or len(list(layers.parameters())) == 4
-    with pytest.raises(AssertionError):
-        assert isinstance(layers[0], Tied)
+    assert len(list(layers.parameters())) == 4

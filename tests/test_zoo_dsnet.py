@@ -13,6 +13,7 @@ from torch import nn
 
 import dsnet_by_hand
 import thriftnet as tn
+from benchmark_forms import MaskedNetwork
 from golden_rules import golden_input
 from laws import assert_close
 from networks import perturb, randomise_norms
@@ -23,7 +24,9 @@ from thriftnet.interop.authors.layout import fill, read
 from thriftnet.interop.checkpoints import unique_tensors
 from thriftnet.models import MODELS
 from thriftnet.models.dsnet_blocks import SqueezeExcite, WidthGate
+from thriftnet.models.dynamic import DynamicNetwork, mixture
 from thriftnet.models.facts.dsnet import SUBNETWORKS, SUPERNETS
+from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
 from zoo_golden import FLOAT32, FLOAT64, check_digests, check_keys, check_output, facts, gradients, their_tensors
 
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ds", False))
@@ -86,7 +89,8 @@ def test_the_state_of_one_forward_does_not_reach_the_next() -> None:
     assert torch.equal(model(x), first)
 
 
-def test_recorded_recalibration() -> None:
+@pytest.mark.parametrize("by_verb", [False, True])
+def test_recorded_recalibration(by_verb: bool) -> None:
     """Fresh statistics, then three batches through all numbered sub-networks in training mode."""
     step, case = facts("dsnet")["train_bn_recalibration_tiny"], facts("dsnet")["tiny"]
     model = recorded("tiny").double().train()
@@ -95,11 +99,13 @@ def test_recorded_recalibration() -> None:
     for name, buffer in model.named_buffers():
         buffer.fill_("running_var" in name)
     x = torch.from_numpy(golden_input(*step["input_shape"])).double()
-    with torch.no_grad():
-        for batch in range(3):
-            for which in range(14):
-                tn.set_width(model, which)
-                model(x * (1 + 0.1 * batch) + 0.05 * batch)
+    batches = [x * (1 + 0.1 * batch) + 0.05 * batch for batch in range(3)]
+    if by_verb:
+        tn.recalibrate(model, batches, widths=range(14), momentum=0.1)
+    for batch in [] if by_verb else batches:
+        for which in range(14):
+            tn.set_width(model, which)
+            model(batch)
     expected = {key: value for key, value in step["buffers_after"].items() if "num_batches" not in key}
     assert expected
     check_digests(read(unique_tensors(model), layout), expected)
@@ -131,6 +137,67 @@ def test_recorded_sandwich_step() -> None:
     check_digests(read(gradients(model), layout), step["grad"])
     after = {key: value for key, value in step["buffers_after"].items() if "num_batches" not in key}
     check_digests(read(unique_tensors(model), layout), after)
+
+
+def filled(fill_gain: float) -> tuple[nn.Module, Any]:
+    case, model = facts("dsnet")["tiny"], recorded("tiny").double().eval()
+    layout = dsnet_layout(model)
+    fill(model, their_tensors(case | {"fill_gain": fill_gain}), layout)
+    return model, layout
+
+
+def test_recorded_gate_logits() -> None:
+    case = facts("dsnet")["tiny"]
+    model, _ = filled(case["fill_gain"])
+    images = torch.from_numpy(golden_input(*case["input_shape"])).double()
+    with torch.no_grad():
+        logits = DynamicNetwork(model).logits(images)
+    assert_close(logits, torch.tensor(case["modes"]["gate_logits_float64"], dtype=torch.float64), 1e-10, "gate")
+
+
+@pytest.mark.parametrize("fold_norms", [False, True])
+@pytest.mark.parametrize("which", [0, 1, 2, 3, "mixed"])
+def test_recorded_decisions(which: int | str, fold_norms: bool) -> None:
+    """The routed network, and the masked one, against the authors' dynamic mode with decisions from outside."""
+    case = facts("dsnet")["tiny"]
+    model, _ = filled(case["fill_gain"])
+    mode = case["modes"][f"dynamic_{which}"]
+    batch = mode["logits"]["float64"]["shape"][0]
+    decisions = torch.tensor(mode.get("decisions", [which] * batch))
+    images = torch.from_numpy(golden_input(batch, *case["input_shape"][1:])).double()
+    dynamic = DynamicNetwork(model, fold_norms=fold_norms, input_size=case["input_shape"][1:])
+    masked = MaskedNetwork(model)
+    check_output(lambda x: dynamic.forced(x, decisions), images, mode["logits"]["float64"], FLOAT64)
+    check_output(lambda x: masked(x, F.one_hot(decisions, 4).to(x)), images, mode["logits"]["float64"], FLOAT64)
+    assert list(dynamic.histogram.values()) == torch.bincount(decisions, minlength=4).tolist()
+    if "true_macs" in mode:
+        assert dynamic.mean_macs == mode["true_macs"] + dynamic.gate.conv.weight.numel(), "theirs are biased"
+
+
+def test_recorded_gate_step() -> None:
+    """Stage II with zero noise: decisions, both losses, outputs and the gate's gradient, in the authors' forms by name."""
+    step = facts("dsnet")["train_gate_tiny"]
+    model, layout = filled(step["fill_gain"])
+    images = torch.from_numpy(golden_input(*step["input_shape"])).double()
+    labels = torch.arange(len(images)) % 10
+    dynamic = DynamicNetwork(model)
+    gate = dynamic.gate.requires_grad_(True)
+    logits, outputs = dynamic.every(images)
+    targets = sparsification_targets(outputs, labels)
+    assert targets.tolist() == step["gate_target"]
+    decision = decision_of(logits, noise=False)
+    assert decision.soft.argmax(1).tolist() == step["decisions"]
+    assert_close(decision.soft.detach(), torch.tensor(step["gate_soft"], dtype=torch.float64), 1e-10, "softmax")
+    masked = MaskedNetwork(model)
+    output = masked(images, decision.choice)
+    assert_close(output.detach(), mixture(decision.choice, outputs).detach(), 1e-12, "masked and routed")
+    check_output(lambda x: output.detach(), images, step["logits"], FLOAT64)
+    loss = GateObjective(original=True)(decision, output, labels, targets, dynamic.macs)
+    assert loss.sparsification.item() == pytest.approx(step["gate_loss"], rel=1e-10)
+    assert loss.task.item() == pytest.approx(step["ce_loss"], rel=1e-10)
+    (loss.task + loss.sparsification).backward()
+    assert gate is dynamic.gate
+    check_digests(read(gradients(model), layout), step["grad_gate"])
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,14 @@ _PLACES = {
     "thriftnet.interop.importer": ("ImportedCheckpoint", "import_checkpoint"),
     "thriftnet.measure": ("Report", "inspect"),
     "thriftnet.models": ("create_model", "list_models"),
+    "thriftnet.models.dynamic": ("DynamicNetwork",),
     "thriftnet.techniques": ("TECHNIQUES", "convert", "plan"),
     "thriftnet.techniques.filter_basis": ("BasisConv2d", "FilterBasis"),
     "thriftnet.techniques.shift": ("Shift", "Shift2d", "ShiftConv2d"),
     "thriftnet.techniques.slimmable": ("Slimmable",),
     "thriftnet.techniques.soft_sharing": ("SConv2d", "SoftSharing", "TemplateBank", "fold_recurrence", "similarity"),
     "thriftnet.techniques.weight_sharing": ("WeightSharing",),
+    "thriftnet.train.search": ("search",),
 }
 _WHERE = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -57,12 +59,14 @@ if TYPE_CHECKING:
     from thriftnet.interop.importer import ImportedCheckpoint, import_checkpoint
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
+    from thriftnet.models.dynamic import DynamicNetwork
     from thriftnet.techniques import TECHNIQUES, convert, plan
     from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
     from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
     from thriftnet.techniques.slimmable import Slimmable
     from thriftnet.techniques.soft_sharing import SConv2d, SoftSharing, TemplateBank, fold_recurrence, similarity
     from thriftnet.techniques.weight_sharing import WeightSharing
+    from thriftnet.train.search import search
 
 
 def __getattr__(name: str) -> Any:

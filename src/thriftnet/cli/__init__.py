@@ -16,6 +16,7 @@ VERBS = {
     "plan": "show what a conversion would do, layer by layer",
     "convert": "make a network small with a technique, and save it",
     "train": "train a network by a recipe, on one process or many; resumes",
+    "evaluate": "measure how well a network classifies",
     "recipes": "list the training recipes, or show one",
     "import": "import a checkpoint of one of the five original projects",
     "fold": "turn a converted network into plain layers, check that it computes the same, and save it",

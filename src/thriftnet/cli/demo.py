@@ -13,13 +13,14 @@ from thriftnet.cli.common import emit, new_parser, parse
 from thriftnet.text import table
 
 if TYPE_CHECKING:
-    from thriftnet.data.digits import Digits
+    from thriftnet.data.dataset import DataSource
     from thriftnet.report.page import Page
     from thriftnet.train.demo import Result
-    from thriftnet.train.loop import Curve, Settings
+    from thriftnet.train.engine import Progress
+    from thriftnet.train.recipe import Recipe
 
 COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
-CLOSE = 0.02  # accuracy within this of plain needs no explanation
+CLOSE = 2.0  # percent points: accuracy within this of plain needs no explanation
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,20 +29,19 @@ def run(arguments: Sequence[str]) -> None:
         "Train a small ResNet on scikit-learn's digits, plain and with each technique; fold, check, save and predict.",
     )
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
-    parser.add_argument("--epochs", type=int, default=10, help="per technique (default 10)")
+    parser.add_argument("--epochs", type=int, help="per technique (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
     options = parse(parser, arguments)
 
     from thriftnet.report.page import write_page
-    from thriftnet.train.demo import SHOWN, compare
-    from thriftnet.train.loop import Settings
+    from thriftnet.train.demo import SHOWN, compare, demo_recipe
 
-    settings = Settings(epochs=options.epochs, seed=options.seed)
+    recipe = demo_recipe(options.epochs, options.seed)
     output = Path(options.output)
     start = time.perf_counter()
-    with Progress(1 + len(SHOWN), settings.epochs) as progress:
-        data, results = compare(output, settings, progress.start, progress.epoch)
-    report = write_page(_page(data, results, settings, time.perf_counter() - start), output / "report.html")
+    with Bars(1 + len(SHOWN)) as bars:
+        source, results = compare(output, recipe, bars.start, bars.watch)
+    report = write_page(_page(source, results, recipe, time.perf_counter() - start), output / "report.html")
     notes = _notes(results)
     text = "\n".join(
         [table(COLUMNS, [_cells(r) for r in results]), *notes, "", f"report: {report}", f"models: {output / 'models'}"]
@@ -49,20 +49,19 @@ def run(arguments: Sequence[str]) -> None:
     emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
 
 
-class Progress:
+class Bars:
     """A bar per technique on a terminal; nothing elsewhere."""
 
-    def __init__(self, networks: int, epochs: int) -> None:
+    def __init__(self, networks: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
+        from rich.progress import Progress as RichProgress
 
-        console = Console(stderr=True)
         columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-        self.bars = Bars(*columns, console=console, disable=not sys.stderr.isatty())
-        self.networks, self.epochs, self.done = networks, epochs, 0
+        self.bars = RichProgress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self.networks, self.done = networks, 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Bars:
         self.bars.start()
         return self
 
@@ -71,17 +70,19 @@ class Progress:
 
     def start(self, name: str) -> None:
         self.done += 1
-        self.task = self.bars.add_task(name, total=self.epochs, note=f"{self.done} of {self.networks}")
+        self.task = self.bars.add_task(name, total=None, note=f"{self.done} of {self.networks}")
 
-    def epoch(self, curve: Curve) -> None:
-        self.bars.update(self.task, advance=1, note=f"test accuracy {curve.test_accuracy[-1]:.1%}")
+    def watch(self, progress: Progress) -> None:
+        self.bars.update(self.task, total=progress.steps, completed=progress.step)
+        if progress.row is not None:
+            self.bars.update(self.task, note=f"test accuracy {progress.row['top1']:.1f} %")
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
     """Why an accuracy is not within reach of plain."""
     plain = results[0].accuracy
     return [
-        f"{r.name} is {100 * (plain - r.accuracy):.1f} points below plain: it stores {results[0].params / r.params:.1f}x fewer "
+        f"{r.name} is {plain - r.accuracy:.1f} points below plain: it stores {results[0].params / r.params:.1f}x fewer "
         f"parameters and runs {results[0].macs / r.macs:.1f}x fewer MACs; more epochs (--epochs) bring it closer"
         for r in results
         if plain - r.accuracy > CLOSE
@@ -91,7 +92,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
 def _cells(result: Result) -> list[object]:
     """One row of the table."""
     error = "-" if result.fold_error is None else f"{result.fold_error:.1e}"
-    return [result.name, result.params, result.macs, f"{result.accuracy:.2%}", f"{result.seconds:.1f}", error]
+    return [result.name, result.params, result.macs, f"{result.accuracy:.2f}%", f"{result.seconds:.1f}", error]
 
 
 def _as_dict(result: Result) -> dict[str, Any]:
@@ -99,25 +100,26 @@ def _as_dict(result: Result) -> dict[str, Any]:
     return {key: getattr(result, key) for key in keys}
 
 
-def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: float) -> Page:
+def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds: float) -> Page:
     import torch
 
     from thriftnet.report import plots
     from thriftnet.report.page import Page, Picture
+    from thriftnet.train.demo import test_loader
 
     names = [r.name for r in results]
-    trained = [r for i, r in enumerate(results) if r.curve is not (results[i - 1].curve if i else None)]
+    trained = [r for i, r in enumerate(results) if r.rows is not (results[i - 1].rows if i else None)]
     best = min(results[1:], key=lambda r: r.params)
     summary = [
         "One small ResNet on 1,797 real images of digits: trained plain, then made small with each technique, starting from "
         "the plain weights, and trained as long again.",
         f"The smallest, {best.name}, stores {best.params:,} parameters, {results[0].params / best.params:.1f} times fewer than "
-        f"plain, at {best.accuracy:.2%} test accuracy (plain {results[0].accuracy:.2%}).",
+        f"plain, at {best.accuracy:.2f}% test accuracy (plain {results[0].accuracy:.2f}%).",
         *_notes(results),
     ]
     rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in _cells(r)] for r in results]
     count = len(results[0].predictions)
-    labels = data.test.labels[:count].tolist()
+    images, labels = next(iter(test_loader(source)))
     pictures = [
         Picture(
             "accuracy",
@@ -130,22 +132,22 @@ def _page(data: Digits, results: Sequence[Result], settings: Settings, seconds: 
             "Training",
             plots.training_curves(
                 [r.technique.partition("(")[0] or "plain" for r in trained],
-                [r.curve.loss for r in trained],
-                [r.curve.test_accuracy for r in trained],
+                [[row["train_loss"] for row in r.rows] for r in trained],
+                [[row["top1"] for row in r.rows] for r in trained],
             ),
             "Each technique starts from the trained plain network, whose function the conversion changes at first.",
         ),
         Picture(
             "predictions",
             "Predictions of the folded networks",
-            plots.predictions(data.test.images[:count], labels, names, [r.predictions for r in results]),
+            plots.predictions(images[:count], labels[:count].tolist(), names, [r.predictions for r in results]),
             "Test images, and what each folded network, loaded from its folder, takes them for. Wrong answers are red.",
         ),
     ]
     facts = {
-        "command": f"thriftnet demo --epochs {settings.epochs} --seed {settings.seed}",
-        "settings": str(settings),
-        "images": f"{len(data.train)} to train, {len(data.test)} to test, stratified",
+        "command": f"thriftnet demo --epochs {recipe.epochs} --seed {recipe.seed}",
+        "recipe": "digits (thriftnet recipes digits)",
+        "images": f"{len(source.split('train'))} to train, {len(source.split('test'))} to test, stratified",
         "versions": f"thriftnet {__version__}, torch {torch.__version__}",
         "time": f"{seconds:.0f} s in all",
     }

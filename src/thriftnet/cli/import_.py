@@ -20,7 +20,9 @@ HINTS_HELP = (
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser("import", "Import a checkpoint of one of the five original projects, or a plain ResNet's.")
     parser.epilog = HINTS_HELP
-    parser.add_argument("file", metavar="FILE", help="a file of torch.save, old or new, or safetensors; its name does not matter")
+    parser.add_argument(
+        "file", metavar="FILE", help="a file of torch.save, old or new, or safetensors; its name does not matter"
+    )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="where to save the network as a model folder")
     options, hints = parse_with_kwargs(parser, arguments)
     hints = {name: _boolean(value) for name, value in hints.items()}

@@ -1,4 +1,8 @@
-"""Batch norms folded into the convolutions before them: the same function in eval mode, one layer fewer."""
+"""Batch norms folded into the convolutions before them, and activations that overwrite their input.
+
+Both compute the same in eval mode, with one layer or one tensor fewer. Which layers follow each other is seen by running a
+copy on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.conv import plain_conv2d
 from thriftnet.core.norm import scale_and_shift
-from thriftnet.core.probe import Size, failure, on_meta
+from thriftnet.core.probe import Alone, Size, images, on_meta
 from thriftnet.core.sites import replace
 
 
-class _Uses(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Uses(Alone):
     """Counts how often each tensor is read by something that makes a tensor."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counts: Counter[int] = Counter()
         self.kept: list[Tensor] = []  # so that no id is used twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_function__(func, types, args, kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, Tensor):
@@ -35,16 +38,18 @@ class _Uses(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def merge_norms(model: nn.Module, run: Callable[[nn.Module], None]) -> nn.Module:
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+
+
+def merge_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
     """Fold every batch norm of ``model``, changed in place, that alone reads the output of a convolution that runs once.
 
     Args:
         model: A network of plain layers, in eval mode.
         run: Runs a copy of it on the meta device once.
     """
-    pairs = _pairs(model, run)
     table: dict[int, nn.Module] = {}
-    for conv, norm in pairs:
+    for conv, norm in _pairs(model, run):
         scale, shift = scale_and_shift(norm)
         weight = conv.weight.detach() * scale[:, None, None, None]
         bias = shift if conv.bias is None else conv.bias.detach() * scale + shift
@@ -56,15 +61,37 @@ def merge_norms(model: nn.Module, run: Callable[[nn.Module], None]) -> nn.Module
 def merge_norms_of(model: nn.Module, size: Size) -> nn.Module:
     """`merge_norms` for a whole network, which runs on images of this size."""
 
-    def run(ghost: nn.Module) -> None:
-        error = failure(ghost, size)
-        if error is not None:
-            raise error
-
-    return merge_norms(model, run)
+    return merge_norms(model, lambda ghost: ghost(images(size).to(next(ghost.parameters()).dtype)))
 
 
-def _pairs(model: nn.Module, run: Callable[[nn.Module], None]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def overwrite(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """Let activations of ``model`` overwrite outputs of convolutions and norms that nothing else reads.
+
+    Args:
+        model: A network that no gradient is taken of.
+        run: Runs a copy of it on the meta device once.
+    """
+    ghost = on_meta(model)
+    made: set[int] = set()
+    reads: dict[str, list[int]] = {}
+
+    def layer_ran(output: Tensor) -> None:
+        made.add(id(output))
+        uses.kept.append(output)
+
+    for name, module in ghost.named_modules():
+        if isinstance(module, ACTIVATIONS):
+            module.register_forward_pre_hook(lambda _, args, name=name: reads.setdefault(name, []).append(id(args[0])))
+        elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, args, output: layer_ran(output))
+    with torch.no_grad(), _Uses() as uses:
+        run(ghost)
+    for name, given in reads.items():
+        if all(each in made and uses.counts[each] == 1 for each in given):
+            setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
+
+
+def _pairs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions and the norms that alone read their outputs."""
     ghost = on_meta(model)
     made_by: dict[int, str] = {}

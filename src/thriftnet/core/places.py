@@ -108,7 +108,9 @@ def _indices(model: nn.Module, choice: Sequence[Width] | Mapping[str, Width], si
     together = groups(model, size)
     if len(choice) != len(together):
         listed = "; ".join(f"{number}: {', '.join(group)}" for number, group in enumerate(together))
-        raise ConfigError(f"{len(choice)} widths, but {len(together)} parts can have a width of their own. They are {listed}")
+        raise ConfigError(
+            f"{len(choice)} widths, but {len(together)} parts can have a width of their own. They are {listed}"
+        )
     return {place: position(width, possible) for group, width in zip(together, choice, strict=True) for place in group}
 
 

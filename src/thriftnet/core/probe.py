@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from thriftnet.core.sites import ends
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -29,6 +30,14 @@ class Call:
 
     name: str
     output: Any
+
+
+class Alone(TorchFunctionMode):
+    """What runs in here is not seen by modes that the caller runs in, such as those that build networks without values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -54,7 +63,8 @@ def failure(ghost: nn.Module, size: Size) -> Exception | None:
     """Why a network on the meta device does not run on images of this size; None where it does."""
     dtype = next((t.dtype for t in ghost.parameters() if t.is_floating_point()), torch.float32)
     try:
-        ghost(images(size).to(dtype))
+        with Alone():
+            ghost(images(size).to(dtype))
     except Exception as error:  # what a network's own code may raise is not known
         return error
     return None
@@ -93,7 +103,9 @@ def calls(model: nn.Module, size: Size) -> list[Call]:
         module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, output)))
     error = failure(ghost, size)
     if error is not None:
-        raise IncompatibleModelError(f"{type(model).__name__} does not run on input_size={tuple(size)}: {_first_line(error)}")
+        raise IncompatibleModelError(
+            f"{type(model).__name__} does not run on input_size={tuple(size)}: {_first_line(error)}"
+        )
     return done
 
 

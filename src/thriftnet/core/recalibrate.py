@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,44 +11,59 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
+from thriftnet.core.spec import check_whole_number
 from thriftnet.core.width import set_width, width
 from thriftnet.core.width import widths as widths_of
-from thriftnet.errors import DataError, IncompatibleModelError
+from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, loader: Iterable[Any], widths: Sequence[float | int | str] | float | int | str | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    widths: Sequence[float | int | str] | float | int | str | None = None,
+    *,
+    momentum: float | None = None,
+    batches: int | None = None,
 ) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
     Weights, modes, the selected width and the random state are left as they were; only statistics change. If the
-    loader fails, the old statistics are put back.
+    loader fails, the old statistics are put back. Under `torch.distributed` they are averaged over all processes, each of
+    which reads its own loader.
 
     Args:
         model: Any network with batch norms.
         loader: Yields ``inputs`` or ``(inputs, ...)``; gone through once.
         widths: Which widths of a slimmable network, or one of them; left out, all.
+        momentum: Take a moving average instead, in which the latest batch has this share. The authors of DS-Net use 0.1.
+        batches: Read no more than this many; left out, all.
 
     Raises:
+        ConfigError: A ``momentum`` outside of (0, 1], or less than one batch.
         IncompatibleModelError: No batch norm keeps statistics.
         DataError: The loader yields no batch, or something else than tensors.
     """
+    _check_options(momentum, batches)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
-        raise IncompatibleModelError(f"{type(model).__name__} has no batch norm with running statistics to recalibrate")
+        folded = any("freeze" in step.values() for step in getattr(model, "thriftnet_history", []))
+        hint = ": they were folded into convolutions. Recalibrate the network that it was taken from" if folded else ""
+        raise IncompatibleModelError(
+            f"{type(model).__name__} has no batch norm with running statistics to recalibrate{hint}"
+        )
     if isinstance(widths, float | int | str):
         widths = (widths,)
     chosen: Sequence[float | int | str | None] = widths if widths is not None else (widths_of(model) or (None,))
     like = next(p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
-    with _only_norms_train(model, norms), _restored_on_failure(norms):
+    with _only_norms_train(model, norms, momentum), _restored_on_failure(norms):
         for each in chosen:
             _choose(model, each)
             for norm in norms:
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
         seen = 0
-        for batch in loader:
+        for batch in itertools.islice(loader, batches):
             seen += 1
             images = batch[0] if isinstance(batch, list | tuple) else batch
             if not isinstance(images, Tensor):
@@ -57,6 +73,31 @@ def recalibrate(
                 model(images.to(like))
         if not seen:
             raise DataError("recalibrate got a loader without batches: the statistics are unchanged. Give it training data")
+        _average_over_processes(model, norms, chosen)
+
+
+def _check_options(momentum: float | None, batches: int | None) -> None:
+    if momentum is not None and (not isinstance(momentum, int | float) or not 0 < momentum <= 1):
+        raise ConfigError(f"momentum={momentum!r}: possible is a number in (0, 1], or None for exact averages")
+    if batches is not None:
+        check_whole_number("batches", batches, 1)
+
+
+def _average_over_processes(
+    model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], chosen: Sequence[float | int | str | None]
+) -> None:
+    """Give every process the mean of what all of them have found."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    found: dict[int, Tensor] = {}
+    for each in chosen:
+        _choose(model, each)
+        for norm in norms:
+            mean, var, _ = _statistics(norm).values()
+            found |= {id(buffer): buffer for buffer in (mean, var) if buffer is not None}
+    for buffer in found.values():
+        torch.distributed.all_reduce(buffer)
+        buffer.div_(torch.distributed.get_world_size())
 
 
 def _choose(model: nn.Module, each: float | int | str | None) -> None:
@@ -69,15 +110,17 @@ def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Tensor | Non
 
 
 @contextmanager
-def _only_norms_train(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Norms in training mode with cumulative averaging, everything else in eval mode; all restored afterwards."""
+def _only_norms_train(
+    model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], momentum: float | None
+) -> Iterator[None]:
+    """Norms in training mode with this momentum, everything else in eval mode; all restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
     now = width(model)
     model.eval()
     for norm in norms:
         norm.train()
-        norm.momentum = None  # a plain average over all batches
+        norm.momentum = momentum  # None is a plain average over all batches
     try:
         yield
     finally:

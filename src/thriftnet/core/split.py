@@ -6,6 +6,7 @@ too, in which that module gives what the front has found, and what runs before i
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,9 @@ def _suffices(model: nn.Module, front: tuple[str, ...], outputs: list[Tensor], c
     tail = Tail(on_meta(model), Split(front, tuple(cuts)))
     features = [output.new_empty(FEATURES, *output.shape[1:]) for output in outputs]
     ends: list[int] = []
-    tail.network.register_forward_hook(lambda _, args, output: ends.append(len(output) if isinstance(output, Tensor) else -1))
+    tail.network.register_forward_hook(
+        lambda _, args, output: ends.append(len(output) if isinstance(output, Tensor) else -1)
+    )
     for replay, value in zip(tail.replays, features, strict=True):
         replay.value = value
     return failure(tail.network, size) is None and ends == [FEATURES]
@@ -129,7 +132,7 @@ class Capture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.body(x)
-        self.value = out
+        self.value = out.detach()  # counts as a reader: what is kept must not be overwritten
         if self.last:
             raise Stop
         return out
@@ -166,17 +169,17 @@ class Front(nn.Module):
         super().__init__()
         keeps = keeps or split.cuts
         needed = (*split.front, *split.both)
-        captures = {n: Capture(network.get_submodule(n), n == split.cuts[-1]) for n in dict.fromkeys((*keeps, split.cuts[-1]))}
+        captures = {
+            n: Capture(network.get_submodule(n), n == split.cuts[-1]) for n in dict.fromkeys((*keeps, split.cuts[-1]))
+        }
         table: dict[int, nn.Module] = {id(capture.body): capture for capture in captures.values()}
         running = {id(m) for name, m in network.named_modules() if _within(name, needed) or _holds(name, needed)}
         table |= {id(m): nn.Identity() for m in network.modules() if id(m) not in running}
         self.network, self.captures = replace(network, table), [captures[name] for name in keeps]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        try:
+        with contextlib.suppress(Stop):
             self.network(images)
-        except Stop:
-            pass
         found = [capture.value for capture in self.captures]
         for module in self.modules():
             if isinstance(module, Capture):

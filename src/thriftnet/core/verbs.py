@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -157,7 +157,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
             )
         wanted.add(id(modules[name]))
     if is_whole(config):
-        for site in itertools.chain(*config.group(sites(model, lambda _, module: config.accepts(module)))):
+        for site in sites(model, lambda _, module: config.accepts(module)):
             if id(site.module) not in wanted:
                 raise IncompatibleModelError(
                     f"the plan was made for another network: {format_spec(config)} must take every layer, "
@@ -321,7 +321,7 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
 
 def freeze(
     model: nn.Module,
-    width: Choice | Mapping[str, Any],
+    width: Choice,
     *,
     fold_norms: bool = False,
     input_size: Sequence[int] | None = None,
@@ -332,7 +332,7 @@ def freeze(
         model: A network of several widths.
         width: One width for all of it; or a width for each part that can have its own; or widths by regular expressions on the
             names of layers, where the first that is found counts, and the largest if none is. What the history of a
-            frozen network holds is taken, too.
+            frozen network holds is taken, too: JSON text.
         fold_norms: Fold batch norms into the convolutions before them, where nothing else reads those.
         input_size: Channels, height and width of an image, for finding out which layers belong together. Left out, as the
             network says or as is found by trying.
@@ -341,8 +341,8 @@ def freeze(
         IncompatibleModelError: The network has one width only, or a layer can have none of its own.
         ConfigError: It has no such width, or widths that do not fit together.
     """
-    if isinstance(width, Mapping) and "width" in width:
-        return freeze(model, width["width"], fold_norms=width.get("fold_norms", False), input_size=width.get("input_size"))
+    if isinstance(width, str) and width.startswith("{"):
+        return freeze(model, **_from_text(width))
     _check_slimmable(model)
     options = ({"fold_norms": True} if fold_norms else {}) | ({"input_size": list(input_size)} if input_size else {})
     uniform = not isinstance(width, Mapping | list | tuple)
@@ -355,10 +355,20 @@ def freeze(
     frozen = fold(model, inplace=True)
     if fold_norms:
         frozen = merge_norms_of(frozen, size or ())
-    kept = dict(width) if isinstance(width, Mapping) else list(width) if isinstance(width, list | tuple) else width
-    step = {"verb": "freeze", "width": {"width": kept, **options} if options else kept}
+    step = {"verb": "freeze", "width": width if uniform and not options else json.dumps({"width": width, **options})}
     setattr(frozen, HISTORY, [*history(frozen)[:-1], step])
     return frozen
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    """Arguments of `freeze` as a frozen network's history holds them."""
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"cannot read the widths {text!r}: {error}") from None
+    if "width" not in given or not given.keys() <= {"width", "fold_norms", "input_size"}:
+        raise ConfigError(f"widths as text are JSON with the keys width, fold_norms, input_size; got {sorted(given)}")
+    return dict(given)
 
 
 def _check_slimmable(model: nn.Module) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from thriftnet.data.batched import crop_and_flip, cut_out, draw, normalise, pad
 from thriftnet.data.dataset import ImageDataset
 from thriftnet.data.order import Order
-from thriftnet.data.transforms import Augmentation, Transform, eval_transform, own_random_state, train_transform
+from thriftnet.data.transforms import (
+    Augmentation,
+    Transform,
+    eval_transform,
+    random_state_kept,
+    seed_random_state,
+    train_transform,
+)
 from thriftnet.errors import ConfigError, DataError
 
 RESIDENT_BYTES = 2 << 30  # a larger set is not kept on the device unless that is asked for
@@ -54,6 +61,15 @@ class Loader(ABC):
     def images_per_epoch(self) -> int:
         """Images that this process gets in an epoch."""
         return sum(stop - start for start, stop in self._spans)
+
+    def weight(self, batch: int) -> float:
+        """By what to multiply this process's mean over a batch, so that the mean over processes is that over all images.
+
+        It is 1 but for a last, smaller batch that cannot be shared equally.
+        """
+        start, stop = self._spans[batch]
+        whole = min(self.order.global_batch, self.order.images - batch * self.order.global_batch)
+        return (stop - start) * self.order.world_size / whole
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next pass gives; another one than the present begins at its first batch."""
@@ -146,6 +162,8 @@ class ImageLoader(Loader):
         workers: int = 0,
     ) -> None:
         super().__init__(dataset, augmentation, order, device)
+        if len(dataset):
+            _check_channels(augmentation, len(dataset.image(0).getbands()))
         transform = train_transform(augmentation) if order.train else eval_transform(augmentation)
         samples = _Samples(dataset, transform, order.seed if order.train else None)
         self._plan: list[list[tuple[int, int]]] = []
@@ -162,7 +180,10 @@ class ImageLoader(Loader):
     def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
         indices = self.order.indices(self.epoch)
         self._plan[:] = [[(self.epoch, index) for index in indices[start:stop].tolist()] for start, stop in spans]
-        for loaded in self._loader:
+        loaded_batches = iter(self._loader)
+        for _ in spans:
+            with random_state_kept():  # without workers, images are augmented here; kept for a batch, as it takes a while
+                loaded = next(loaded_batches)
             if isinstance(loaded, _Failure):
                 raise DataError(loaded.message)
             images, labels = loaded
@@ -210,10 +231,9 @@ class _Samples(torch.utils.data.Dataset[Any]):
             image = self.dataset.image(index)
         except DataError as error:
             return _Failure(str(error))
-        if self.seed is None:
-            return self.transform(image), self.labels[index]
-        with own_random_state(self.seed, epoch, index):
-            return self.transform(image), self.labels[index]
+        if self.seed is not None:
+            seed_random_state(self.seed, epoch, index)
+        return self.transform(image), self.labels[index]
 
 
 def _collate(samples: list[tuple[Tensor, Tensor] | _Failure]) -> Batch | _Failure:
@@ -286,6 +306,12 @@ def make_loader(
     if resident:
         return ResidentLoader(dataset, augmentation, order, device)
     return ImageLoader(dataset, augmentation, order, device, workers)
+
+
+def _check_channels(augmentation: Augmentation, channels: int) -> None:
+    values = len(augmentation.normalisation()[0])
+    if values != channels:
+        raise ConfigError(f"mean and std have {values} values, the images {channels} channels: give one value for each")
 
 
 def _fits(dataset: ImageDataset, padding: int) -> bool:

@@ -283,14 +283,18 @@ class Cutout:
         return image
 
 
-@contextmanager
-def own_random_state(*key: int) -> Iterator[None]:
-    """Random numbers of Python, numpy and torch that depend on ``key`` only; the states from before come back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_random_state(*key: int) -> None:
+    """Make the random numbers of Python, numpy and torch (on the CPU) depend on ``key`` only."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would change the accelerators' states, too
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The random states of Python, numpy and torch (on the CPU) are as before afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

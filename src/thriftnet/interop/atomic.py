@@ -62,7 +62,7 @@ def replace_folder(place: str | os.PathLike[str], write: Callable[[Path], None])
         raise CheckpointError(f"cannot write {place}: {reason}. What was there before is unchanged") from error
     finally:
         if workspace is not None and not _holds_the_only_copy(workspace, target):
-            shutil.rmtree(workspace, ignore_errors=True)
+            _remove(workspace)
         if lock is not None:
             os.close(lock)
     return Path(place)
@@ -84,7 +84,7 @@ def recover(place: str | os.PathLike[str]) -> bool:
                 return _bring_back(workspace, target)
             finally:
                 os.close(lock)
-    return target.exists()
+    return False
 
 
 def _new_workspace(target: Path) -> tuple[Path, int]:
@@ -171,7 +171,7 @@ def _sweep(parent: Path) -> None:
             if target.name and _holds_the_only_copy(workspace, target):
                 _bring_back(workspace, target)
             else:
-                shutil.rmtree(workspace, ignore_errors=True)
+                _remove(workspace)
         finally:
             os.close(lock)
 
@@ -185,8 +185,16 @@ def _bring_back(workspace: Path, target: Path) -> bool:
         _rename_new(workspace / OLD, target)
     except OSError:
         return target.exists()
-    shutil.rmtree(workspace, ignore_errors=True)
+    _remove(workspace)
     return True
+
+
+def _remove(workspace: Path) -> None:
+    """Remove a workspace, its lock last: what a kill leaves is found by the next writer."""
+    for name in (NEW, OLD):
+        shutil.rmtree(workspace / name, ignore_errors=True)
+    if not (workspace / NEW).exists() and not (workspace / OLD).exists():
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _swap(workspace: Path, target: Path) -> None:

@@ -189,7 +189,7 @@ def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
     for _ in range(ATTEMPTS):
         seen = _config_file(place)
         if seen is None:
-            if not recover(place):
+            if not recover(place) and not (place / CONFIG).exists():
                 raise no_folder(place)
             time.sleep(0.01)  # a living process is between two renames, where the system has no exchange
             continue
@@ -217,7 +217,7 @@ def _config_file(place: Path) -> tuple[bytes, int, int] | None:
     try:
         with (place / CONFIG).open("rb") as file:
             facts = os.fstat(file.fileno())
-            return file.read(), facts.st_ino, facts.st_mtime_ns
+            return file.read(), facts.st_ino, facts.st_ctime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

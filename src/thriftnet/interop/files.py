@@ -71,6 +71,8 @@ def _head(place: Path) -> tuple[bytes, int]:
     try:
         if place.is_dir():
             raise CheckpointError(_folder(place))
+        if place.exists() and not place.is_file():
+            raise CheckpointError(f"{place} is a device or pipe: copy what it gives to a file")
         with place.open("rb") as file:
             return file.read(HEAD), place.stat().st_size
     except FileNotFoundError:
@@ -97,7 +99,9 @@ def _refuse(place: Path, head: bytes, size: int) -> None:
         raise CheckpointError(f"{place} is a Git LFS pointer, not the weights{full}: fetch it with `git lfs pull`")
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointError(f"{place} is a web page, not the weights: what was downloaded is the page about it, or an error")
+        raise CheckpointError(
+            f"{place} is a web page, not the weights: what was downloaded is the page about it, or an error"
+        )
     if not _looks_safetensors(head, size) and _is_text(head):
         raise CheckpointError(f"{place} is text, not weights: it begins with {head[:40].decode('utf-8', 'replace')!r}")
 
@@ -117,7 +121,9 @@ def _named(head: bytes) -> str:
     """What a file is that is no checkpoint, as far as its beginning tells."""
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
-    return next((name for start, name in OTHERS.items() if head.startswith(start)), "no checkpoint, or damaged at its beginning")
+    return next(
+        (name for start, name in OTHERS.items() if head.startswith(start)), "no checkpoint, or damaged at its beginning"
+    )
 
 
 def _is_program(place: Path) -> bool:

@@ -161,9 +161,10 @@ def _one_line(repo_id: str, revision: str | None, *, writing: bool = False) -> I
         raise CheckpointError(f"{repo_id} has no revision {revision!r}: give a branch, tag or commit of it") from error
     except errors.LocalTokenNotFoundError as error:
         raise CheckpointError(f"{where} needs a token: log in with `hf auth login`, or give token=...") from error
-    except errors.HfHubHTTPError as error:
-        raise CheckpointError(f"{where} cannot be {what}: {_status(error)}") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, unreached) as error:
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, unreached) as error:
+        refusal = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
+        if isinstance(refusal, errors.HfHubHTTPError):
+            raise CheckpointError(f"{where} cannot be {what}: {_status(refusal)}") from error
         hint = "" if writing else ", or give a folder; only what was downloaded before is at hand"
         raise CheckpointError(f"{where} cannot be {what}: the Hub cannot be reached. Connect to it{hint}") from error
     except (OSError, ValueError) as error:

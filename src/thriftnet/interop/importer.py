@@ -28,7 +28,14 @@ from thriftnet.models import create_model
 from thriftnet.models.entry import IDENTITY
 
 SLACK = 1 << 20  # numbers that a network may have beyond those that are stored, as counters that were left out
-TOLD_BY_TENSORS = ("mapping", "rate", "fusion", "expansion", "reduction", "original_sharing")  # hints, checked where they are
+TOLD_BY_TENSORS = (
+    "mapping",
+    "rate",
+    "fusion",
+    "expansion",
+    "reduction",
+    "original_sharing",
+)  # hints, checked where they are
 LONG = 1000  # characters of metadata that are not kept in a folder
 SHOWN = 5  # keys in a message
 
@@ -48,7 +55,7 @@ class Source:
     file: str
 
     def __str__(self) -> str:
-        return f"{self.file} ({self.format}), {SYSTEMS[self.system].title}"
+        return f"{self.file} ({self.format}), {self.system}: {SYSTEMS[self.system].title}"
 
 
 @dataclass(frozen=True)
@@ -156,14 +163,19 @@ def build(recognised: Recognised) -> tuple[nn.Module, list[str]]:
     with torch.device("meta"):
         empty = _make(recognised)
     layout = recognised.layout(empty)
+    ours = unique_tensors(empty)
     tensors, notes = _with_counters(recognised.tensors, layout)
-    check(tensors, unique_tensors(empty), layout)
+    tensors |= {key: torch.zeros(ours[layout[key].key].shape) for key in recognised.absent if key in layout}
+    check(tensors, ours, layout)
     persistent = set(empty.state_dict(keep_vars=True))
     if all(name in persistent for name, _ in chain(empty.named_parameters(), empty.named_buffers())):
         model = empty.to_empty(device="cpu")
     else:
         model = _make(recognised)
     fill(model, tensors, recognised.layout(model))
+    kinds = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()} - {"torch.float32"})
+    if kinds:
+        notes.append(f"Weights are stored as {' and '.join(kinds)}; the network has them as torch.float32.")
     if recognised.adapt is not None:
         delattr(model, IDENTITY)
     return model.eval(), notes
@@ -216,7 +228,9 @@ def _with_counters(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[
         if leaf == "num_batches_tracked" and key not in complete and f"{place}.running_var" in complete:
             complete[key] = torch.zeros((), dtype=torch.int64)
             added += 1
-    note = f"Counters of {added} norms (num_batches_tracked) start at 0: the file is from before torch 0.4, or left them out."
+    note = (
+        f"Counters of {added} norms (num_batches_tracked) start at 0: the file is from before torch 0.4, or left them out."
+    )
     return complete, [note] if added else []
 
 
@@ -244,7 +258,11 @@ def _check_used(hints: Mapping[str, Any], recognised: Recognised) -> None:
     for name in TOLD_BY_TENSORS if "model" not in hints else ():
         value = hints.get(name)
         if value is not None and recognised.kwargs.get(name) != value:
-            shown = f"the tensors show {name}={recognised.kwargs[name]!r}" if name in recognised.kwargs else "it plays no part there"
+            shown = (
+                f"the tensors show {name}={recognised.kwargs[name]!r}"
+                if name in recognised.kwargs
+                else "it plays no part there"
+            )
             raise ConfigError(f"{name}={value!r} does not go with this file's {recognised.name}: {shown}. Leave it out")
 
 

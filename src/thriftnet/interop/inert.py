@@ -14,7 +14,7 @@ SHARED_COPIES = 16  # how often, on average, one object may be met by a walk tha
 
 MARK_COST, VALUE_COST, TEXT_COST, MEMO_COST = 32, 48, 96, 128
 CONTAINER_COST, STAND_IN_COST, TENSOR_COST, ENTRY_COST = 400, 640, 1024, 64  # bytes of memory, rounded up
-TUPLE_KEY_COST = 8192  # tuples can be made whose hashes collide, so a file must not use many as keys
+TUPLE_KEY_COST = 16384  # tuples can be made whose hashes collide, so a file must not use many as keys
 
 
 class StandIn:

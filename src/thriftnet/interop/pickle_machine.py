@@ -246,6 +246,8 @@ class Machine:
         if not (isinstance(module, str) and isinstance(name, str)) or len(module) + len(name) > MAX_NAME:
             raise damaged("it names a class or function by something that is no name")
         origin = f"{module}.{name}"
+        if not origin.isprintable():
+            raise damaged("it names a class or function by something that is no name")
         self.push(CONSTANTS[origin] if origin in CONSTANTS else Name(origin))
 
     def name_lines(self) -> tuple[str, str]:

@@ -5,7 +5,8 @@ short list in `rebuild`, becomes an inert `StandIn` that keeps what it was made 
 through without their code. Every size that the file states is checked against what is there before memory is taken for it.
 
 Read are zip archives and the older format in one stream, on the CPU, also as written by Python 2. Not read: sparse, quantized and
-complex tensors, expanded ones (more elements than stored), TorchScript, the tar format of torch before 0.1.10.
+complex tensors, expanded ones (more elements than stored), numpy arrays of anything but numbers, pickled parts of more than
+64 MiB (weights aside), TorchScript, the tar format of torch before 0.1.10.
 
     StandIn        takes the place of a class
     read_pickled   file -> PickledFile
@@ -79,9 +80,10 @@ def looks_pickled(head: bytes) -> bool:
 
 
 def _read(path: str | os.PathLike[str]) -> PickledFile:
-    if "\0" in str(path):
-        raise CheckpointError("a path cannot contain a null character. Check the path")
-    state = os.stat(path)
+    try:
+        state = os.stat(path)
+    except ValueError as error:  # null characters, lone surrogates
+        raise CheckpointError(f"no file can have this path ({error}). Check it") from None
     if stat.S_ISDIR(state.st_mode):
         raise CheckpointError("it is a folder. Give the file in it")
     if not stat.S_ISREG(state.st_mode):

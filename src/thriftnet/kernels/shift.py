@@ -8,11 +8,44 @@ Source: Wu et al., Shift, CVPR 2018, section 3; channel order as in the authors'
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from thriftnet.errors import ConfigError
+from thriftnet.kernels import triton_shift
+from thriftnet.kernels.dispatch import Choice, forced
+
+CONVOLVED = (torch.float32, torch.bfloat16)  # types in which the CPU has a fast depthwise convolution
+SMALL = 2**21  # bytes below which a call costs more than writing zeros twice
+
+
+class Moves(NamedTuple):
+    """Which channels move how far.
+
+    Args:
+        kernel_size: Side k of the set of offsets.
+        dilation: Pixels per step.
+        moved: How many channels, from the first, move.
+        direction: 1, or -1 for the shift back, which is the gradient.
+    """
+
+    kernel_size: int
+    dilation: int
+    moved: int
+    direction: int = 1
+
+    def back(self) -> Moves:
+        """The shift in the other direction."""
+        return self._replace(direction=-self.direction)
+
+    def steps(self) -> list[tuple[int, int, int]]:
+        """First channel, dh and dw of each group of channels that move alike; a group takes every k^2-th channel."""
+        k, scale = self.kernel_size, self.direction * self.dilation
+        groups = range(min(k * k, self.moved))
+        return [(place, scale * (place // k - k // 2), scale * (place % k - k // 2)) for place in groups]
 
 
 def offsets(channels: int, kernel_size: int = 3, dilation: int = 1) -> list[tuple[int, int]]:
@@ -46,7 +79,7 @@ def one_hot(channels: int, kernel_size: int = 3) -> Tensor:
 
 
 def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int) -> Tensor:
-    """Shift ``x``; the form is chosen by layout.
+    """Shift ``x``, in the form that `choose` picks.
 
     Args:
         x: (N, C, H, W).
@@ -55,55 +88,122 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
         dilation: Pixels per step.
         moved: How many channels, from the first, move.
 
-    Channels-last tensors, compiled and exported graphs take the depthwise form (in it an infinity becomes NaN
-    around the place it moves to); everything else takes strided copies.
+    Raises:
+        ConfigError: The Triton form is forced where it cannot run.
     """
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or _is_channels_last(x):
-        reach = dilation * (kernel.shape[-1] // 2)
-        return F.conv2d(x, kernel.to(x.dtype), padding=reach, dilation=dilation, groups=x.shape[1])
-    shifted: Tensor = SliceShift.apply(x, kernel_size, dilation, moved, 1)
+    moves, form = Moves(kernel_size, dilation, moved), choose(x).form
+    if form == "triton":
+        return triton_shift.shift(x, *moves)
+    if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        return depthwise(x, kernel, moves)
+    shifted: Tensor = ShiftFunction.apply(x, kernel, moves, form)
     return shifted
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def choose(x: Tensor) -> Choice:
+    """The form for this input.
+
+    Args:
+        x: (N, C, H, W); its device, layout and type count.
+    """
+    choice = forced("shift")
+    if choice is not None:
+        if choice.form == "triton" and not triton_shift.runs_on(x.device):
+            raise ConfigError(
+                f"shift='triton' is forced, but the input is on {x.device}: possible there are planes, windows and depthwise"
+            )
+        return choice
+    if torch.compiler.is_exporting():
+        return Choice("shift", "depthwise", "an exported graph holds standard operations only")
+    if x.device.type == "cuda" and triton_shift.runs_on(x.device):
+        return Choice("shift", "triton", "on a GPU one kernel reads and writes everything once")
+    if torch.compiler.is_compiling():
+        return Choice("shift", "depthwise", "a compiled graph has one operation for it")
+    if not is_channels_last(x):
+        return Choice("shift", "planes", "NCHW: one run of memory per channel and offset")
+    if x.dtype in CONVOLVED or x.device.type != "cpu":
+        return Choice("shift", "depthwise", "channels_last: a depthwise convolution reads every channel at once")
+    return Choice("shift", "windows", f"channels_last: the CPU has no fast depthwise convolution for {x.dtype}")
 
 
-class SliceShift(torch.autograd.Function):
-    """The shift as one strided copy per offset. Its backward is the shift in the other direction."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie together, and the layout is not NCHW at the same time."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class ShiftFunction(torch.autograd.Function):
+    """One of the forms, with the shift in the other direction as its backward."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int) -> Tensor:
-        ctx.arguments = (kernel_size, dilation, moved, direction)
-        return slice_shift(x, kernel_size, dilation, moved, direction)
+    def forward(x: Tensor, kernel: Tensor, moves: Moves, form: str) -> Tensor:
+        if form == "depthwise":
+            return depthwise(x, kernel, moves)
+        return planes(x, moves) if form == "planes" else windows(x, moves)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        kernel_size, dilation, moved, direction = ctx.arguments
-        grad: Tensor = SliceShift.apply(grads[0], kernel_size, dilation, moved, -direction)
-        return grad, None, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.kernel, ctx.moves, ctx.form = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad: Tensor = ShiftFunction.apply(grads[0], ctx.kernel, ctx.moves.back(), ctx.form)
+        return grad, None, None, None
 
 
-def slice_shift(x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int) -> Tensor:
-    """Shift by one strided copy for each of the k^2 offsets, writing zeros only at the borders."""
+def depthwise(x: Tensor, kernel: Tensor, moves: Moves) -> Tensor:
+    """Shift by a depthwise convolution. In it an infinity or NaN becomes NaN in its whole neighbourhood."""
+    reach = moves.dilation * (kernel.shape[-1] // 2)
+    kernel = kernel.to(x.dtype) if moves.direction > 0 else kernel.flip(2, 3).to(x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(x, kernel, padding=reach, dilation=moves.dilation, groups=x.shape[1])
+    with torch.autocast(x.device.type, enabled=False):  # what is moved keeps its type
+        return F.conv2d(x, kernel, padding=reach, dilation=moves.dilation, groups=x.shape[1])
+
+
+def planes(x: Tensor, moves: Moves) -> Tensor:
+    """Shift NCHW maps: in each channel one run of memory moves, then the columns it wrapped around are cleared."""
+    x = x.contiguous()
     height, width = x.shape[-2:]
-    period, moved = kernel_size**2, min(moved, x.shape[1])
-    out = torch.empty_like(x)
-    out[:, moved:] = x[:, moved:]
-    for place in range(min(period, moved)):
-        dh = direction * dilation * (place // kernel_size - kernel_size // 2)
-        dw = direction * dilation * (place % kernel_size - kernel_size // 2)
-        source, target = x[:, place:moved:period], out[:, place:moved:period]
-        top, bottom = _span(dh, height)
-        left, right = _span(dw, width)
-        target[:, :, :top].zero_(), target[:, :, bottom:].zero_()
-        target[:, :, :, :left].zero_(), target[:, :, :, right:].zero_()
-        if top < bottom and left < right:
-            target[:, :, top:bottom, left:right] = source[:, :, top + dh : bottom + dh, left + dw : right + dw]
+    period, moved = moves.kernel_size**2, min(moves.moved, x.shape[1])
+    is_small = x.numel() * x.element_size() < SMALL
+    out = torch.zeros_like(x) if is_small else torch.empty_like(x)
+    if moved < x.shape[1]:
+        out[:, moved:] = x[:, moved:]
+    source, target = x.flatten(2), out.flatten(2)
+    for place, dh, dw in moves.steps():
+        group = target[:, place:moved:period]
+        first, last = span(dh * width + dw, height * width) if abs(dw) < width else (0, 0)
+        if first < last:
+            step = dh * width + dw
+            group[:, :, first:last] = source[:, place:moved:period, first + step : last + step]
+        if not is_small:
+            group[:, :, :first].zero_()
+            group[:, :, last:].zero_()
+        if dw:
+            wrapped = slice(max(0, width - dw), None) if dw > 0 else slice(0, min(width, -dw))
+            out[:, place:moved:period, :, wrapped].zero_()
     return out
 
 
-def _span(step: int, size: int) -> tuple[int, int]:
-    """First and last + 1 position that reads inside the map."""
+def windows(x: Tensor, moves: Moves) -> Tensor:
+    """Shift in any layout and type: one rectangle is copied for each offset."""
+    height, width = x.shape[-2:]
+    period, moved = moves.kernel_size**2, min(moves.moved, x.shape[1])
+    out = torch.zeros_like(x)
+    if moved < x.shape[1]:
+        out[:, moved:] = x[:, moved:]
+    for place, dh, dw in moves.steps():
+        top, bottom = span(dh, height)
+        left, right = span(dw, width)
+        if top < bottom and left < right:
+            source = x[:, place:moved:period, top + dh : bottom + dh, left + dw : right + dw]
+            out[:, place:moved:period, top:bottom, left:right] = source
+    return out
+
+
+def span(step: int, size: int) -> tuple[int, int]:
+    """First and last + 1 position that reads inside."""
     first = min(max(0, -step), size)
     return first, max(first, min(size, size - step))

@@ -44,13 +44,13 @@ def svg(drawn: Figure) -> str:
 
 
 def accuracy_against_params(names: Sequence[str], params: Sequence[int], accuracies: Sequence[float]) -> str:
-    """Test accuracy over stored parameters, a marker for each network; the best place is top left."""
+    """Test accuracy in percent over stored parameters, a marker for each network; the best place is top left."""
     with figure(7.2, 4.2) as drawn:
         axes = drawn.subplots()
         for i, (name, count, accuracy) in enumerate(zip(names, params, accuracies, strict=True)):
             style: Any = {"marker": MARKERS[i % 7], "color": COLOURS[i % 7], "s": 160 if i == 0 else 80}
-            axes.scatter(count / 1000, 100 * accuracy, label=name, zorder=3, **style)
-        axes.axhline(100 * accuracies[0], color="#888888", linewidth=0.8, linestyle=":")
+            axes.scatter(count / 1000, accuracy, label=name, zorder=3, **style)
+        axes.axhline(accuracies[0], color="#888888", linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel("stored parameters, thousands")
         axes.set_ylabel("test accuracy, %")
@@ -60,13 +60,13 @@ def accuracy_against_params(names: Sequence[str], params: Sequence[int], accurac
 
 
 def training_curves(names: Sequence[str], losses: Sequence[Sequence[float]], accuracies: Sequence[Sequence[float]]) -> str:
-    """Training loss and test accuracy over epochs, a line for each network."""
+    """Training loss and test accuracy in percent over epochs, a line for each network."""
     with figure(9.2, 3.8) as drawn:
         left, right = drawn.subplots(1, 2)
         for i, (name, loss, accuracy) in enumerate(zip(names, losses, accuracies, strict=True)):
             epochs = range(1, len(loss) + 1)
             left.plot(epochs, loss, color=COLOURS[i % 7], label=name, linewidth=2 if i == 0 else 1.4)
-            right.plot(epochs, [100 * a for a in accuracy], color=COLOURS[i % 7], linewidth=2 if i == 0 else 1.4)
+            right.plot(epochs, accuracy, color=COLOURS[i % 7], linewidth=2 if i == 0 else 1.4)
         left.set_ylabel("training loss (with penalty)")
         left.set_yscale("log")
         right.set_ylabel("test accuracy, %")

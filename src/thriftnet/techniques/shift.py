@@ -22,7 +22,8 @@ from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import Slim, WidthAware, exact_share
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.kernels.shift import moved_channels, offsets, one_hot, shift
+from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
 
 
 class Shift2d(Tied, WidthAware):
@@ -66,6 +67,10 @@ class Shift2d(Tied, WidthAware):
         if x.ndim != 4 or x.shape[1] != channels:
             raise ConfigError(f"Shift2d moves {channels} channels of (N, {channels}, H, W), got {tuple(x.shape)}")
         return shift(x, self.kernel[:channels], self.kernel_size, self.dilation, self.moved)
+
+    def kernel_choice(self, x: Tensor) -> Choice:
+        """The form of the kernel that it takes for this input."""
+        return choose(x)
 
     def moved_bytes(self, output: Tensor) -> int:
         """Bytes read and written for this output."""

@@ -80,7 +80,7 @@ class Slimmable:
 
     def adapt(self, model: nn.Module) -> Slimmable:
         """The config with the modules of the front, which are found by running the network without computing."""
-        if self.gate is False or self.front:
+        if self.gate is False or self.front or not any(self.accepts(module) for module in model.modules()):
             return self
         size = probe.input_size(model)
         gate = first_stage(model, size) if self.gate is True else self.gate
@@ -110,11 +110,11 @@ class Slimmable:
         return module.slim is None if isinstance(module, WidthAware) else type(module) in PLAIN
 
     def group(self, sites: Sequence[Site[nn.Module]]) -> list[list[Site[nn.Module]]]:
-        sites = [site for site in sites if not any(_within(name, self.front) for name in site.names)]
         if sites:
             slims = self._slims(sites)
             for site in sites:
-                _check_groups(site, slims[id(site.module)])
+                if id(site.module) in slims:
+                    _check_groups(site, slims[id(site.module)])
         return [list(sites)] if sites else []
 
     def build(self, group: Sequence[Site[nn.Module]]) -> list[Replacement]:
@@ -122,16 +122,18 @@ class Slimmable:
         pairs: list[Replacement] = []
         for site in group:
             layer = site.module if isinstance(site.module, WidthAware) else PLAIN[type(site.module)](site.module)
-            layer.set_slim(slims[id(site.module)])
+            layer.set_slim(slims.get(id(site.module)))
             pairs.append((site.module, layer))
         return pairs
 
     def _slims(self, sites: Sequence[Site[nn.Module]]) -> dict[int, Slim]:
-        """Channels of each layer at each width. Norms behind the classifier see whole inputs."""
+        """Channels of each layer behind the front at each width. Norms behind the classifier see whole inputs."""
         roles = [site.role for site in sites]
         last = roles.index("classifier") if "classifier" in roles else len(roles)
         slims = {}
         for place, site in enumerate(sites):
+            if any(_within(name, self.front) for name in site.names):
+                continue
             ins, outs = channels(site.module)
             whole_in = site.role == "stem" or place > last
             whole_out = place >= last

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import tie
 from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.kernels.bank import Mixer, alone
+from thriftnet.kernels.dispatch import Choice
 
 
 class TemplateBank(Tied):
@@ -36,6 +38,8 @@ class TemplateBank(Tied):
     State dict: ``templates`` (T, O, I, kh, kw).
     """
 
+    _mixer: Mixer | None = None  # made where it is first needed; copies and files have none
+
     def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, int]) -> None:
         super().__init__()
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
@@ -47,8 +51,17 @@ class TemplateBank(Tied):
 
     def mix(self, coefficients: Tensor) -> Tensor:
         """Filters for one layer: ``coefficients`` (T,) -> (O, I, kh, kw)."""
-        mixed: Tensor = torch.tensordot(coefficients, self.templates, dims=1)
-        return mixed
+        return alone(coefficients, self.templates)
+
+    @property
+    def mixer(self) -> Mixer:
+        """What computes the weights of all layers of the bank together."""
+        if self._mixer is None:
+            self._mixer = Mixer()
+        return self._mixer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_mixer"}
 
     def extra_repr(self) -> str:
         templates, outs, ins, kh, kw = self.templates.shape
@@ -117,7 +130,13 @@ class SConv2d(GeneratedConv2d):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.bank.mix(self.coefficients)
+        if torch.compiler.is_compiling():  # one operation in the graph
+            return self.bank.mix(self.coefficients)
+        return self.bank.mixer.weight(self, self.bank.templates)
+
+    def kernel_choice(self, x: Tensor) -> Choice:
+        """The form of the kernel that it takes now."""
+        return self.bank.mixer.choose(self, self.bank.templates)
 
     @property
     def generation_macs(self) -> int:

@@ -108,6 +108,7 @@ class Loop:
         self.steps = recipe.max_steps or recipe.epochs * self.steps_per_epoch
         self.memory_format = FORMATS[memory_format]
         self.plain = model.to(memory_format=self.memory_format)
+        self.dtype = torch.float64 if next(model.parameters()).dtype is torch.float64 else torch.float32
         stage.prepare(self.plain)
         self.average = average_of(self.plain, recipe.ema_decay)
         self.criterion, self.mixup = Criterion(recipe, teacher), make_mixup(recipe, classes)
@@ -201,6 +202,7 @@ class Loop:
         """One optimizer step; gives the number of images over all processes."""
         recipe, position = self.recipe, self.position
         average = None if self.average is None else self.average.module
+        batch = (position.step - position.epoch * self.steps_per_epoch) * recipe.accumulate
         step = Step(self.model, self.plain, average, self.criterion, position.step, recipe.seed)
         self.optimizer.zero_grad()
         total, count = torch.zeros((), device=self.processes.device), 0
@@ -208,8 +210,8 @@ class Loop:
             images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
-            images = images.contiguous(memory_format=self.memory_format)
-            total = total + self._gradients(step, images, targets, number)
+            images = images.to(self.dtype).contiguous(memory_format=self.memory_format)
+            total = total + self._gradients(step, images, targets, number, self.loader.weight(batch + number))
             count += len(images)
         if self._good(total):
             if recipe.clip_grad is not None:
@@ -226,7 +228,7 @@ class Loop:
         position.step += 1
         return count * self.processes.world_size
 
-    def _gradients(self, step: Step, images: Tensor, targets: Tensor, number: int) -> Tensor:
+    def _gradients(self, step: Step, images: Tensor, targets: Tensor, number: int, weight: float) -> Tensor:
         """Add up the gradients of one batch; processes exchange them in the last backward of the step."""
         recipe, passes = self.recipe, self.stage.passes
         losses = self.stage.losses(step, images, targets)
@@ -235,7 +237,7 @@ class Loop:
             first, last = number + index == 0, number == recipe.accumulate - 1 and index == passes - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = next(losses) / recipe.accumulate
+                    loss = next(losses) * (weight / recipe.accumulate)
                 if first and recipe.penalty:
                     loss = loss + recipe.penalty * penalty(self.plain, scaled=True)
                 self.accelerator.backward(loss)

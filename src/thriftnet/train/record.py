@@ -28,11 +28,7 @@ class Record:
 
     def resume(self, step: int) -> None:
         """Take up the rows until a step; later ones will be made again."""
-        try:
-            lines = (self.folder / LINES).read_text().splitlines()
-        except FileNotFoundError:
-            lines = []
-        self.rows = [row for row in map(_row, lines) if row is not None and row["step"] <= step]
+        self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
         if self.writes:
             draft = self.folder / f".{LINES}"
             draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
@@ -58,6 +54,15 @@ class Record:
             (self.folder / CURVES).write_text(run_curves(self.rows))
         except ImportError:  # matplotlib comes with another extra
             return
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's epochs, oldest first."""
+    try:
+        lines = (folder / LINES).read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    return [row for row in map(_row, lines) if row is not None]
 
 
 def _row(line: str) -> dict[str, Any] | None:

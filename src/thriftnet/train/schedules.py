@@ -26,7 +26,7 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int, ep
         epochs: Length of the training.
 
     Raises:
-        ConfigError: Warm-up and cool-down longer than the training.
+        ConfigError: A cool-down longer than the training.
     """
     from torch.optim.lr_scheduler import LambdaLR
 
@@ -68,14 +68,15 @@ def _piecewise(recipe: Recipe, epochs: float) -> Callable[[float], float]:
 def _cosine(recipe: Recipe, epochs: float) -> Callable[[float], float]:
     """Half a cosine from 1 to ``min_lr``; the warm-up replaces its beginning, the cool-down comes after its end.
 
+    A training of a few steps, shorter than the warm-up, is all warm-up.
+
     Source: Loshchilov & Hutter, SGDR, ICLR 2017; the form of timm's `CosineLRScheduler`.
     """
     low, start = recipe.min_lr / recipe.lr, recipe.warmup_lr / recipe.lr
     length = epochs - recipe.cooldown_epochs
-    if length <= 0 or recipe.warmup_epochs >= epochs:
+    if length <= 0:
         raise ConfigError(
-            f"warmup_epochs={recipe.warmup_epochs:g} and cooldown_epochs={recipe.cooldown_epochs:g} leave nothing of "
-            f"{epochs:g} epochs: give more epochs, or shorter ones of these"
+            f"cooldown_epochs={recipe.cooldown_epochs:g} leaves nothing of {epochs:g} epochs: give more epochs, or a shorter one"
         )
 
     def shape(epoch: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -52,16 +52,35 @@ class Synchronised(Base):
 
 def global_moments(input: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean and biased variance of each channel over all processes, and how many values each is of."""
-    from torch.distributed.nn.functional import all_reduce
-
     wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     values = torch.full((1,), float(input.numel() // input.shape[1]), device=input.device, dtype=wide.dtype)
-    sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), values]))  # type: ignore[no-untyped-call]
-    count = float(sums[-1])
+    sums = _total(torch.cat([wide.sum((0, 2, 3)), values]))
+    count = float(sums[-1].detach())
     mean = sums[:-1] / count
     centred = wide - mean[:, None, None]
-    variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+    variance = _total(centred.square().sum((0, 2, 3))) / count
     return mean, variance, count
+
+
+class _Total(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _total(values: Tensor) -> Tensor:
+    total: Tensor = _Total.apply(values)
+    return total
 
 
 class SynchronisedPlain(Synchronised, PlainBatchNorm2d):

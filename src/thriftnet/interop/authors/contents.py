@@ -20,7 +20,7 @@ from thriftnet.interop.unpickle import StandIn
 WEIGHTS = ("state_dict", "net_state_dict", "model_state", "model_state_dict", "net", "model")  # in this order
 AVERAGED = "state_dict_ema"
 TRAINING = ("optim", "sched", "scaler", "recorder")  # in names of entries that continue a training
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and training frameworks
 MODULE_PARTS = 100_000  # modules in a pickled network; more is a trap
 DEPTH = 100  # of nested metadata and modules
 
@@ -55,7 +55,9 @@ def contents(stored: Any, hints: Mapping[str, Any]) -> Contents:
     elif isinstance(stored, Mapping) and (_is_state_dict(stored) or _place(stored, hints)):
         found = Contents(_tensors(stored)) if _is_state_dict(stored) else _around(stored, hints)
     else:
-        raise CheckpointError(f"it holds no weights: {_seen(stored)}. Possible are state dicts, alone or in a dict, and networks")
+        raise CheckpointError(
+            f"it holds no weights: {_seen(stored)}. Possible are state dicts, alone or in a dict, and networks"
+        )
     found.tensors = _without_prefix(found.tensors, found.notes)
     return found
 
@@ -147,7 +149,9 @@ def module_tensors(network: StandIn) -> dict[str, Tensor]:
                 tensor = _as_tensor(value)
                 if tensor is not None and not (part == "_buffers" and name in _names(skipped)):
                     found[f"{prefix}{name}"] = tensor
-        inside = [(f"{prefix}{name}.", child, depth + 1) for name, child in _entries(state.get("_modules")) if _is_module(child)]
+        inside = [
+            (f"{prefix}{name}.", child, depth + 1) for name, child in _entries(state.get("_modules")) if _is_module(child)
+        ]
         waiting.extend(reversed(inside))
     if not found:
         raise CheckpointError("the pickled network has no parameters")
@@ -163,7 +167,10 @@ def _entries(table: object) -> list[tuple[str, Any]]:
 
 def _names(values: object) -> set[str]:
     if isinstance(values, StandIn):
-        values = [*values.elements, *(value for part in values.args if isinstance(part, list | tuple | set) for value in part)]
+        values = [
+            *values.elements,
+            *(value for part in values.args if isinstance(part, list | tuple | set) for value in part),
+        ]
     return {str(value) for value in values} if isinstance(values, list | tuple | set | frozenset) else set()
 
 
@@ -203,7 +210,11 @@ def jsonable(value: Any, depth: int = 0) -> Any:
         return jsonable(value.state or {}, depth + 1)
     if isinstance(value, Mapping):
         parts = {str(key): jsonable(part, depth + 1) for key, part in value.items()}
-        plain = {key: new for (key, new), old in zip(parts.items(), value.values(), strict=False) if new is not None or old is None}
+        plain = {
+            key: new
+            for (key, new), old in zip(parts.items(), value.values(), strict=False)
+            if new is not None or old is None
+        }
         return plain if plain or not value else None
     if isinstance(value, list | tuple):
         items = [jsonable(part, depth + 1) for part in value]

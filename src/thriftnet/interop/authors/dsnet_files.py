@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.interop.authors.dsnet import dsnet_layout
-from thriftnet.interop.authors.recognised import IMAGENET, Recognised, Tensors, count, shape, shared_arguments, told
+from thriftnet.interop.authors.recognised import (
+    IMAGENET,
+    Recognised,
+    Tensors,
+    count,
+    shape,
+    shared_arguments,
+    simplest,
+    told,
+)
 from thriftnet.models.dsnet import MOBILENETV1
-from thriftnet.models.dsnet_blocks import EXPANSION, GATE_CHOICES, divisible
+from thriftnet.models.dsnet_blocks import divisible
 
 HINTS = {
     "ema": "whether the moving average of the weights is taken, where the file holds both",
@@ -40,7 +47,7 @@ def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str,
     stem = _widths(tensors, "bn1")
     classes, channels = shape(tensors, "classifier.weight", 2)[0], shape(tensors, "conv_stem.weight", 4)[1]
     kwargs: dict[str, Any] = shared_arguments(classes, channels)
-    ratio = _se_ratio(tensors, "ir" if parts[0][4] == "ir" else "ds")
+    ratio = _se_ratio(tensors)
     kwargs |= {"se_ratio": ratio} if ratio != 0.25 else {}
     skip = _skip(tensors, hints, notes)
     activation = told("activation", None, hints, "swish", notes)
@@ -50,7 +57,8 @@ def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str,
         kwargs |= {"stem": stem, "stages": stages, "skip": skip, "activation": activation}
         if "conv_head.weight" in tensors:
             kwargs["head"] = shape(tensors, "conv_head.weight", 4)[0]
-    return Recognised(name, kwargs, dsnet_layout, _with_gate(tensors, gate, parts, notes), tuple(notes), IMAGENET)
+    absent = _without_gate(tensors, gate, notes)
+    return Recognised(name, kwargs, dsnet_layout, tensors, tuple(notes), IMAGENET, absent=absent)
 
 
 def _stage(tensors: Tensors, stage: int, stride: int) -> tuple[tuple[int, ...], int, int, int, str]:
@@ -83,22 +91,32 @@ def _gate_place(widths: list[int], tensors: Tensors) -> int | None:
     return next((stage for stage in range(1, len(widths)) if widths[stage] > widths[stage - 1]), None)
 
 
-def _with_gate(tensors: Tensors, gate: int | None, parts: list[Any], notes: list[str]) -> Tensors:
-    """The tensors, with a gate of zeros where the network needs one and the file has none."""
+def _without_gate(tensors: Tensors, gate: int | None, notes: list[str]) -> tuple[str, ...]:
+    """The key of the gate where the network needs one and the file has none."""
     key = f"blocks.{gate}.first_block.gate.gate.0.weight"
     if gate is None or key in tensors:
-        return tensors
-    notes.append(f"The file has no gate: the one of stage {gate} starts at zero. Sub-networks of a fixed width do not use it.")
-    reduced = shape(tensors, f"blocks.{gate}.first_block.gate.conv_reduce.weight", 4)[0]
-    choices = min(GATE_CHOICES, len(parts[gate][0]))
-    return {**tensors, key: torch.zeros(choices, reduced, 1, 1)}
+        return ()
+    notes.append(
+        f"The file has no gate: the one of stage {gate} starts at zero. Sub-networks of a fixed width do not use it."
+    )
+    return (key,)
 
 
-def _se_ratio(tensors: Tensors, kind: str) -> float:
-    """Reduced features of the channel attention as a part of the channels."""
-    reduced, channels = shape(tensors, "blocks.0.first_block.gate.conv_reduce.weight", 4)[:2]
-    widest = divisible(channels // EXPANSION * EXPANSION, 1) if kind == "ir" else channels
-    return 0.25 if reduced == divisible(widest * 0.25, 1) else reduced / widest
+def _se_ratio(tensors: Tensors) -> float:
+    """Reduced features of the channel attention as a part of the channels, in all blocks."""
+    reduces = [key for key in tensors if key.endswith(".gate.conv_reduce.weight")]
+    pairs = [shape(tensors, key, 4)[:2] for key in reduces]
+
+    def fits(ratio: float) -> bool:
+        return all(reduced == divisible(channels * ratio, 1) for reduced, channels in pairs)
+
+    if not pairs:
+        raise CheckpointError("its blocks have no channel attention (gate.conv_reduce), which the zoo's supernets have")
+    low = max((reduced - 0.5) / channels for reduced, channels in pairs)
+    ratio = simplest(low, min((reduced + 0.5) / channels for reduced, channels in pairs), fits, 0.25)
+    if ratio is None:
+        raise CheckpointError("the reduced features of its channel attention are not one part of the channels in all blocks")
+    return ratio
 
 
 def _skip(tensors: Tensors, hints: Mapping[str, Any], notes: list[str]) -> bool:

@@ -175,7 +175,9 @@ def _last_basis(stored: dict[str, Any], hints: Mapping[str, Any], notes: list[st
             raise CheckpointError(f"the basis of the last dense block is neither {third} nor {fourth}: the file is damaged")
     if third_is_used:
         unused = stored.pop(fourth)
-        notes.append(f"shared_basis_4 ({unused.numel():,} parameters) was left out: the last dense block uses the third basis.")
+        notes.append(
+            f"shared_basis_4 ({unused.numel():,} parameters) was left out: the last dense block uses the third basis."
+        )
     return third_is_used
 
 
@@ -186,7 +188,9 @@ def _resnext(tensors: Tensors) -> Recognised:
     depths = [depth for depth, known in RESNEXTS.items() if known == (blocks, per_group)]
     if not depths:
         possible = ", ".join(f"{known} with {width} ({depth})" for depth, (known, width) in RESNEXTS.items())
-        raise CheckpointError(f"its stages have {blocks} blocks with {per_group} channels per group: possible are {possible}")
+        raise CheckpointError(
+            f"its stages have {blocks} blocks with {per_group} channels per group: possible are {possible}"
+        )
     classes = shape(stored, "linear.weight", 2)[0]
     kwargs = shared_arguments(classes, shape(stored, "conv1.weight", 4)[1])
     name = f"cifar_resnext{depths[0]}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import CheckpointError, ConfigError
@@ -31,6 +32,7 @@ class Recognised:
         tensors: What is to be placed: each tensor once, without what the authors' network does not use.
         notes: What was left out or assumed, a sentence each.
         colours: Mean and standard deviation of the images that the authors trained on; None when not known.
+        absent: Keys that the file lacks and the network needs: they start at zero.
         adapt: What the network needs beyond the zoo; one that has this is rebuilt by nobody else.
     """
 
@@ -40,6 +42,7 @@ class Recognised:
     tensors: Tensors
     notes: tuple[str, ...] = ()
     colours: Colours | None = None
+    absent: tuple[str, ...] = ()
     adapt: Callable[[nn.Module], None] | None = None
 
 
@@ -114,7 +117,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     stored_once = one.untyped_storage()._cdata == other.untyped_storage()._cdata
     if stored_once and one.storage_offset() == other.storage_offset() and one.stride() == other.stride():
         return True
-    return bool((one == other).all())
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=one.is_floating_point())
 
 
 def told(name: str, stated: Any, hints: Mapping[str, Any], default: Any, notes: list[str]) -> Any:
@@ -142,8 +145,9 @@ def simplest(low: float, high: float, fits: Callable[[float], bool], stated: obj
     if isinstance(stated, int | float) and not isinstance(stated, bool) and 0 < stated < 1e6 and fits(float(stated)):
         return float(stated)
     for digits in range(17):
-        step = 10**digits
-        for candidate in (ceil(low * step) / step, (ceil(low * step) + 1) / step):
+        step: int = 10**digits
+        first = ceil(low * step)
+        for candidate in (float(first / step), float((first + 1) / step)):
             if 0 < candidate <= high and fits(candidate):
                 return candidate
     return None

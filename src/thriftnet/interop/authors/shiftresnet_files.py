@@ -56,7 +56,7 @@ def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str,
         tensors,
         tuple(notes),
         COLOURS,
-        _adding(extra) if extra else None,
+        adapt=_adding(extra) if extra else None,
     )
 
 
@@ -111,7 +111,9 @@ def _found(what: str, value: float | None, channels: tuple[int, ...]) -> float:
 
 def _say(what: str, value: float, stated: Mapping[str, Any], notes: list[str]) -> None:
     if value != 1 and stated.get(what) != value:
-        notes.append(f"{what}={value:g} is one of those that give these channels; which one was asked for makes no difference.")
+        notes.append(
+            f"{what}={value:g} is one of those that give these channels; which one was asked for makes no difference."
+        )
 
 
 def _stated(metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:

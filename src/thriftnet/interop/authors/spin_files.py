@@ -52,25 +52,34 @@ def _sharing(
 ) -> tuple[str, dict[str, Any], set[str]]:
     """Name in the zoo, arguments of the sharing, and keys that nothing uses."""
     weights, scales = count(tensors, r"^pwise_w\.(\d+)$"), count(tensors, r"^reduction_w\.(\d+)$")
+    stated = config.get("CONVMIXER.WEIGHT_SHARE.SHARE_RATE", "")
     if weights > depth:
         raise CheckpointError(f"it has {weights} pointwise weights for {depth} blocks: possible is at most one for each")
     if weights < depth:
+        which = _which(config, hints, notes)
+        if "distribution" in which:
+            return "ws_convmixer", {"rate": int(stated) if stated.isdigit() else 2, **which}, set()
         if depth % weights:
             raise CheckpointError(f"it has {weights} pointwise weights for {depth} blocks: one must serve equally many")
         stray = {key for key in tensors if key.startswith("reduction_w.")}
         if stray:
-            notes.append(f"{len(stray)} tensors reduction_w.* were left out: the weights are fused already, and nothing uses them.")
+            notes.append(
+                f"{len(stray)} tensors reduction_w.* were left out: the weights are fused already, and nothing uses them."
+            )
         if config.get("CONVMIXER.WEIGHT_SHARE.REDUCTION_FN"):
-            notes.append("The file's configuration states a fusion, but its weights are fused already: it is a plain sharing network.")
-        return "ws_convmixer", {"rate": depth // weights, **_which(config, hints, notes)}, stray
+            notes.append(
+                "The file's configuration states a fusion, but its weights are fused already: it is a plain sharing network."
+            )
+        return "ws_convmixer", {"rate": depth // weights, **which}, stray
     fusion = _fusion(tensors, scales, config, hints, notes)
     if fusion is None:
         return "convmixer", {}, set()
-    stated = config.get("CONVMIXER.WEIGHT_SHARE.SHARE_RATE", "")
     rate = whole("rate", told("rate", int(stated) if stated.isdigit() else None, hints, 2, notes))
     which = _which(config, hints, notes)
     if which["mapping"] == "strided":
-        notes.append("The authors fuse neighbours under the strided mapping, too: the weights are placed so that it computes the same.")
+        notes.append(
+            "The authors fuse neighbours under the strided mapping, too: the weights are placed so that it computes the same."
+        )
     return "wfws_convmixer", {"rate": rate, "fusion": fusion, **which}, set()
 
 
@@ -99,6 +108,10 @@ def _which(config: Mapping[str, str], hints: Mapping[str, Any], notes: list[str]
     """The mapping, and the distribution where it is not uniform."""
     share = "CONVMIXER.WEIGHT_SHARE.SHARING_"
     which = {"mapping": told("mapping", config.get(f"{share}MAPPING"), hints, "sequential", notes)}
+    if which["mapping"] not in ("sequential", "strided"):
+        raise CheckpointError(
+            f"mapping={which['mapping']!r}: possible are sequential and strided; a random one cannot be told from a file"
+        )
     distribution = config.get(f"{share}DISTRIBUTION", "uniform")
     return which if distribution == "uniform" else which | {"distribution": distribution}
 

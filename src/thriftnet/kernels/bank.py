@@ -1,0 +1,196 @@
+"""Template banks: the weights of all layers of a bank in one matrix product, forward and backward.
+
+Layer l's weight is ``sum_t a[l, t] * template_t``. One layer after the other, that reads all templates once per layer and
+direction. Together it is one product of (L, T) and (T, n), done in pieces of n that stay in the processor's cache.
+
+The weights are computed for all layers when the first of them asks, and handed out as the others ask. Nothing is kept
+that could grow stale: a weight that has been handed out is forgotten as soon as nobody holds it, and all of them when a
+parameter changed, when gradients have flown back, or when a layer asks a second time (as the next forward does).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
+
+PIECE = 65536  # columns of the templates that one product of the CPU reads
+
+
+class User(Protocol):
+    """A layer that mixes the bank: it has coefficients (T,)."""
+
+    coefficients: nn.Parameter
+
+
+@dataclass(eq=False)
+class Round:
+    """The weights of all layers, computed at once.
+
+    Args:
+        templates: What the templates were then.
+        coefficients: What each layer's coefficients were then, by the layer's id.
+        waiting: Weights that nobody has asked for yet.
+        given: Weights that somebody may still hold.
+    """
+
+    templates: Version
+    coefficients: dict[int, Version] = field(default_factory=dict)
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+
+    def take(self, layer: User, templates: Tensor) -> Tensor | None:
+        """The weight of a layer, if it is there and still what it should be."""
+        key = id(layer)
+        known = self.coefficients.get(key)
+        if known is None or not (known.holds(layer.coefficients) and self.templates.holds(templates)):
+            return None
+        weight = self.waiting.pop(key, None)
+        if weight is not None:
+            self.given[key] = weakref.ref(weight)
+            return weight
+        return self.given[key]() if key in self.given else None
+
+    def end(self) -> None:
+        """Forget everything."""
+        self.coefficients.clear(), self.waiting.clear(), self.given.clear()
+
+
+class Mixer:
+    """Computes the weights of a bank's layers together. It belongs to one bank, and no copy or file has it."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, weakref.ref[User]] = {}
+        self._round: Round | None = None
+
+    def weight(self, layer: User, templates: nn.Parameter) -> Tensor:
+        """The layer's weight, (O, I, kh, kw)."""
+        if self.choose(layer, templates).form == "alone":
+            return alone(layer.coefficients, templates)
+        if self._round is not None:
+            weight = self._round.take(layer, templates)
+            if weight is not None:
+                return weight
+        self._round = self._begin(layer, templates)
+        found = self._round.take(layer, templates)
+        return alone(layer.coefficients, templates) if found is None else found
+
+    def choose(self, layer: User, templates: Tensor) -> Choice:
+        """Together or alone; a layer that is new to the bank is noted."""
+        is_new = id(layer) not in self._layers
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return Choice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
+        if not can_join(templates, layer.coefficients):
+            return Choice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
+        if is_new:
+            self._layers[id(layer)] = weakref.ref(layer, lambda _, key=id(layer): self._layers.pop(key, None))  # type: ignore[misc]
+        choice = forced("bank")
+        if choice is not None:
+            return choice
+        if not torch.is_grad_enabled():
+            return Choice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
+        if is_new:
+            return Choice("bank", "alone", "the first forward of this layer")
+        return Choice("bank", "together", f"one product for {len(self._layers)} layers")
+
+    def _begin(self, layer: User, templates: nn.Parameter) -> Round:
+        """Compute the weights of all layers that can be computed with this one."""
+        if self._round is not None:
+            self._round.end()
+        known = [found for ref in self._layers.values() if (found := ref()) is not None]
+        layers = [other for other in known if other is layer or can_join(templates, other.coefficients)]
+        begun = Round(version(templates), {id(other): version(other.coefficients) for other in layers})
+        weights = TogetherFunction.apply(begun, templates, *(other.coefficients for other in layers))
+        begun.waiting.update(zip(map(id, layers), weights))
+        return begun
+
+
+def can_join(templates: Tensor, coefficients: Tensor) -> bool:
+    """Whether a layer's weight can be computed together with others: plain parameters, nothing that stands for one."""
+    return (
+        is_plain(templates)
+        and is_plain(coefficients)
+        and (templates.device, templates.dtype) == (coefficients.device, coefficients.dtype)
+        and templates.is_contiguous()
+    )
+
+
+def alone(coefficients: Tensor, templates: Tensor) -> Tensor:
+    """The weight of one layer by one matrix-vector product."""
+    mixed: Tensor = torch.tensordot(coefficients, templates, dims=1)
+    return mixed
+
+
+class TogetherFunction(torch.autograd.Function):
+    """All weights from (T, O, I, kh, kw) templates and one (T,) row of coefficients per layer.
+
+    It keeps the parameters themselves and no copies, so that gradients can flow through it more than once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, begun: Round, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.begun = weakref.ref(begun)
+        ctx.templates, ctx.coefficients = templates, coefficients
+        ctx.versions = [version(parameter) for parameter in (templates, *coefficients)]
+        return tuple(row.view(templates.shape[1:]) for row in mix(torch.stack(coefficients), templates.flatten(1)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        begun = ctx.begun()
+        if begun is not None:
+            begun.end()
+        check_unchanged(ctx.versions)
+        used = [place for place, grad in enumerate(grads) if grad is not None]
+        rows = [grad.flatten() for grad in grads if grad is not None]
+        if not rows:
+            return (None,) * (2 + len(grads))
+        matrix, templates = torch.stack([ctx.coefficients[place] for place in used]), ctx.templates.flatten(1)
+        if torch.is_grad_enabled():  # of a gradient that is differentiated in turn
+            stacked = torch.stack(rows)
+            for_templates, for_matrix = matrix.T @ stacked, stacked @ templates.T
+        else:
+            for_templates, for_matrix = mix_backward(rows, matrix, templates)
+        found: list[Tensor | None] = [None] * len(grads)
+        for place, row in zip(used, for_matrix.unbind()):
+            found[place] = row if ctx.needs_input_grad[2 + place] else None
+        return None, for_templates.view(ctx.templates.shape) if ctx.needs_input_grad[1] else None, *found
+
+
+def mix(matrix: Tensor, templates: Tensor) -> list[Tensor]:
+    """Rows of ``matrix @ templates``, (L, T) and (T, n), in pieces of n."""
+    mixed = templates.new_empty(len(matrix), templates.shape[1])
+    for start, stop in pieces(templates):
+        torch.mm(matrix, templates[:, start:stop], out=mixed[:, start:stop])
+    return list(mixed.unbind())
+
+
+def mix_backward(grads: Sequence[Tensor], matrix: Tensor, templates: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``matrix @ templates`` with respect to templates (T, n) and matrix (L, T), in one pass over n.
+
+    Args:
+        grads: Gradients of the L rows, (n,) each.
+        matrix: (L, T).
+        templates: (T, n).
+    """
+    turned = matrix.T.contiguous()
+    for_templates, for_matrix = torch.empty_like(templates), torch.zeros_like(matrix)
+    for start, stop in pieces(templates):
+        piece = torch.stack([grad[start:stop] for grad in grads])
+        torch.mm(turned, piece, out=for_templates[:, start:stop])
+        for_matrix.addmm_(piece, templates[:, start:stop].T)
+    return for_templates, for_matrix
+
+
+def pieces(templates: Tensor) -> list[tuple[int, int]]:
+    """First and last + 1 column of each piece: small ones on a CPU, all at once elsewhere."""
+    size = templates.shape[1]
+    step = PIECE if templates.device.type == "cpu" else size
+    return [(start, min(start + step, size)) for start in range(0, size, step)]

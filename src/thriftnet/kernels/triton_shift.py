@@ -1,0 +1,84 @@
+"""The shift on a GPU: one Triton kernel that reads and writes every value once, forward, backward and with a ReLU before it.
+
+It is registered as an operation of torch, so that compiled and exported graphs hold it as one node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # values per program
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run there: on a GPU, or anywhere under Triton's interpreter."""
+    if device.type not in ("cuda", "cpu", "meta") or importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.library.custom_op("thriftnet::shift", mutates_args=())
+def shift(
+    x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, relu: bool = False, gate: Tensor | None = None
+) -> Tensor:
+    """Shift ``x`` (N, C, H, W).
+
+    Args:
+        x: Any strides.
+        kernel_size: Side k of the set of offsets.
+        dilation: Pixels per step.
+        moved: How many channels, from the first, move.
+        direction: 1, or -1 for the shift back.
+        relu: Apply a ReLU before the shift.
+        gate: Zero the result where this tensor of the same shape is not above 0 (the backward of that ReLU).
+    """
+    import triton
+
+    from thriftnet.kernels.triton_kernels import shift_kernel
+
+    channels, height, width = x.shape[1:]
+    out, like = _empty_like(x), x if gate is None else gate
+    if x.numel():
+        last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+        sizes = (out.numel(), channels, height, width, moved, dilation, direction)
+        strides = (*x.stride(), *like.stride(), *out.stride())
+        shift_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+            x, like, out, *sizes, *strides, K=kernel_size, RELU=relu, GATED=gate is not None, LAST=last, BLOCK=BLOCK
+        )
+    return out
+
+
+@shift.register_fake
+def _(
+    x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, relu: bool = False, gate: Tensor | None = None
+) -> Tensor:
+    return _empty_like(x)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Memory for the result: channels_last for channels_last, NCHW for everything else."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *moves, relu, gate = inputs
+    ctx.moves, ctx.is_gated = moves, gate is not None
+    ctx.save_for_backward(*((x,) if relu else ()), *(() if gate is None else (gate,)))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kernel_size, dilation, moved, direction = ctx.moves
+    saved = list(ctx.saved_tensors)
+    if ctx.is_gated:
+        grad = torch.where(saved.pop() <= 0, 0.0, grad)
+    back = shift(grad, kernel_size, dilation, moved, -direction, False, saved[0] if saved else None)
+    return back, None, None, None, None, None, None
+
+
+shift.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,322 @@
+"""Networks that spend on each image what it needs: one front, a gate, and a tail for each width.
+
+The images of a batch are grouped by what the gate says, and each group runs through a plain network of its width. What an
+easy image does not need is never computed.
+
+Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3. The authors compute every width and mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thriftnet.core.gate import Gate, decide, gate_of, gumbel_choice
+from thriftnet.core.merge import merge_norms, overwrite
+from thriftnet.core.norm import PlainBatchNorm2d
+from thriftnet.core.probe import input_size as size_of
+from thriftnet.core.sites import sites
+from thriftnet.core.split import Front, Split, Tail, split_at
+from thriftnet.core.verbs import freeze
+from thriftnet.core.width import Width, WidthAware, in_words, position
+from thriftnet.core.width import widths as widths_of
+from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
+from thriftnet.measure import inspect
+
+
+class DynamicNetwork(nn.Module):
+    """A network with a gate, made ready to run: front and tails are frozen copies, the gate is the network's own.
+
+    In eval mode each image runs through the one tail that the gate chooses, without noise. In training mode, for the gate's sake,
+    all tails run, and the output is the chosen one's, by a straight-through Gumbel-softmax; only the gate has gradients.
+
+    Shape: (N, C, H, W) -> (N, classes), for N of at least 1.
+
+    Args:
+        model: A network with a gate, trained; changes to its weights, other than the gate's, do not reach this one.
+        fold_norms: Fold batch norms into the convolutions before them.
+        compile: Compile the tails, once for all sizes of groups.
+        input_size: Channels, height and width of an image, for counting multiply-accumulates. Left out, as the network says.
+        cost: See `decide`: more than 0 saves multiply-accumulates. It can be set at any time.
+        temperature: Of the Gumbel-softmax in training mode.
+
+    Raises:
+        IncompatibleModelError: The network has no gate, or its widths differ before the gate.
+
+    Example:
+        >>> from thriftnet.models import create_model
+        >>> from thriftnet.techniques import convert
+        >>> model = convert(create_model("resnet20"), "slimmable(widths=(0.5, 1.0), gate=True)")
+        >>> dynamic = DynamicNetwork(model).eval()
+        >>> dynamic(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
+        >>> sum(dynamic.histogram.values())
+        4
+    """
+
+    macs: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        fold_norms: bool = True,
+        compile: bool = False,
+        input_size: Sequence[int] | None = None,
+        cost: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        name, gate = gate_of(model)
+        holder = name.rpartition(".")[0]
+        cut, self.reads = _join(holder, gate.cut), _join(holder, gate.reads)
+        size = size_of(model, input_size)
+        frozen = [freeze(model, width) for width in gate.widths]
+        split = split_at(frozen[0], cut, size)
+        _check_common(model, split.front, gate.widths)
+        self.cost, self.temperature = cost, temperature
+        self.gate, self.widths = gate, gate.widths
+        self.image_channels = size[0]
+        own = [inspect(network, size).macs for network in frozen]
+        self.kept = tuple(dict.fromkeys((*split.cuts, self.reads)))
+        self.front = _front(freeze(model, gate.widths[0]), split, self.kept, size, fold_norms)
+        self.tails = nn.ModuleList(_tail(network, split, size, fold_norms, self.front) for network in frozen)
+        self.cuts = [self.kept.index(name) for name in split.cuts]
+        spent = inspect(gate, self._read_shape(size)).macs
+        self.register_buffer("macs", torch.tensor([macs + spent for macs in own], dtype=torch.float64), persistent=False)
+        self.register_buffer("counts", torch.zeros(len(own), dtype=torch.int64), persistent=False)
+        self.compiled = [torch.compile(tail, dynamic=True) if compile else tail for tail in self.tails]
+        self.train(model.training)
+        self._follow(next(gate.parameters()))
+
+    def _follow(self, like: Tensor) -> None:
+        """Multiply-accumulates stay in double precision, whatever the network is in."""
+        self.macs, self.counts = self.macs.to(like.device), self.counts.to(like.device)
+
+    def _read_shape(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Shape of what the gate reads of an image."""
+        like = next(self.gate.parameters())
+        with torch.no_grad():
+            read = self.front(torch.zeros(1, *size, dtype=like.dtype, device=like.device))[self.kept.index(self.reads)]
+        return tuple(read.shape[1:])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DynamicNetwork:
+        macs = self.macs
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.macs = macs.to(self.macs.device)
+        return self
+
+    def train(self, mode: bool = True) -> DynamicNetwork:
+        """Training mode is for the gate; front and tails stay as they are deployed."""
+        super().train(mode)
+        self.front.eval()
+        self.tails.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            logits, outputs = self.every(images)
+            choice, _ = gumbel_choice(logits, self.temperature)
+            return mixture(choice, outputs)
+        features, logits = self._looked_at(images)
+        return self.route(features, decide(logits, self.macs, self.cost), tuple(images.shape[1:]))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the gate says, (N, choices); gradients reach the gate only."""
+        return self._looked_at(images)[1]
+
+    def decisions(self, images: Tensor) -> Tensor:
+        """The choice of each image without noise, (N,) positions in ``widths``; nothing is counted."""
+        with torch.no_grad():
+            return decide(self.logits(images), self.macs, self.cost)
+
+    def _looked_at(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the front gives to the tails, and what the gate says."""
+        if images.ndim != 4 or images.shape[1] != self.image_channels or not len(images):
+            what = "a batch of zero images" if images.ndim == 4 and not len(images) else f"{tuple(images.shape)}"
+            raise DataError(f"a dynamic network reads (N, {self.image_channels}, H, W) with N of at least 1, got {what}")
+        with torch.no_grad():
+            found = self.front(images)
+        logits: Tensor = self.gate(found[self.kept.index(self.reads)])
+        return [found[place] for place in self.cuts], logits
+
+    @torch.no_grad()
+    def route(self, features: list[Tensor], decisions: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Run each image through the tail that was decided on, and count.
+
+        Args:
+            features: What the front gives, each (N, ...).
+            decisions: A position in ``widths`` for each image, (N,).
+            shape: Of an image.
+        """
+        counts = torch.bincount(decisions, minlength=len(self.widths))
+        self.counts += counts
+        if int(counts.max()) == len(decisions):
+            return self.compiled[int(counts.argmax())](features, shape)  # type: ignore[no-any-return]
+        outputs: Tensor | None = None
+        for choice, members in enumerate(counts.tolist()):
+            if members:
+                rows = (decisions == choice).nonzero().flatten()
+                out = self.compiled[choice]([feature.index_select(0, rows) for feature in features], shape)
+                outputs = out.new_empty(len(decisions), *out.shape[1:]) if outputs is None else outputs
+                outputs.index_copy_(0, rows, out)
+        if outputs is None:
+            raise DataError("no image was decided on")
+        return outputs
+
+    def forced(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """As `forward` in eval mode, with decisions from outside: (N,) positions in ``widths``."""
+        features, _ = self._looked_at(images)
+        if decisions.shape != images.shape[:1] or decisions.min() < 0 or decisions.max() >= len(self.widths):
+            raise ConfigError(
+                f"decisions {decisions.tolist()}: possible are {len(images)} positions, 0 to {len(self.widths) - 1}"
+            )
+        return self.route(features, decisions, tuple(images.shape[1:]))
+
+    def every(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gate says, (N, choices), and what every tail gives, (choices, N, classes). Gradients reach the gate only."""
+        features, logits = self._looked_at(images)
+        with torch.no_grad():
+            outputs = torch.stack([tail(features, tuple(images.shape[1:])) for tail in self.compiled])
+        return logits, outputs
+
+    @property
+    def histogram(self) -> dict[Width, int]:
+        """How many images took each width since the last `reset`."""
+        return dict(zip(self.widths, self.counts.tolist(), strict=True))
+
+    @property
+    def mean_macs(self) -> float:
+        """Multiply-accumulates spent per image since the last `reset`, the gate's included; 0 where none ran."""
+        total = int(self.counts.sum())
+        return float((self.counts * self.macs).sum()) / total if total else 0.0
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def set_budget(self, macs: float, loader: Iterable[Any]) -> float:
+        """Find the ``cost`` at which images spend on average at most ``macs``, as nearly as they can, and set it.
+
+        Args:
+            macs: Multiply-accumulates per image.
+            loader: Yields ``images`` or ``(images, ...)`` like those to come; gone through once.
+
+        Returns:
+            The average that these images spend.
+
+        Raises:
+            ConfigError: A budget outside of what can be reached; the message says the range.
+            DataError: The loader yields nothing.
+        """
+        least, most = float(self.macs.min()), float(self.macs.max())
+        if not isinstance(macs, int | float) or not least <= macs <= most:
+            raise ConfigError(
+                f"a budget of {macs:,} multiply-accumulates is out of reach: possible are {least:,.0f} to {most:,.0f}"
+            )
+        said = [self.logits(batch[0] if isinstance(batch, list | tuple) else batch) for batch in loader]
+        if not said:
+            raise DataError("set_budget got a loader without batches: give it images")
+        logits = torch.cat(said).double()
+        self.cost, spent = cheapest_cost(logits, self.macs.to(logits.device), float(macs))
+        return spent
+
+    def extra_repr(self) -> str:
+        return f"widths=({', '.join(map(in_words, self.widths))}), cost={self.cost:g}"
+
+
+def mixture(choice: Tensor, outputs: Tensor) -> Tensor:
+    """The chosen outputs: (N, choices) and (choices, N, classes) -> (N, classes).
+
+    The gradient of a choice is the inner product of the loss's gradient with the output that this choice would have given.
+    """
+    return torch.einsum("nk,knc->nc", choice, outputs)
+
+
+def cheapest_cost(logits: Tensor, macs: Tensor, budget: float) -> tuple[float, float]:
+    """The cost at which the mean of ``macs`` is nearest below ``budget``, and that mean.
+
+    What is spent falls as the cost rises, in steps at which one image changes its mind; all of them are looked at by bisection.
+    """
+
+    def spent(cost: float) -> float:
+        return float(macs[decide(logits, macs, cost)].mean())
+
+    relative = macs / macs.max()
+    gaps = (relative[:, None] - relative[None, :]).abs()
+    reach = float((logits.max() - logits.min()) / gaps[gaps > 0].min()) + 1.0 if bool((gaps > 0).any()) else 1.0
+    low, high = -reach, reach  # at low everything is at its widest, at high at its narrowest
+    if spent(low) <= budget:
+        return low, spent(low)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= budget else (middle, high)
+    return high, spent(high)
+
+
+def _join(holder: str, relative: str) -> str:
+    return ".".join(part for part in (holder, relative) if part)
+
+
+def _front(network: nn.Module, split: Split, kept: tuple[str, ...], size: tuple[int, int, int], fold_norms: bool) -> Front:
+    front = Front(network, split, kept)
+    _streamline(front, lambda ghost: [torch.empty(2, *size, device="meta", dtype=_dtype(ghost))], fold_norms)
+    return front
+
+
+def _tail(network: nn.Module, split: Split, size: tuple[int, int, int], fold_norms: bool, front: Front) -> Tail:
+    tail = Tail(network, split)
+    shapes = [tuple(feature.shape[1:]) for feature in _features(front, size)][: len(split.cuts)]
+    _streamline(
+        tail, lambda ghost: [[torch.empty(2, *s, device="meta", dtype=_dtype(ghost)) for s in shapes], size], fold_norms
+    )
+    return tail
+
+
+def _streamline(part: nn.Module, inputs: Callable[[nn.Module], list[Any]], fold_norms: bool) -> None:
+    """Fewer layers and fewer tensors for the same function."""
+
+    def run(ghost: nn.Module) -> None:
+        ghost(*inputs(ghost))
+
+    if fold_norms:
+        merge_norms(part, run)
+    overwrite(part, run)
+
+
+@torch.no_grad()
+def _features(front: Front, size: tuple[int, int, int]) -> list[Tensor]:
+    like = next(front.parameters())
+    outputs: list[Tensor] = front(torch.zeros(1, *size, dtype=like.dtype, device=like.device))
+    return outputs
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+
+
+def _check_common(model: nn.Module, front: tuple[str, ...], chosen: Sequence[Width]) -> None:
+    """Raise where a layer of the front differs between the sub-networks."""
+    indices = [position(width, widths_of(model)) for width in chosen]
+    for site in sites(model, lambda _, module: isinstance(module, WidthAware) and module.slim is not None):
+        inner = [
+            (f"{site.name}.{name}".rstrip("."), m) for name, m in site.module.named_modules() if isinstance(m, WidthAware)
+        ]
+        for name, layer in inner:
+            slim = layer.slim
+            if slim is None or not any(name == part or name.startswith(f"{part}.") for part in front):
+                continue
+            keeps = isinstance(layer, PlainBatchNorm2d)
+            if len({(slim.ins[i], slim.outs[i], slim.store(i) if keeps else 0) for i in indices}) > 1:
+                raise IncompatibleModelError(
+                    f"layer {name!r} runs before the gate and differs between the widths {', '.join(map(in_words, chosen))}: "
+                    "a gate can choose among sub-networks that begin alike"
+                )
+
+
+__all__ = ["DynamicNetwork", "Gate", "cheapest_cost", "mixture"]

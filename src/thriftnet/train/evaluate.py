@@ -1,0 +1,223 @@
+"""How well a network classifies: top-k accuracy, loss, accuracy of each class, and what is taken for what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thriftnet.data.loaders import Batch, Loader
+from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, over all processes.
+
+    Args:
+        accuracies: k -> percent of images whose class is among the k most likely; with k classes or fewer, 100.
+        loss: Mean cross entropy.
+        images: How many.
+        seconds: Of the slowest process, loading included.
+        per_class: Percent of the images of each class that were told rightly; None for a class without images.
+        classes: Names of the classes.
+        confusion: Images of each class (rows) taken for each class (columns); None unless asked for.
+    """
+
+    accuracies: dict[int, float]
+    loss: float
+    images: int
+    seconds: float
+    per_class: tuple[float | None, ...]
+    classes: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def top1(self) -> float:
+        """Percent of images told rightly."""
+        return self.accuracies[1]
+
+    @property
+    def top5(self) -> float | None:
+        """Percent of images whose class is among the five most likely; None when not asked for."""
+        return self.accuracies.get(5)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all processes."""
+        return self.images / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready dict; accuracies in percent, a loss that is no number as None."""
+        result: dict[str, Any] = {f"top{k}": accuracy for k, accuracy in self.accuracies.items()}
+        result |= {
+            "loss": self.loss if self.loss == self.loss else None,
+            "images": self.images,
+            "images_per_second": round(self.images_per_second, 1),
+            "per_class": dict(zip(self.classes, self.per_class, strict=True)),
+        }
+        if self.confusion is not None:
+            result["confusion"] = [list(row) for row in self.confusion]
+        return result
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    topk: Sequence[int] = (1, 5),
+    confusion: bool = False,
+    classes: Sequence[str] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Measure a network on labelled images; it is as before afterwards, in training mode or not.
+
+    Under ``torch.distributed`` each process gives its part of the images, and all get the sums over all parts. The parts
+    need not be equally large.
+
+    Args:
+        model: Gives logits (B, classes); on the loader's device.
+        loader: Batches of ``(images, labels)``.
+        topk: Which accuracies; 1 is always among them.
+        confusion: Whether to count what is taken for what.
+        classes: Names of the data's classes; left out, their numbers.
+        watch: Told after each batch how many images this process has seen.
+
+    Raises:
+        ConfigError: A k below 1.
+        IncompatibleModelError: Outputs that are no logits, or not as many as the data has classes.
+        DataError: No images, or a label that is no class of the network.
+    """
+    if not topk or min(topk) < 1:
+        raise ConfigError(f"topk={tuple(topk)}: give whole numbers from 1, as (1, 5)")
+    # the wrapper of distributed training shares buffers in each forward, and waits for processes that have no batch left
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    ks = sorted({1, *topk})
+    start = time.perf_counter()
+    counts = _Counts(ks, confusion, None if classes is None else len(classes), _device(network, loader))
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    with torch.no_grad(), _eval_mode(network):
+        for images, labels in loader:
+            counts.add(network(images.to(dtype)), labels)
+            if watch is not None:
+                watch(counts.seen)
+    counts.gather()
+    return counts.result(classes, time.perf_counter() - start)
+
+
+def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
+    """Where to count; a process without images must count on the same kind of device as the others."""
+    if isinstance(loader, Loader):
+        return loader.device
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; each as before afterwards."""
+    before = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class _Counts:
+    """Sums over images; nothing is brought to the CPU before the end.
+
+    Args:
+        ks: Which top-k accuracies.
+        confusion: Whether all pairs of classes are counted.
+        classes: How many the data has, if known.
+        device: Where to count.
+    """
+
+    def __init__(self, ks: list[int], confusion: bool, classes: int | None, device: torch.device) -> None:
+        self.ks, self.confusion, self.classes, self.device = ks, confusion, classes, device
+        self.seen = 0
+        self.outputs = 0
+        precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.loss = torch.zeros((), dtype=precise, device=device)
+        self.right = torch.zeros(len(ks), dtype=torch.int64, device=device)
+        self.pairs = torch.zeros(0, dtype=torch.int64, device=device)
+        self.highest = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch."""
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+            got = f"outputs {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise IncompatibleModelError(
+                f"the network gives {got} for {len(labels)} images; needed is one row of logits for each"
+            )
+        self._open(logits.shape[1])
+        self.highest = torch.maximum(self.highest, labels.max())
+        labels = labels.clamp(max=self.outputs - 1)  # a label that is too high is an error at the end: no wait per batch
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.loss += F.cross_entropy(logits, labels, reduction="sum").to(self.loss.dtype)
+        best = logits.topk(min(self.ks[-1], self.outputs), dim=1).indices
+        found = (best == labels[:, None]) & ~logits.isnan().any(1, keepdim=True)
+        self.right += torch.stack([found[:, :k].sum() for k in self.ks])
+        width = self.outputs if self.confusion else 2
+        given = best[:, 0] if self.confusion else found[:, 0].long()
+        self.pairs += torch.bincount(labels * width + given, minlength=len(self.pairs))
+        self.seen += len(labels)
+
+    def _open(self, outputs: int) -> None:
+        """Make room for the counts of this many classes."""
+        if self.outputs == outputs:
+            return
+        if self.classes is not None and outputs != self.classes:
+            raise IncompatibleModelError(
+                f"the network tells {outputs} classes apart, the data has {self.classes}: evaluate on the data that it was "
+                "trained for, or build it with num_classes"
+            )
+        self.outputs = outputs
+        self.pairs = torch.zeros(outputs * (outputs if self.confusion else 2), dtype=torch.int64, device=self.device)
+
+    def gather(self) -> None:
+        """Add up over processes."""
+        seen = torch.tensor(self.seen, dtype=torch.int64, device=self.device)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            outputs = torch.tensor(self.outputs, dtype=torch.int64, device=self.device)
+            dist.all_reduce(outputs, op=dist.ReduceOp.MAX)  # a process without images does not know it
+            if self.outputs == 0 and int(outputs):
+                self._open(int(outputs))
+            dist.all_reduce(self.highest, op=dist.ReduceOp.MAX)
+            for total in (seen, self.loss, self.right, self.pairs):
+                dist.all_reduce(total)
+        self.seen = int(seen)
+        if self.seen == 0:
+            raise DataError("there are no images to evaluate on")
+        if int(self.highest) >= self.outputs:
+            raise DataError(
+                f"an image has the label {int(self.highest)}, the network tells {self.outputs} classes apart (0 to "
+                f"{self.outputs - 1}): evaluate on the data that it was trained for"
+            )
+
+    def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
+        """The measured figures."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            slowest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            seconds = float(slowest)
+        pairs = self.pairs.view(self.outputs, -1).cpu()
+        right = pairs.diagonal() if self.confusion else pairs[:, 1]
+        shares = zip(right.tolist(), pairs.sum(1).tolist(), strict=True)
+        return Evaluation(
+            accuracies={k: 100 * count / self.seen for k, count in zip(self.ks, self.right.tolist(), strict=True)},
+            loss=float(self.loss) / self.seen,
+            images=self.seen,
+            seconds=max(seconds, 1e-9),
+            per_class=tuple(100 * count / total if total else None for count, total in shares),
+            classes=tuple(names) if names is not None else tuple(map(str, range(self.outputs))),
+            confusion=tuple(map(tuple, pairs.tolist())) if self.confusion else None,
+        )

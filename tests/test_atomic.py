@@ -1,0 +1,253 @@
+"""Folders are replaced whole: by kills, by several writers at once, before readers, and on disks that refuse."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import thriftnet as tn
+from saver import network, value_in, value_of
+from thriftnet.errors import CheckpointError
+from thriftnet.interop import atomic
+from thriftnet.interop.atomic import recover, replace_folder
+
+SAVER = Path(__file__).parent / "saver.py"
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SAVER), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the end, and give what was printed."""
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return printed
+
+
+def test_kills_leave_the_old_or_the_new_folder(tmp_path: Path):
+    place = tmp_path / "m"
+    seen = json.loads(finish(start("kill", str(place), "10", "0")))
+    assert len(seen) == 10
+    assert len(set(seen)) > 1, f"always {seen[0]} in the folder: no save came to its end"
+    tn.save(network(4.0), place, metadata={"value": 4.0})
+    assert value_of(place) == 4.0
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "workspaces of the killed are left"
+
+
+def test_two_writers_and_a_reader(tmp_path: Path):
+    place = tmp_path / "m"
+    tn.save(network(1.0), place, metadata={"value": 1.0})
+    writers = [start("save", str(place), "2", "3", "20"), start("save", str(place), "4", "5", "20")]
+    reads = []
+    while any(writer.poll() is None for writer in writers):
+        reads.append(value_in(place))
+    for writer in writers:
+        finish(writer)
+    assert set(reads) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert len(set(reads)) > 1, "the reader saw no change: the test shows nothing"
+    assert value_of(place) in (3.0, 5.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def write(text: str):
+    def into(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text(text)
+
+    return into
+
+
+def content(place: Path) -> str:
+    return (place / "sub" / "file").read_text()
+
+
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without renames that take flags."""
+
+    def refuse(source: Path, target: Path, flags: dict[str, int]) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(atomic, "_rename", refuse)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_a_folder_is_made_and_replaced(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not exchange:
+        no_exchange(monkeypatch)
+    place = tmp_path / "deep" / "place"
+    for text in ("one", "two", "three"):
+        assert replace_folder(place, write(text)) == place
+        assert content(place) == text
+        assert [path.name for path in place.parent.iterdir()] == ["place"]
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    replace_folder(link, write("four"))
+    assert link.is_symlink()
+    assert content(place) == "four"
+    place.joinpath("sub", "file").unlink()
+    place.joinpath("sub").rmdir()
+    replace_folder(place, write("five"))
+    assert content(place) == "five"
+
+
+def test_a_failing_writer_changes_nothing(tmp_path: Path):
+    place = replace_folder(tmp_path / "place", write("old"))
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise KeyError("in the caller's code")
+
+    with pytest.raises(KeyError, match="caller"):
+        replace_folder(place, fail)
+    assert content(place) == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def killed_between_two_renames(place: Path) -> Path:
+    """What a process leaves that dies there: the old folder in a workspace, and nothing at its place."""
+    workspace = place.parent / f"{atomic.PREFIX}dead"
+    workspace.mkdir()
+    (workspace / atomic.LOCK).write_text(place.name)
+    place.rename(workspace / atomic.OLD)
+    (workspace / atomic.NEW).mkdir()
+    return workspace
+
+
+def test_load_brings_back_what_a_kill_between_two_renames_left(tmp_path: Path):
+    place = tn.save(network(2.0), tmp_path / "m", metadata={"value": 2.0})
+    workspace = killed_between_two_renames(place)
+    other = tmp_path / "other"
+    with pytest.raises(CheckpointError, match="no model folder"):
+        tn.load(other)
+    assert value_of(place) == 2.0
+    assert not workspace.exists()
+    killed_between_two_renames(place)
+    tn.save(network(3.0), other)
+    assert value_of(place) == 2.0, "the next writer removed the only copy"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "other"]
+
+
+def test_the_only_copy_is_kept_when_it_cannot_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = replace_folder(tmp_path / "place", write("old"))
+    no_exchange(monkeypatch)
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if Path(target) == place:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        replace_folder(place, write("new"))
+    monkeypatch.undo()
+    assert recover(place)
+    assert content(place) == "old"
+
+
+def test_the_workspace_of_a_living_process_stays(tmp_path: Path):
+    seen = []
+
+    def nested(folder: Path) -> None:
+        write("outer")(folder)
+        replace_folder(tmp_path / "place", write("inner"))
+        seen.append(folder.is_dir())
+
+    (tmp_path / f"{atomic.PREFIX}empty").mkdir()
+    replace_folder(tmp_path / "place", nested)
+    assert seen == [True]
+    assert content(tmp_path / "place") == "outer"
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def limited(script: str, *arguments: str, file_size: int | None = None, user: int | None = None) -> str:
+    """Run a script under limits and give what it prints."""
+
+    def limit() -> None:
+        if file_size is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit, cwd=SAVER.parent, user=user, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SAVE_TWICE = """
+import sys
+import thriftnet as tn
+from saver import network
+model = network(2.0)
+try:
+    tn.save(model, sys.argv[1], metadata={"value": 2.0})
+except tn.CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", [100, 1000, 30_000])
+def test_a_full_disk_leaves_the_old_folder(size: int, tmp_path: Path):
+    place = tn.save(network(1.0), tmp_path / "m", metadata={"value": 1.0})
+    said = limited(SAVE_TWICE, str(place), file_size=size)
+    assert said.startswith(f"cannot write {place}: ")
+    assert "File too large" in said
+    assert said.count("\n") == 1
+    assert value_of(place) == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    model = network(1.0)
+    with pytest.raises(CheckpointError, match="File name too long"):
+        tn.save(model, tmp_path / ("x" * 300))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"Not a directory|no model folder|File exists"):
+        tn.save(model, tmp_path / "file" / "model")
+    tn.save(model, tmp_path / ("x" * 255))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "x" * 255}
+
+
+def test_a_read_only_folder_is_left(tmp_path: Path):
+    place = tn.save(network(1.0), tmp_path / "m", metadata={"value": 1.0})
+    tmp_path.chmod(0o555)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            tn.save(network(2.0), place)
+        assert value_of(place) == 1.0
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_others_may_read_what_they_may(tmp_path: Path):
+    place = tn.save(network(1.0), tmp_path / "m")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (place, *place.iterdir())}
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    usual = plain.stat().st_mode & 0o777
+    assert {modes["config.json"], modes["model.safetensors"], modes["README.md"]} == {usual}
+    assert modes["m"] & usual == usual
+
+
+def test_random_state_is_left_alone(tmp_path: Path):
+    folder = tn.save(tn.convert(tn.create_model("resnet20"), "soft-sharing(templates=2)"), tmp_path / "m")
+    before = torch.get_rng_state()
+    tn.load(folder)
+    assert torch.equal(torch.get_rng_state(), before)

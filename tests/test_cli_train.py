@@ -1,0 +1,131 @@
+"""`thriftnet train` on the command line: what it prints, how it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from images import class_folders
+
+import thriftnet as tn
+from thriftnet.cli import main
+
+KEYS = {"run", "top1", "top5", "loss", "params", "world_size", "steps", "weights_sha256", "seconds", "resumed_from", "notes"}
+SHORT = ["--data", "digits", "--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--batch-size", "64"]
+
+
+def train(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert main(["train", *arguments, "--json"]) == 0
+    result: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() == KEYS
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["train", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_converted_network_trains_resumes_and_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = str(tmp_path / "run")
+    start = ["--model", "resnet20", "--technique", "soft-sharing(templates=2)", "--output", place, "--seed", "1", *SHORT]
+    first = train(capsys, *start, "--max-steps", "5")
+    assert first["steps"] == 5
+    assert first["params"] == 122010
+    again = train(capsys, *start, "--max-steps", "5")  # finished: measured again, not trained
+    assert again["weights_sha256"] == first["weights_sha256"]
+    assert again["resumed_from"] is not None
+    longer = train(capsys, *start, "--max-steps", "20")
+    assert longer["steps"] == 20
+    assert any("max_steps was 5, is 20" in str(note) for note in longer["notes"])  # type: ignore[union-attr]
+    assert main(["evaluate", place, "--data", "digits", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["top1"] == pytest.approx(longer["top1"])
+    assert measured["images"] == 450
+    assert main(["count", f"{place}/model", "--input-size", "1,8,8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == 122010
+    assert main(["fold", f"{place}/model", "--output", str(tmp_path / "folded"), "--input-size", "1,8,8"]) == 0
+    assert isinstance(tn.load(tmp_path / "folded"), tn.load(f"{place}/model").__class__)
+
+
+def test_an_own_recipe_and_kwargs_of_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine.yaml").write_text("model: shiftresnet20\nbatch_size: 64\nlr: 5e-2\nmax_steps: 2\ntrackers: []\n")
+    place = str(tmp_path / "run")
+    options = ["--recipe", str(tmp_path / "mine.yaml"), "--data", "digits", "--output", place, "--expansion", "2"]
+    result = train(capsys, *options, "--augmentation.crop_padding", "1", "--device", "cpu")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"]["lr"] == 0.05
+    assert run["recipe"]["augmentation"] == {"crop_padding": 1}
+    wanted = tn.create_model("shiftresnet20", expansion=2, in_chans=1)
+    assert result["params"] == tn.inspect(wanted, (1, 8, 8)).params
+
+
+def test_several_processes_started_by_torchrun(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "thriftnet"]
+    command += ["train", "--model", "resnet20", "--output", str(tmp_path / "run"), "--max-steps", "2", *SHORT, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == 1
+    assert json.loads(printed[0])["world_size"] == 2
+
+
+MISTAKES = {
+    "unknown recipe": (["--recipe", "fast-cifra"], r"fast-cifra.*fast-cifar"),
+    "unknown field": (["--lrr", "0.1"], r"lrr.*lr"),
+    "no number": (["--lr", "fast"], r"lr='fast'"),
+    "negative": (["--lr", "-1"], r"lr=-1.*greater than 0"),
+    "unknown schedule": (["--schedule", "cosin"], r"schedule='cosin'.*cosine"),
+    "unknown model": (["--model", "resnet21"], r"resnet21.*resnet20"),
+    "unknown technique": (["--technique", "soft-shering"], r"soft-shering.*soft-sharing"),
+    "unknown optimizer": (["--optimizer", "sgdd"], r"sgdd.*sgd"),
+    "unknown stage": (["--stage", "supper"], r"supper"),
+    "slimmable stage without widths": (["--stage", "widths"], r"slimmable"),
+    "unknown augmentation": (["--augmentation.flop", "true"], r"flop.*flip"),
+    "both lengths": (["--epochs", "1", "--max-steps", "1"], r"either --epochs or --max-steps"),
+    "class count": (["--num-classes", "7"], r"10 classes.*num_classes=10"),
+    "unknown device": (["--device", "tpu"], r"tpu.*cpu and cuda"),
+    "missing teacher": (["--teacher", "nowhere/at/all"], r"nowhere/at/all"),
+    "missing data": (["--data", "folder:/nowhere/at/all"], r"/nowhere/at/all"),
+    "unknown data": (["--data", "digit"], r"digit.*digits"),
+    "total batch": (["--total-batch-size", "7", "--accumulate", "2"], r"multiple of 2"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gives_one_clear_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import re
+
+    options, wanted = MISTAKES[name]
+    line = refused(capsys, *SHORT, "--model", "resnet20", "--output", str(tmp_path / "run"), *options)
+    assert re.search(wanted, line), line
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_another_training_in_the_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = ["--output", str(tmp_path / "run"), "--max-steps", "1", *SHORT]
+    train(capsys, *place)
+    assert "lr was 0.1, is 0.2" in refused(capsys, *place, "--lr", "0.2")
+    assert "holds a training already" in refused(capsys, *place, "--resume", "none")
+    assert "nowhere" in refused(capsys, *place, "--resume", str(tmp_path / "nowhere"))
+    (tmp_path / "run" / "run.json").write_text("[]")
+    assert "not of a training" in refused(capsys, *place)
+
+
+def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for split in ("train", "val"):
+        class_folders(tmp_path / "data" / split, per_class=12)
+    broken = tmp_path / "data" / "train" / "cat" / "3.png"
+    broken.write_bytes(b"no image")
+    options = ["--data", f"folder:{tmp_path / 'data'}", "--model", "resnet20", "--batch-size", "8", "--max-steps", "4"]
+    options += ["--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--workers", "0"]
+    options += ["--validation", "0.2", "--augmentation.image_size", "16"]
+    assert "3.png" in refused(capsys, *options, "--output", str(tmp_path / "run"))
+    result = train(capsys, *options, "--output", str(tmp_path / "other"), "--on-corrupt", "skip")
+    assert any("3.png" in str(note) for note in result["notes"])  # type: ignore[union-attr]

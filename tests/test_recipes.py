@@ -1,0 +1,463 @@
+"""The shipped recipes: they load, build and train; they say what the papers say; schedules, decay and defects are as written."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from images import arrays
+from thriftnet.cli import main
+from thriftnet.cli.train import make_recipe
+from thriftnet.core.verbs import count_params
+from thriftnet.data.dataset import ArrayImages, DataSource
+from thriftnet.errors import ConfigError
+from thriftnet.interop.checkpoints import open_model
+from thriftnet.models import MODELS, model_kwargs
+from thriftnet.models.table import NAMES, normal
+from thriftnet.techniques import convert
+from thriftnet.train.job import train
+from thriftnet.train.optim import decay_groups
+from thriftnet.train.prepare import augmentation_from
+from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
+from thriftnet.train.schedules import make_schedule
+
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPES = list_recipes()
+OURS = ("convert-and-recover", "digits", "fast-cifar")
+FAITHFUL = [name for name in RECIPES if name not in OURS]
+CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "ImageNet": 1000, "digits": 10}
+ROWS = [(name, row) for name in RECIPES for row in load_recipe(name).about.get("rows", ())]
+
+
+def network(recipe: Recipe, classes: int, **kwargs: Any) -> nn.Module:
+    """A recipe's network without memory for its weights."""
+    with torch.device("meta"):
+        model = open_model(recipe.model, **{"num_classes": classes, **recipe.model_kwargs, **kwargs})
+        for technique in recipe.technique:
+            model = convert(model, technique, select=recipe.select)
+    return model
+
+
+def with_options(name: str, options: str) -> Recipe:
+    """A recipe with fields replaced as on the command line."""
+    words = shlex.split(options)
+    return make_recipe(name, {key[2:].replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)})
+
+
+def classes_of(recipe: Recipe) -> int:
+    return CLASSES.get(recipe.about["data"], 10)
+
+
+def source(size: int, channels: int = 3, classes: int = 4, train: int = 16) -> DataSource:
+    """Random images in memory, a few of each class."""
+    splits = {"train": arrays(train, size, classes, channels), "test": arrays(4, size, classes, channels)}
+    return DataSource("random", tuple("abcdefgh"[:classes]), splits, (0.5,) * channels, (0.25,) * channels)
+
+
+# --- what they say of themselves
+
+
+def test_there_is_a_recipe_for_every_training_of_the_papers():
+    """Stage I and II of DS-Net come with the stages that train them."""
+    cifar = ["shiftresnet", "resnet", "depthwiseresnet", "swrn"]
+    expected = {f"{network}-{data}" for network in cifar for data in ("cifar10", "cifar100")} | {"filter-basis-cifar10"}
+    expected |= {f"filter-basis-cifar100-{name}" for name in ("resnet34", "densenet121", "resnext50", "mobilenetv2")}
+    expected |= {f"filter-basis-imagenet-{name}" for name in ("resnet34", "mobilenetv2")}
+    expected |= {f"{name}-imagenet" for name in ("swrn", "convmixer", "ws-convmixer", "wfws-convmixer")}
+    assert expected <= set(FAITHFUL)
+    assert set(OURS) <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_states_where_it_comes_from_and_what_to_expect(name: str):
+    about = load_recipe(name).about
+    wanted = {"what", "paper", "table", "data", "expected_top1", "params", "hardware", "time", "defects"}
+    assert wanted <= about.keys() <= wanted | {"rows", "note", "start"}
+    for key in wanted - {"expected_top1", "params"}:
+        assert isinstance(about[key], str), key
+    text = (importlib.resources.files("thriftnet.train") / "recipes" / f"{name}.yaml").read_text()
+    header = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    if name in FAITHFUL:
+        assert about["paper"] in header
+        assert f"{about['params']:,}" in header or "Top-1" in header
+        stated = about["expected_top1"]
+        assert (f"{stated:.2f} %" if isinstance(stated, float) else "not stated") in header
+        assert re.search("hardware and time: not stated|kind and time not stated|hardware and time", header, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_option_that_a_recipe_names_is_one(name: str):
+    recipe = load_recipe(name)
+    known = {field.name for field in dataclasses.fields(Recipe)} | {"teacher", "data", "output"}
+    if normal(recipe.model) in NAMES:
+        known |= set(model_kwargs(recipe.model))
+        double = {normal(row["options"].split()[1]) for row in recipe.about.get("rows", ()) if "--model" in row["options"]}
+        known |= {kwarg for model in double for kwarg in model_kwargs(NAMES[model])}
+    for text in recipe.about.values():
+        for option in re.findall(r"--([a-z][a-z0-9-]*)", str(text)):
+            assert option.replace("-", "_") in known, option
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_network_has_the_parameters_stated(name: str):
+    recipe = load_recipe(name)
+    kwargs = {"in_chans": 1} if name == "digits" else {}
+    assert count_params(network(recipe, classes_of(recipe), **kwargs)) == recipe.about["params"]
+    if recipe.model in MODELS and not recipe.model_kwargs and not recipe.technique and name != "digits":
+        fact = MODELS[recipe.model].params
+        default_classes = model_kwargs(recipe.model)["num_classes"]
+        assert classes_of(recipe) != default_classes or recipe.about["params"] == fact
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}: {row['row']}" for name, row in ROWS])
+def test_each_row_of_a_table_is_the_network_that_was_published(name: str, row: dict[str, Any]):
+    recipe = with_options(name, row["options"])
+    data = recipe.about["data"]
+    assert count_params(network(recipe, CLASSES[data])) == row["params"]
+    if row["top1"] == "not stated":
+        return
+    published = MODELS[NAMES[normal(recipe.model)]].published
+    defaults = {key: model_kwargs(recipe.model)[key] for key in recipe.model_kwargs}
+    if recipe.model_kwargs == defaults and data in published.top1:
+        assert published.top1[data] == row["top1"]
+    elif data != "CIFAR-10" or recipe.model in ("resnet32_single_shared", "resnet56_single_shared"):
+        assert f"{row['top1']:g}" in published.note
+    else:
+        assert "reduction" in row["options"]  # the zoo keeps the CIFAR-100 accuracies of these
+    if row["params"] == recipe.about["params"]:
+        assert row["top1"] == recipe.about["expected_top1"]
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_the_expected_accuracy_is_the_published_one(name: str):
+    recipe = load_recipe(name)
+    entry = MODELS.get("wfws_convmixer" if name.startswith("wfws") else recipe.model)
+    published = {} if entry is None or recipe.model_kwargs else entry.published.top1
+    if published:
+        assert recipe.about["expected_top1"] == published[recipe.about["data"]]
+    elif recipe.about["expected_top1"] != "not stated":
+        assert entry is not None
+        assert f"{recipe.about['expected_top1']:g}" in entry.published.note
+
+
+# --- one step of each
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "swrn": {"model_kwargs": {"depth": 16, "width": 1, "templates": 2}},
+    "swrn-imagenet": {"model": "torchvision:resnet18", "select": r"^layer\d\.[01]\.conv2$"},
+    "convmixer": {"model_kwargs": {"dim": 16, "depth": 4}},
+    "ws-convmixer": {"model_kwargs": {"dim": 16, "depth": 4}},
+    "wfws-convmixer": {"model_kwargs": {"dim": 16, "depth": 4}},
+    "filter-basis-cifar10": {"model": "resnet32_double_shared", "model_kwargs": {"shared_rank": 4}},
+    "filter-basis-cifar100-resnet34": {"model": "cifar_resnet18_single_shared", "model_kwargs": {"shared_rank": 4}},
+    "filter-basis-imagenet-resnet34": {"model_kwargs": {"shared_rank": 4}},
+}
+
+
+def small(name: str) -> Recipe:
+    """A recipe for four images a step on the CPU, with its network made smaller where it can be."""
+    fields: dict[str, Any] = {
+        "max_steps": 1,
+        "total_batch_size": 4,
+        "workers": 0,
+        "trackers": (),
+        "memory_format": "contiguous",
+    }
+    recipe = load_recipe(name)
+    if recipe.precision == "fp16":
+        fields["precision"] = "fp32"
+    if recipe.augmentation.get("image_size"):
+        fields["augmentation"] = {**recipe.augmentation, "image_size": 64, "resize": 72}
+    fields |= SMALL.get(name, SMALL.get(name.rpartition("-")[0], {}))
+    return load_recipe(name, **fields)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_takes_a_step(name: str, tmp_path: Path):
+    recipe = small(name)
+    size = recipe.augmentation.get("image_size", 8 if name == "digits" else 32)
+    outcome = train(recipe, source(size, channels=1 if name == "digits" else 3), tmp_path, device="cpu")
+    assert outcome.steps == 1
+    assert torch.tensor(outcome.loss).isfinite()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_network_is_converted_and_recovers_from_its_teacher(tmp_path: Path):
+    """From a trained folder, which is the teacher, too."""
+    data = source(8, channels=1)
+    fields = {"trackers": (), "workers": 0, "memory_format": "contiguous", "augmentation": {}, "precision": "fp32"}
+    first = train(load_recipe("digits", max_steps=2, total_batch_size=8, **fields), data, tmp_path / "first", device="cpu")
+    folder = str(Path(first.run) / "model")
+    recipe = load_recipe("convert-and-recover", model=folder, select_on="last", epochs=2, total_batch_size=8, **fields)
+    outcome = train(recipe, data, tmp_path / "second", teacher=folder, device="cpu")
+    assert outcome.params < first.params
+    assert json.loads((Path(outcome.run) / "run.json").read_text())["teacher"] == folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_for_fewer_steps_than_its_warm_up(name: str):
+    assert all(rate >= 0 for rate in rates(load_recipe(name, max_steps=3), 1000, 0.003).values())
+
+
+# --- schedules
+
+
+def rates(recipe: Recipe, steps_per_epoch: int = 4, epochs: float | None = None) -> dict[float, float]:
+    """Epoch, as a fraction -> learning rate of the step that begins there."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.lr)
+    epochs = recipe.epochs if epochs is None else epochs
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch, epochs)
+    found = {}
+    for step in range(round(epochs * steps_per_epoch)):
+        found[step / steps_per_epoch] = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+SHIFT = {0: 0.1, 81.75: 0.1, 82: 0.01, 122.75: 0.01, 123: 0.001, 163.75: 0.001}
+SWRN = {0: 0.1, 59.75: 0.1, 60: 0.02, 119.75: 0.02, 120: 0.004, 159.75: 0.004, 160: 0.0008, 199.75: 0.0008}
+BASIS = {0: 0.1, 149.75: 0.1, 150: 0.01, 224.75: 0.01, 225: 0.001, 299.75: 0.001}  # 150 is their 151, counted from 1
+BASIS_IMAGENET = {0: 0.1, 59.75: 0.1, 60: 0.01, 99.75: 0.01, 100: 0.001, 139.75: 0.001, 140: 0.0001, 149.75: 0.0001}
+BASIS_MOBILENET = BASIS | {284.75: 0.001, 285: 0.0005, 299.75: 0.0005}
+SPIN = {0: 0.0, 60: 0.005, 119.5: 0.0099583333, 120: 0.01, 180: 0.00525, 240: 0.0005, 270: 0.00025, 299.5: 0.0000041666667}
+TABLES = {
+    name: table
+    for pattern, table in (
+        (r"(shift|depthwise)?resnet-.*", SHIFT),
+        (r"swrn-.*", SWRN),
+        (r"filter-basis-cifar10.*", BASIS),
+        (r"filter-basis-imagenet-resnet34", BASIS_IMAGENET),
+        (r"filter-basis-imagenet-mobilenetv2", BASIS_MOBILENET),
+        (r".*convmixer-imagenet", SPIN),
+    )
+    for name in FAITHFUL
+    if re.fullmatch(pattern, name)
+}
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_learning_rates_are_those_of_the_papers(name: str):
+    found = rates(load_recipe(name))
+    assert max(found) == max(TABLES[name]) or max(TABLES[name]) == 299.5
+    for epoch, rate in TABLES[name].items():
+        assert found[epoch] == pytest.approx(rate, rel=1e-6, abs=1e-12), f"epoch {epoch}"
+
+
+def test_cosine_is_that_of_timm_with_warm_up_and_cool_down():
+    from timm.scheduler import CosineLRScheduler
+
+    fields = {"lr": 0.08, "min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-5, "epochs": 160, "cooldown_epochs": 10}
+    found = rates(recipe_from({"schedule": "cosine", "schedule_per": "epoch", **fields}))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.08)
+    theirs = CosineLRScheduler(optimizer, t_initial=150, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-5)
+    for epoch in range(160):
+        theirs.step(epoch)
+        for part in (0, 0.25, 0.75):
+            assert found[epoch + part] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), epoch
+
+
+def test_multistep_is_that_of_torch():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [82, 123], 0.1)
+    found = rates(load_recipe("shiftresnet-cifar10"))
+    for epoch in range(164):
+        assert found[epoch] == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+# --- the rest of what the papers state
+
+
+AS_STATED: dict[str, dict[str, Any]] = {
+    r"(shift|depthwise)?resnet-cifar.*": {
+        "epochs": 164, "total_batch_size": 128, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "clip_grad": None,
+    },
+    r"swrn-.*": {"epochs": 200, "total_batch_size": 128, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    r"filter-basis-cifar.*": {
+        "epochs": 300, "total_batch_size": 256, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "penalty": 1.0,
+    },
+    r"filter-basis-imagenet-.*": {"total_batch_size": 512, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "penalty": 1.0},
+    r".*convmixer-imagenet": {
+        "epochs": 300, "total_batch_size": 256, "optimizer": "adamw", "lr": 0.01, "weight_decay": 2e-5, "clip_grad": 1.0,
+        "label_smoothing": 0.1, "mixup": 0.5, "cutmix": 0.5, "mixup_switch": 0.5, "precision": "fp16",
+    },
+}  # fmt: skip
+CUTOUT = {"swrn-cifar10": 16, "swrn-cifar100": 16}
+MEANS = {  # of 255, or of 1
+    r"(shift|depthwise)?resnet-cifar.*": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 1),
+    r"swrn-cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 255),
+    r"swrn-cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4), 255),
+    r"filter-basis-cifar100-.*": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 1),
+    r"filter-basis-cifar10|.*-imagenet.*": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1),
+}
+
+
+def matching(table: dict[str, Any], name: str) -> Any:
+    return next(value for pattern, value in table.items() if re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_constants_and_augmentation_are_those_of_the_papers(name: str):
+    recipe = load_recipe(name)
+    for field, value in matching(AS_STATED, name).items():
+        assert getattr(recipe, field) == value, field
+    assert recipe.optimizer == ("adamw" if "convmixer" in name else "sgd")
+    assert recipe.distill_weight == Recipe.distill_weight
+    assert not recipe.ema_decay
+    augmentation = augmentation_from(recipe.augmentation)
+    mean, std, scale = matching(MEANS, name)
+    assert augmentation.mean == pytest.approx([value / scale for value in mean], abs=1e-7)
+    assert augmentation.std == pytest.approx([value / scale for value in std], abs=1e-7)
+    assert augmentation.cutout == CUTOUT.get(name, 0)
+    assert augmentation.flip
+    if "imagenet" in name:
+        assert (augmentation.image_size, augmentation.resize) == (224, 256)
+        assert augmentation.random_resized_crop == (0.08, 1.0)
+        assert augmentation.crop_ratio == pytest.approx((3 / 4, 4 / 3))
+    else:
+        assert augmentation.crop_padding == 4
+    if "convmixer" in name:
+        assert (augmentation.interpolation, augmentation.eval_interpolation) == ("bicubic", "bicubic")
+        assert (augmentation.rand_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+
+
+SPARED = {  # who has no weight decay, by name
+    r"(shift|depthwise)?resnet-.*|filter-basis-.*": r"$^",
+    r"swrn-.*": r".*\.coefficients",
+    r".*convmixer-imagenet": r"(.*\.)?norm\d?\.(weight|bias)",
+    r"fast-cifar": r"(.*\.)?bn\d?\.(weight|bias)|fc\.bias|linear\.bias",
+    r"convert-and-recover": r"(.*\.)?bn\d?\.(weight|bias)|fc\.bias|linear\.bias|.*\.coefficients",
+    r"digits": r"$^",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_who_is_spared_weight_decay(name: str):
+    recipe = load_recipe(name)
+    model = network(recipe, 10)
+    groups = decay_groups(model, recipe.weight_decay, recipe.no_decay)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    found = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(names) == len(found)
+    for key, decay in found.items():
+        assert decay == (0.0 if re.fullmatch(matching(SPARED, name), key) else recipe.weight_decay), key
+
+
+# --- defects of the originals, corrected unless asked for
+
+
+def test_no_faithful_recipe_looks_at_the_test_images_unasked():
+    assert {load_recipe(name).select_on for name in FAITHFUL} == {"val", "last"}
+    assert [name for name in FAITHFUL if load_recipe(name).select_on == "val"] == ["swrn-cifar10", "swrn-cifar100"]
+
+
+@pytest.mark.parametrize("select_on", ["test", "last"])
+def test_selection_on_test_images_is_said_in_the_output(select_on: str, tmp_path: Path):
+    outcome = train(
+        dataclasses.replace(small("shiftresnet-cifar10"), select_on=select_on), source(32), tmp_path, device="cpu"
+    )
+    assert any("test images" in note for note in outcome.notes) == (select_on == "test")
+
+
+@pytest.mark.parametrize("name", [name for name in FAITHFUL if "cifar100-" in name])
+def test_the_constant_rate_of_the_cifar100_script_can_be_had(name: str):
+    assert set(rates(load_recipe(name, schedule="constant")).values()) == {0.1}
+
+
+class Line(nn.Module):
+    """The mean of an image times a weight, for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(x.mean((1, 2, 3))[:, None])
+        return logits
+
+
+def by_hand(model: Line, data: DataSource, epochs: int, resets: bool) -> torch.Tensor:
+    """One step an epoch on all images, with torch's SGD."""
+    images = data.split("train").resident().double() / 255  # the mean of each is not the same
+    labels = data.split("train").labels
+    model = model.double()
+
+    def new() -> torch.optim.SGD:
+        return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    optimizer = new()
+    for epoch in range(epochs):
+        optimizer = new() if resets and epoch else optimizer
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((images - 0.5) / 0.25), labels).backward()
+        optimizer.step()
+    return model.fc.weight.detach()
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_momentum_is_reset_each_epoch_where_that_is_asked_for(resets: bool, tmp_path: Path):
+    images = ArrayImages(torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 4, 4) * 30, torch.arange(8) // 4)
+    data = DataSource("grey", ("dark", "bright"), {"train": images, "test": images}, (0.5,) * 3, (0.25,) * 3)
+    fields = {"epochs": 5, "total_batch_size": 8, "augmentation": {}, "trackers": (), "memory_format": "contiguous"}
+    recipe = load_recipe("shiftresnet-cifar10", reset_momentum_every_epoch=resets, **fields)
+    model = Line()
+    start, other = Line(), Line()
+    start.load_state_dict(model.state_dict())
+    other.load_state_dict(model.state_dict())
+    train(recipe, data, tmp_path, model=model, device="cpu")
+    assert (model.fc.weight.double() - by_hand(start, data, 5, resets)).abs().max() < 1e-6
+    assert (model.fc.weight.double() - by_hand(other, data, 5, not resets)).abs().max() > 1e-3
+
+
+# --- what is said of them elsewhere
+
+
+def test_the_page_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes", "--markdown"]) == 0
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == page, "run: thriftnet recipes --markdown > docs/recipes.md"
+
+
+def test_one_recipe_is_shown_with_all_its_fields(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes", "ws-convmixer-imagenet"]) == 0
+    assert recipe_from(yaml.safe_load(capsys.readouterr().out)) == load_recipe("ws-convmixer-imagenet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["shiftresnet-cifar"], "shiftresnet-cifar10"), (["digits", "--markdown"], "leave 'digits' or --markdown out")],
+)
+def test_what_cannot_be_listed_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_of_fields_is_that_of_the_dataclass():
+    page = (DOCS / "training.md").read_text(encoding="utf-8").split("\n## Fields of a recipe\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
+    assert list(rows) == [field.name for field in dataclasses.fields(Recipe)]
+    for field in dataclasses.fields(Recipe):
+        assert yaml.safe_load(rows[field.name].strip().strip("`")) == plain(getattr(Recipe(), field.name)), field.name
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("fields", [{"lr": -1.0}, {"shedule": "cosine"}, {"schedule": "multistep", "milestones": {}}])
+def test_a_recipe_that_cannot_be_is_refused(fields: dict[str, Any]):
+    with pytest.raises(ConfigError):
+        load_recipe("swrn-cifar10", **fields)

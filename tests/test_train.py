@@ -1,0 +1,280 @@
+"""Training: it learns, it is the same however it is interrupted and on however many processes it runs, and it says what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from training import Net, in_children, kill_at, metrics, source
+
+import thriftnet as tn
+from thriftnet.cli import main
+from thriftnet.errors import CheckpointError, ConfigError
+from thriftnet.train.engine import DivergedError, Progress
+from thriftnet.train.job import Outcome, train
+from thriftnet.train.recipe import Recipe
+from thriftnet.train.state import damage
+from thriftnet.train.stop import Interrupted
+
+FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
+
+
+def recipe(**fields: object) -> Recipe:
+    return Recipe().replace(**{**FAST, "epochs": 3, **fields})
+
+
+def run(folder: Path, how: Recipe | None = None, net: nn.Module | None = None, **kwargs: object) -> Outcome:
+    return train(how or recipe(), source(), folder, model=net or seeded_net(), device="cpu", **kwargs)  # type: ignore[arg-type]
+
+
+def seeded_net(dropout: float = 0.0) -> Net:
+    torch.manual_seed(0)
+    return Net(dropout=dropout)
+
+
+def test_it_learns_and_leaves_a_run_that_can_be_read(tmp_path: Path):
+    outcome = run(tmp_path / "run", recipe(epochs=8, lr=0.1))
+    assert outcome.top1 > 90
+    assert outcome.steps == 8 * 5  # 72 training images in batches of 16
+    assert outcome.world_size == 1
+    rows = metrics(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert {"metrics.csv", "metrics.jsonl", "curves.svg", "run.json", "model", "checkpoints"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    loaded = tn.load(tmp_path / "run" / "model", model=Net())
+    assert sum(p.numel() for p in loaded.parameters()) == outcome.params
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert "class2" in json.dumps(config)
+    assert (tmp_path / "run" / "curves.svg").read_text().startswith("<svg")
+
+
+EVERYTHING = {
+    "ema_decay": 0.8,
+    "mixup": 0.3,
+    "cutmix": 0.3,
+    "clip_grad": 1.0,
+    "label_smoothing": 0.1,
+    "augmentation": {"crop_padding": 1, "flip": True, "cutout": 2},
+    "checkpoint_every": 2,
+    "accumulate": 2,
+    "batch_size": 8,
+}
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path: Path):
+    """Twenty times: after each kill the run goes on from its newest checkpoint, with everything random in use."""
+    how = recipe(epochs=6, **EVERYTHING)
+    wanted = run(tmp_path / "whole", how, seeded_net(0.3))
+    steps = random.Random(0)
+    for trial in range(5):
+        place = tmp_path / f"killed{trial}"
+        for kill in sorted(steps.sample(range(1, wanted.steps), 4)):
+            codes = in_children(lambda rank, kill=kill, place=place: run(place, how, seeded_net(0.3), watch=kill_at(kill)))  # type: ignore[misc]
+            assert codes == [-signal.SIGKILL]
+        resumed = run(place, how, seeded_net(0.3))
+        assert resumed.resumed_from is not None
+        assert resumed.weights_sha256 == wanted.weights_sha256
+        assert metrics(place) == metrics(tmp_path / "whole")
+        assert resumed.top1 == wanted.top1
+
+
+def run_among(folder: Path, how: Recipe, rank: int, net: nn.Module, **kwargs: object) -> None:
+    outcome = run(folder, how, net, **kwargs)
+    (folder / f"outcome{rank}.json").write_text(json.dumps(outcome.to_dict()))
+
+
+def outcome_of(folder: Path, rank: int = 0) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / f"outcome{rank}.json").read_text())
+    return found
+
+
+def test_killed_on_two_processes_it_ends_with_the_same_bits(tmp_path: Path):
+    how = recipe(epochs=3, **{**EVERYTHING, "accumulate": 1})
+
+    def both(folder: Path, **kwargs: object) -> list[int]:
+        return in_children(lambda rank: run_among(folder, how, rank, seeded_net(0.3), **kwargs), ranks=2)
+
+    assert both(tmp_path / "whole") == [0, 0]
+    for kill in (3, 8):
+        assert set(both(tmp_path / "killed", watch=kill_at(kill))) == {-signal.SIGKILL}
+    assert both(tmp_path / "killed") == [0, 0]
+    one, other = outcome_of(tmp_path / "whole"), outcome_of(tmp_path / "killed")
+    assert one["world_size"] == other["world_size"] == 2
+    assert other["resumed_from"] is not None
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert outcome_of(tmp_path / "killed", 1)["top1"] == other["top1"]
+
+
+@pytest.mark.parametrize("technique", ["", "filter-basis(shared_rank=4)", "slimmable(widths=(0.5, 1.0))"])
+def test_two_processes_equal_one_with_twice_the_batch(technique: str, tmp_path: Path):
+    """In float64, with norms synchronised; 64 training images, so that no batch is smaller than the others."""
+    how = recipe(epochs=2, validation=1 / 3, sync_batchnorm=True, label_smoothing=0.1, ema_decay=0.5)
+    how = how.replace(augmentation={"crop_padding": 1, "flip": True})
+
+    def net() -> nn.Module:
+        plain = seeded_net().double()
+        return tn.convert(plain, technique, select="^[36]$" if "basis" in technique else None) if technique else plain
+
+    assert in_children(lambda rank: run_among(tmp_path / "two", how.replace(batch_size=8), rank, net()), ranks=2) == [0, 0]
+    run_among(tmp_path / "one", how.replace(batch_size=16), 0, net())
+    two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+    assert outcome_of(tmp_path / "two")["steps"] == outcome_of(tmp_path / "one")["steps"] == 8
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_without_synchronised_norms_two_processes_differ_from_one(tmp_path: Path):
+    """So the test above can fail."""
+    how = recipe(epochs=1, validation=1 / 3)
+    assert in_children(
+        lambda rank: run_among(tmp_path / "two", how.replace(batch_size=8), rank, seeded_net().double()), 2
+    ) == [0, 0]
+    run_among(tmp_path / "one", how, 0, seeded_net().double())
+    two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+    assert not all(torch.allclose(two[name], one[name], rtol=1e-6) for name in one if two[name].is_floating_point())
+
+
+def interrupt_at(step: int, number: int = signal.SIGINT):
+    def watch(progress: Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: Path):
+    wanted = run(tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"after step 4; checkpoint: .*step-000000004"):
+        run(tmp_path / "run", watch=interrupt_at(3, number))
+    assert signal.getsignal(number) is before
+    resumed = run(tmp_path / "run")
+    assert resumed.resumed_from is not None
+    assert resumed.resumed_from.endswith("step-000000004")
+    assert resumed.weights_sha256 == wanted.weights_sha256
+
+
+def test_a_broken_checkpoint_is_passed_over_and_named(tmp_path: Path):
+    wanted = run(tmp_path / "whole", recipe(checkpoint_every=2))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", recipe(checkpoint_every=2), watch=interrupt_at(8))
+    newest, older = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
+    content = bytearray((newest / "optimizer.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "optimizer.bin").write_bytes(content)
+    resumed = run(tmp_path / "run", recipe(checkpoint_every=2))
+    assert resumed.resumed_from == str(older)
+    assert any(newest.name in note and "optimizer.bin is damaged" in note for note in resumed.notes)
+    assert resumed.weights_sha256 == wanted.weights_sha256
+
+
+def test_when_no_checkpoint_is_whole_it_says_so(tmp_path: Path):
+    run(tmp_path / "run")
+    for place in (tmp_path / "run" / "checkpoints").iterdir():
+        (place / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="none of the checkpoints .* is whole"):
+        run(tmp_path / "run")
+    assert damage(tmp_path / "nothing") == "it has no manifest.json"
+
+
+def test_what_cannot_be_written_leaves_the_last_checkpoint(tmp_path: Path):
+    def fill(progress: Progress) -> None:
+        if progress.step == 6:  # nothing can be written there any more
+            os.rename(tmp_path / "run" / "checkpoints", tmp_path / "kept")
+            (tmp_path / "run" / "checkpoints").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-000000008"):
+        run(tmp_path / "run", recipe(checkpoint_every=4), watch=fill)
+    assert all(not damage(place) for place in (tmp_path / "kept").glob("step-*"))
+
+
+class Explodes(Net):
+    """Its outputs are no numbers in some forwards of training."""
+
+    def __init__(self, when: tuple[int, ...]) -> None:
+        super().__init__()
+        self.when, self.calls = when, 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(input)
+        if self.training:
+            self.calls += 1
+            if self.calls - 1 in self.when:
+                return out * float("nan")
+        return out
+
+
+def test_a_loss_that_is_no_number_stops_or_is_skipped(tmp_path: Path):
+    with pytest.raises(
+        DivergedError, match=r"not finite at step 7 \(learning rate 0.0\d+\). Last good checkpoint: step-000000006"
+    ):
+        run(tmp_path / "stop", recipe(checkpoint_every=3), Explodes((7,)))
+    outcome = run(tmp_path / "skip", recipe(on_nan="skip"), Explodes((7, 8)))
+    assert outcome.steps == 15
+    assert metrics(tmp_path / "skip")[1]["skipped"] == 2
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "skip" / "model" / "model.safetensors").values())
+
+
+def test_a_teacher_pulls_the_network_to_its_outputs(tmp_path: Path):
+    torch.manual_seed(1)
+    teacher = Net().eval()
+    images = torch.randn(8, 3, 8, 8)
+    nets = {}
+    for share in (0.0, 1.0):
+        torch.manual_seed(0)
+        nets[share] = Net()
+        how = recipe(epochs=8, distill_weight=share, select_on="last", validation=0.0)
+        train(how, source(), tmp_path / str(share), model=nets[share], teacher=teacher, device="cpu")
+    wanted = teacher(images).softmax(1)
+    far, near = ((nets[share].eval()(images).softmax(1) - wanted).abs().mean() for share in (0.0, 1.0))
+    assert near < 0.7 * far
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_penalty_is_added_once_and_scaled(tmp_path: Path):
+    """Under accumulation, too: a step with the penalty differs from one without by lr * its gradient."""
+    torch.manual_seed(0)
+    start = tn.convert(Net(), "filter-basis(shared_rank=4, init='random')", select="^[36]$")
+    name = next(n for n, _ in start.named_parameters() if n.endswith("shared"))
+    ends = {}
+    for factor in (0.0, 1.0):
+        how = recipe(max_steps=1, penalty=factor, momentum=0.0, weight_decay=0.0, schedule="constant", lr=0.01)
+        how = how.replace(accumulate=2, batch_size=8, select_on="last", validation=0.0)
+        net = copy.deepcopy(start)
+        train(how, source(), tmp_path / str(factor), model=net, device="cpu")
+        ends[factor] = dict(net.named_parameters())[name].detach()
+    (gradient,) = torch.autograd.grad(tn.penalty(start, scaled=True), dict(start.named_parameters())[name])
+    torch.testing.assert_close(ends[0.0] - ends[1.0], 0.01 * gradient, rtol=1e-3, atol=1e-6)
+
+
+def tied_net() -> nn.Module:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)]
+    return tn.convert(
+        nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), "weight-sharing", select="^[12]$"
+    )
+
+
+def test_the_average_moves_a_tied_weight_once(tmp_path: Path):
+    """After the first step the average is the network; after the second 0.75 of that and 0.25 of the network."""
+    how = recipe(max_steps=2, ema_decay=0.75, select_on="last", validation=0.0)
+    net, states = tied_net(), []
+    run(tmp_path, how, net, watch=lambda progress: states.append({k: v.clone() for k, v in net.state_dict().items()}))
+    first, second = states
+    average = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in average)
+    for name, value in average.items():
+        torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name], msg=name)
