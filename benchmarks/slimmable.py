@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kept = keep_memory() if options.keep_memory else False
-    runs = make_runs(options.batch, options.size)
+    runs = make_runs(options.batch, options.size, options.compile)
     times = measure(runs, options.rounds)
     times["members"] = [statistics.mean(each) for each in zip(*(times[member(k)] for k in range(len(CHOICES))), strict=True)]
     rows = [
@@ -63,13 +63,18 @@ def main() -> None:
         for what, one, other, way, t in RATIOS
     ]
     medians = {name: 1e3 * statistics.median(spent) for name, spent in times.items()}
-    facts = {"torch": torch.__version__, "machine": platform.machine(), "batch": options.batch, "keep_memory": kept}
+    facts = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "batch": options.batch,
+        "keep_memory": kept,
+        "compile": options.compile,
+    }
     if options.json:
         print(json.dumps(facts | {"rounds": options.rounds, "ratios": rows, "ms": medians}))
         return
-    print(
-        f"slimmable_mobilenetv1, {options.size} px, batch {options.batch}, 1 thread, memory {'kept' if kept else 'given back'}\n"
-    )
+    memory, form = "kept" if kept else "given back", "compiled" if options.compile else "eager"
+    print(f"slimmable_mobilenetv1, {options.size} px, batch {options.batch}, {form}, 1 thread, memory {memory}\n")
     print(table(["ratio", "value", "target"], [[row["ratio"], f"{row['value']:.2f}", row["target"]] for row in rows]))
     print()
     print(table(["form", "ms (median)"], [[name, f"{spent:.1f}"] for name, spent in medians.items()]))
@@ -81,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep freed memory (Linux)")
+    parser.add_argument("--compile", action="store_true", help="compile front and tails")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if min(options.batch, options.rounds) < 1 or options.size < 32:
@@ -101,11 +107,11 @@ def member(place: int) -> str:
     return {0: "smallest", len(CHOICES) - 1: "largest"}.get(place, f"sub-network {CHOICES[place]}")
 
 
-def make_runs(batch: int, size: int) -> dict[str, Run]:
+def make_runs(batch: int, size: int, compile: bool) -> dict[str, Run]:
     """All forms, checked to give equal outputs."""
     model = create_model("slimmable_mobilenetv1", gate_choices=CHOICES).eval()
     masking = MaskedNetwork(model).eval()
-    dynamic = DynamicNetwork(model, input_size=(3, size, size)).eval().to(memory_format=torch.channels_last)
+    dynamic = DynamicNetwork(model, input_size=(3, size, size), compile=compile).eval().to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size)
     one = images[:1].clone()
     mixed = torch.arange(batch) % len(CHOICES)

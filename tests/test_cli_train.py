@@ -14,7 +14,7 @@ from images import class_folders
 import thriftnet as tn
 from thriftnet.cli import main
 
-KEYS = {"run", "top1", "top5", "loss", "params", "world_size", "steps", "weights_sha256", "seconds", "resumed_from", "notes"}
+KEYS = {"run", "top1", "top5", "loss", "params", "world_size", "steps", "weights_sha256", "seconds", "resumed_from", "notes", "facts"}
 SHORT = ["--data", "digits", "--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--batch-size", "64"]
 
 
@@ -67,7 +67,7 @@ def test_an_own_recipe_and_kwargs_of_the_network(tmp_path: Path, capsys: pytest.
 
 
 def test_several_processes_started_by_torchrun(tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "thriftnet"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "thriftnet"]
     command += ["train", "--model", "resnet20", "--output", str(tmp_path / "run"), "--max-steps", "2", *SHORT, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

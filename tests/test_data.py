@@ -19,7 +19,6 @@ import thriftnet as tn
 from images import arrays, class_folders, parquet_files, picture, png
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages, stacked
 from thriftnet.data.decode import decode
-from thriftnet.data.digits import load_digits
 from thriftnet.data.parquet import ParquetImages
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
@@ -41,14 +40,11 @@ def imagenet_folders(root: Path) -> Path:
     return root
 
 
-def test_digits_are_those_of_the_demo():
-    source, demo = open_data("digits"), load_digits()
+def test_the_bundled_digits():
+    source = open_data("digits")
     assert source.input_size == (1, 8, 8)
     assert (len(source.splits["train"]), len(source.splits["test"])) == (1347, 450)
-    for name, split in (("train", demo.train), ("test", demo.test)):
-        images = source.splits[name].resident().float().div(255)
-        torch.testing.assert_close((images - source.mean[0]) / source.std[0], split.images, rtol=1e-5, atol=1e-5)
-        assert torch.equal(source.splits[name].labels, split.labels)
+    assert source.splits["train"].resident().max() == 16 * 15
     assert source.splits["test"].image(0).mode == "L"
 
 

@@ -12,10 +12,9 @@ import torch
 
 import thriftnet as tn
 from thriftnet.cli import main
-from thriftnet.data.digits import load_digits
+from thriftnet.data.digits import digits_source
 from thriftnet.report.page import Page, Picture, write_page
-from thriftnet.train.demo import SHOWN
-from thriftnet.train.loop import Settings, fit, random_crop
+from thriftnet.train.demo import SHOWN, held_out
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def test_the_demo_saves_every_network_and_its_folded_form(demo: Path):
     trained = {spec.partition("(")[0] for spec in SHOWN} | {"plain"}
     assert trained <= names
     assert {"plain-folded", "shift-folded", "slimmable-at-0.5-folded", "slimmable-at-1-folded"} <= names
-    images = load_digits().test.images[:5]
+    images = next(iter(held_out(digits_source())))[0][:5]
     trained_net, folded = (tn.load(demo / "models" / name) for name in ("filter-basis", "filter-basis-folded"))
     torch.testing.assert_close(folded(images), trained_net(images), rtol=1e-4, atol=1e-4)
 
@@ -70,38 +69,15 @@ def test_the_demo_is_the_same_under_a_seed(demo: Path, tmp_path: Path, capsys: p
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
-def test_digits_are_split_by_class_and_reproducible():
-    one, same, other = load_digits(0), load_digits(0), load_digits(1)
-    assert torch.equal(one.train.images, same.train.images)
-    assert not torch.equal(one.test.labels, other.test.labels)
-    assert len(one.train) + len(one.test) == 1797
-    share = torch.bincount(one.test.labels) / torch.bincount(one.train.labels)
+def test_digits_are_split_by_class():
+    source = digits_source()
+    train, test = (source.split(name).labels for name in ("train", "test"))
+    assert len(train) + len(test) == 1797
+    share = torch.bincount(test) / torch.bincount(train)
     assert (share - 1 / 3).abs().max() < 0.02
-    assert abs(one.train.images.mean()) < 1e-5
-
-
-def test_random_crop_moves_each_image_by_a_whole_number_of_pixels():
-    image = torch.arange(16.0).view(1, 1, 4, 4)
-    padded = torch.nn.functional.pad(image, (1, 1, 1, 1), mode="replicate")[0, 0]
-    possible = {tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
-    crops = random_crop(image.expand(300, -1, -1, -1), 1, torch.Generator().manual_seed(0))
-    assert {tuple(crop.flatten().tolist()) for crop in crops} == possible
-    assert torch.equal(random_crop(image, 0, torch.Generator()), image)
-
-
-def test_training_lowers_the_loss_and_adds_the_penalty():
-    data = load_digits()
-    model = tn.convert(tn.create_model("resnet20", in_chans=1), "filter-basis(shared_rank=8, init='random')")
-    curve = fit(model, data.train, data.test, Settings(epochs=2))
-    assert curve.loss[1] < curve.loss[0]
-    assert len(curve.test_accuracy) == 2
-    assert tn.penalty(model, scaled=True).item() == pytest.approx(10 * tn.penalty(model).item())
-
-
-def test_a_training_set_smaller_than_a_batch_is_refused():
-    data = load_digits()
-    with pytest.raises(tn.DataError, match="fewer than one batch"):
-        fit(tn.create_model("resnet20", in_chans=1), data.train, data.test, Settings(batch_size=10**6))
+    images = source.split("train").resident() / 255
+    assert images.mean() == pytest.approx(source.mean[0], rel=1e-4)
+    assert images.std() == pytest.approx(source.std[0], rel=1e-4)
 
 
 def test_text_in_a_page_is_escaped(tmp_path: Path):

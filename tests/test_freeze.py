@@ -82,7 +82,7 @@ def test_norms_that_cannot_be_folded_stay() -> None:
     for width in (0.5, 1.0):
         tn.set_width(model, width)
         folded = tn.freeze(model, width, fold_norms=True)
-        assert_close(output(folded, IMAGES), output(model, IMAGES), 1e-12, "norms folded where possible")
+        assert_close(folded(IMAGES), model(IMAGES), 1e-12, "norms folded where possible")
         left = [isinstance(norm, nn.BatchNorm2d) for norm in folded.norms]
         assert left == [False, False, True, True, True]
 
@@ -154,13 +154,14 @@ def test_stages_of_ds_net_have_widths_of_their_own() -> None:
 )
 @pytest.mark.parametrize("fold_norms", [False, True])
 def test_frozen_networks_come_back(choice: Any, fold_norms: bool, tmp_path: Path) -> None:
-    frozen = tn.freeze(supernet(), choice, fold_norms=fold_norms)
+    model = supernet()
+    frozen = tn.freeze(model, choice, fold_norms=fold_norms)
     assert history(frozen)[-1]["verb"] == "freeze"
     tn.save(frozen, tmp_path / "model")
     loaded = tn.load(tmp_path / "model")
     assert torch.equal(output(loaded, IMAGES), output(frozen, IMAGES))
     assert list(loaded.state_dict()) == list(frozen.state_dict())
-    again = tn.freeze(supernet(), history(frozen)[-1]["width"])
+    again = tn.freeze(model, history(frozen)[-1]["width"])
     assert torch.equal(output(again, IMAGES), output(frozen, IMAGES))
 
 

@@ -25,11 +25,11 @@ from thriftnet.interop.checkpoints import open_model
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.table import NAMES, normal
 from thriftnet.techniques import convert
-from thriftnet.train.job import train
 from thriftnet.train.optim import decay_groups
 from thriftnet.train.prepare import augmentation_from
 from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
 from thriftnet.train.schedules import make_schedule
+from thriftnet.train.sequence import train
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = list_recipes()

@@ -19,8 +19,9 @@ import thriftnet as tn
 from thriftnet.cli import main
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.train.engine import DivergedError, Progress
-from thriftnet.train.job import Outcome, train
+from thriftnet.train.job import Outcome
 from thriftnet.train.recipe import Recipe
+from thriftnet.train.sequence import train
 from thriftnet.train.state import damage
 from thriftnet.train.stop import Interrupted
 

@@ -62,7 +62,7 @@ class OriginalSConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.bank.templates * self.coefficients).sum(0)
-        return F.conv2d(x, weight, None, self.stride, self.padding)  # type: ignore[arg-type]
+        return F.conv2d(x, weight, None, self.stride, self.padding)
 
 
 def with_original_mixing(model: nn.Module) -> nn.Module:
@@ -94,8 +94,12 @@ def with_original_bases(model: nn.Module) -> nn.Module:
     return replace(model, {id(site.module): OriginalBasisConv2d(site.module) for site in found})  # type: ignore[arg-type]
 
 
-def penalty_of_full_gram(bank: SharedBasis) -> Tensor:
+def penalty_of_full_gram(bank: SharedBasis, wanted: Tensor) -> Tensor:
     """The orthogonality penalty of a bank by the Gram matrix of all its filters, of which it then picks the blocks.
+
+    Args:
+        bank: The filters.
+        wanted: What `wanted_entries` gives for them.
 
     Returns:
         The sum that `SharedBasis.penalty_term` calls its total.
@@ -106,13 +110,14 @@ def penalty_of_full_gram(bank: SharedBasis) -> Tensor:
     rows = [shared] if bank.unique is None else [shared, bank.unique.flatten(2).flatten(0, 1)]
     matrix = torch.cat(rows)
     gram = (matrix @ matrix.T - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)).square()
-    return (gram * wanted_entries(bank, gram)).sum()
+    return (gram * wanted).sum()
 
 
-def wanted_entries(bank: SharedBasis, like: Tensor) -> Tensor:
+def wanted_entries(bank: SharedBasis) -> Tensor:
     """1 where the penalty counts an entry of the full Gram matrix, else 0."""
     shared = 0 if bank.shared is None else bank.shared.shape[0] * bank.shared.shape[1]
-    mask = torch.zeros_like(like)
+    own = 0 if bank.unique is None else bank.unique.shape[0] * bank.unique.shape[1]
+    mask = torch.zeros(shared + own, shared + own)
     mask[:shared, :shared] = 1
     if bank.unique is not None and bank.unique_penalty:
         layers, rank = bank.unique.shape[:2]
@@ -121,4 +126,3 @@ def wanted_entries(bank: SharedBasis, like: Tensor) -> Tensor:
             place = slice(shared + layer * rank, shared + (layer + 1) * rank)
             mask[place, place] = 1
     return mask
-

@@ -222,10 +222,10 @@ def cpu_seconds(run: Run) -> float:
 
 def gpu_seconds(run: Run) -> float:
     """Time of one call on the GPU, between two events."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     run()
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3
+    return float(start.elapsed_time(stop)) / 1e3

@@ -16,7 +16,10 @@ from thriftnet.errors import ConfigError, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-MODEL_HELP = "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, or a saved folder"
+MODEL_HELP = (
+    "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, hf-hub:OWNER/NAME, a saved folder, a run, "
+    "or a checkpoint file"
+)
 KWARGS_HELP = "Further --key value options go to the function that builds the network, as --num-classes 100."
 
 

@@ -105,7 +105,7 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
 
     from thriftnet.report import plots
     from thriftnet.report.page import Page, Picture
-    from thriftnet.train.demo import test_loader
+    from thriftnet.train.demo import held_out
 
     names = [r.name for r in results]
     trained = [r for i, r in enumerate(results) if r.rows is not (results[i - 1].rows if i else None)]
@@ -119,7 +119,7 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
     ]
     rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in _cells(r)] for r in results]
     count = len(results[0].predictions)
-    images, labels = next(iter(test_loader(source)))
+    images, labels = next(iter(held_out(source)))
     pictures = [
         Picture(
             "accuracy",

@@ -62,8 +62,9 @@ def markdown(recipes: Mapping[str, Recipe]) -> str:
     lines = [
         "# Recipes",
         "",
-        "The recipes shipped with the package; `thriftnet train --recipe NAME --data D --output DIR` runs one, `thriftnet recipes NAME` prints",
-        "its fields, and each field can be replaced ([training](training.md)). This page is what `thriftnet recipes --markdown` prints.",
+        "The recipes shipped with the package. `thriftnet train --recipe NAME --data D --output DIR` runs one, `thriftnet recipes NAME`",
+        "prints its fields, each of which can be replaced ([training](training.md)). This page is what `thriftnet recipes --markdown`",
+        "prints.",
         "",
         "Top-1 accuracies are the authors', in percent on the data named; they have not been reproduced with this code. An accuracy in the",
         "tables below belongs to the options beside it.",

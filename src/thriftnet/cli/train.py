@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
         parser.add_argument(option, metavar=option[2].upper(), help=text, **action)
     options, others = parse_with_kwargs(parser, arguments, literals=False)
 
-    from thriftnet.train.job import train
+    from thriftnet.train.sequence import train
 
     stated = {option[2:].replace("-", "_"): options[option[2:].replace("-", "_")] for option in FIELDS}
     fields = {name: value for name, value in stated.items() if value is not None}

@@ -100,10 +100,11 @@ def _indices(model: nn.Module, choice: Sequence[Width] | Mapping[str, Width], si
     possible = widths(model)
     if isinstance(choice, Mapping):
         chosen = {pattern: position(width, possible) for pattern, width in choice.items()}
+        there = list(places(model))
         for pattern in chosen:
-            if not any(re.search(pattern, place) for place in places(model)):
-                raise ConfigError(f"{pattern!r} matches no place with a width. There are: {', '.join(places(model))}")
-        first = {place: [i for pattern, i in chosen.items() if re.search(pattern, place)] for place in places(model)}
+            if not any(re.search(pattern, place) for place in there):
+                raise ConfigError(f"{pattern!r} matches no place with a width. There are: {', '.join(there)}")
+        first = {place: [i for pattern, i in chosen.items() if re.search(pattern, place)] for place in there}
         return {place: (found or [len(possible) - 1])[0] for place, found in first.items()}
     together = groups(model, size)
     if len(choice) != len(together):

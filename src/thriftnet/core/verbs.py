@@ -20,9 +20,10 @@ from thriftnet.core.penalty import penalty as penalty
 from thriftnet.core.places import Choice, assign
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
-from thriftnet.core.spec import format_spec
+from thriftnet.core.spec import check_choice, format_spec
 from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
 from thriftnet.core.width import Width, set_width, widths
+from thriftnet.core.width import width as selected_width
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
@@ -282,12 +283,22 @@ def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed
     return callable(getattr(type(module), "fold", None))
 
 
-def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+PREFERENCES = ("", "speed", "size")
+
+
+def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Module:
     """The same function in `torch.nn` layers only, at the selected width.
 
     Layers that were tied stay tied. A network without converted layers comes back as it is.
 
+    Args:
+        model: The network, in eval mode.
+        inplace: Replace the layers in ``model`` itself.
+        prefer: "" makes one layer of every converted one. With "speed" or "size" a layer that runs faster, or stores
+            less, as two plain layers becomes those: a filter basis of a low rank.
+
     Raises:
+        ConfigError: Another preference.
         IncompatibleModelError: A converted layer is in training mode, where the function depends on the batch.
     """
     for name, module in model.named_modules():
@@ -295,14 +306,22 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             raise IncompatibleModelError(
                 f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
             )
+    check_choice("prefer", prefer, PREFERENCES)
     plain = model if inplace else copy.deepcopy(model)
+    selected = {"width": selected_width(plain)} if widths(plain) else {}
     folded: set[int] = set()
     while found := sites(plain, lambda _, module: is_foldable(module) and id(module) not in folded):
-        table = {id(site.module): cast(Foldable, site.module).fold() for site in found}
+        table = {id(site.module): _folded(cast(Foldable, site.module), prefer) for site in found}
         folded.update(id(layer) for layer in table.values())
         plain = replace(plain, table)
-    record(plain, {"verb": "fold"})
+    record(plain, {"verb": "fold", **({"prefer": prefer} if prefer else {}), **selected})
     return plain
+
+
+def _folded(layer: Foldable, prefer: str) -> nn.Module:
+    """What a layer folds into: a layer that has a choice makes it in ``fold_for(prefer)``."""
+    choose = getattr(layer, "fold_for", None)
+    return layer.fold() if choose is None else cast(nn.Module, choose(prefer))
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:

@@ -294,18 +294,21 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-    if resident is None:
-        resident = _fits(dataset, augmentation.crop_padding if train else 0) and augmentation.is_batched(
-            dataset, train=train
-        )
-    elif resident and not augmentation.is_batched(dataset, train=train):
+    if _is_resident(dataset, augmentation, train, resident):
+        return ResidentLoader(dataset, augmentation, order, device)
+    return ImageLoader(dataset, augmentation, order, device, workers)
+
+
+def _is_resident(dataset: ImageDataset, augmentation: Augmentation, train: bool, wanted: bool | None) -> bool:
+    """Whether to keep the whole set on the device."""
+    if wanted is None:
+        return _fits(dataset, augmentation.crop_padding if train else 0) and augmentation.is_batched(dataset, train=train)
+    if wanted and not augmentation.is_batched(dataset, train=train):
         raise ConfigError(
             "resident=True needs images of one size and no more than crop_padding, flip and cutout: random_resized_crop, "
             "rand_augment, color_jitter, random_erasing and resizing are done image by image, with resident=False"
         )
-    if resident:
-        return ResidentLoader(dataset, augmentation, order, device)
-    return ImageLoader(dataset, augmentation, order, device, workers)
+    return wanted
 
 
 def _check_channels(augmentation: Augmentation, channels: int) -> None:

@@ -165,7 +165,7 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         elif verb == "fold":
             if step.get("width") is not None:
                 set_width(model, step["width"])
-            model = verbs.fold(model)
+            model = verbs.fold(model, prefer=step.get("prefer", ""))
         elif verb == "freeze":
             model = verbs.freeze(model, step["width"])
         elif verb == "tie":

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from thriftnet.kernels.arena import Arena
 from thriftnet.kernels.dispatch import Choice, forced
 from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
 
@@ -60,7 +61,8 @@ class Round:
 
     def end(self) -> None:
         """Forget everything."""
-        self.coefficients.clear(), self.waiting.clear(), self.given.clear()
+        for held in (self.coefficients, self.waiting, self.given):
+            held.clear()
 
 
 class Mixer:
@@ -69,6 +71,7 @@ class Mixer:
     def __init__(self) -> None:
         self._layers: dict[int, weakref.ref[User]] = {}
         self._round: Round | None = None
+        self._arena = Arena()
 
     def weight(self, layer: User, templates: nn.Parameter) -> Tensor:
         """The layer's weight, (O, I, kh, kw)."""
@@ -107,7 +110,7 @@ class Mixer:
         known = [found for ref in self._layers.values() if (found := ref()) is not None]
         layers = [other for other in known if other is layer or can_join(templates, other.coefficients)]
         begun = Round(version(templates), {id(other): version(other.coefficients) for other in layers})
-        weights = TogetherFunction.apply(begun, templates, *(other.coefficients for other in layers))
+        weights = TogetherFunction.apply(begun, self._arena, templates, *(other.coefficients for other in layers))
         begun.waiting.update(zip(map(id, layers), weights))
         return begun
 
@@ -135,12 +138,14 @@ class TogetherFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, begun: Round, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, begun: Round, arena: Arena, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.begun = weakref.ref(begun)
+        ctx.begun, ctx.arena = weakref.ref(begun), arena
         ctx.templates, ctx.coefficients = templates, coefficients
         ctx.versions = [version(parameter) for parameter in (templates, *coefficients)]
-        return tuple(row.view(templates.shape[1:]) for row in mix(torch.stack(coefficients), templates.flatten(1)))
+        mixed = arena.empty((len(coefficients), templates[0].numel()), templates)
+        mix(torch.stack(coefficients), templates.flatten(1), mixed)
+        return tuple(row.view(templates.shape[1:]) for row in mixed.unbind())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,42 +156,44 @@ class TogetherFunction(torch.autograd.Function):
         used = [place for place, grad in enumerate(grads) if grad is not None]
         rows = [grad.flatten() for grad in grads if grad is not None]
         if not rows:
-            return (None,) * (2 + len(grads))
+            return (None,) * (3 + len(grads))
         matrix, templates = torch.stack([ctx.coefficients[place] for place in used]), ctx.templates.flatten(1)
         if torch.is_grad_enabled():  # of a gradient that is differentiated in turn
             stacked = torch.stack(rows)
             for_templates, for_matrix = matrix.T @ stacked, stacked @ templates.T
         else:
-            for_templates, for_matrix = mix_backward(rows, matrix, templates)
+            for_templates = ctx.arena.empty(templates.shape, templates)
+            for_matrix = mix_backward(rows, matrix, templates, for_templates)
         found: list[Tensor | None] = [None] * len(grads)
         for place, row in zip(used, for_matrix.unbind()):
-            found[place] = row if ctx.needs_input_grad[2 + place] else None
-        return None, for_templates.view(ctx.templates.shape) if ctx.needs_input_grad[1] else None, *found
+            found[place] = row if ctx.needs_input_grad[3 + place] else None
+        return None, None, for_templates.view(ctx.templates.shape) if ctx.needs_input_grad[2] else None, *found
 
 
-def mix(matrix: Tensor, templates: Tensor) -> list[Tensor]:
-    """Rows of ``matrix @ templates``, (L, T) and (T, n), in pieces of n."""
-    mixed = templates.new_empty(len(matrix), templates.shape[1])
+def mix(matrix: Tensor, templates: Tensor, out: Tensor) -> None:
+    """Write ``matrix @ templates``, of (L, T) and (T, n), into ``out`` (L, n), in pieces of n."""
     for start, stop in pieces(templates):
-        torch.mm(matrix, templates[:, start:stop], out=mixed[:, start:stop])
-    return list(mixed.unbind())
+        torch.mm(matrix, templates[:, start:stop], out=out[:, start:stop])
 
 
-def mix_backward(grads: Sequence[Tensor], matrix: Tensor, templates: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``matrix @ templates`` with respect to templates (T, n) and matrix (L, T), in one pass over n.
+def mix_backward(grads: Sequence[Tensor], matrix: Tensor, templates: Tensor, for_templates: Tensor) -> Tensor:
+    """Gradients of ``matrix @ templates``, in one pass over n.
 
     Args:
         grads: Gradients of the L rows, (n,) each.
         matrix: (L, T).
         templates: (T, n).
+        for_templates: Where the gradient with respect to the templates goes, (T, n).
+
+    Returns:
+        The gradient with respect to the matrix, (L, T).
     """
-    turned = matrix.T.contiguous()
-    for_templates, for_matrix = torch.empty_like(templates), torch.zeros_like(matrix)
+    turned, for_matrix = matrix.T.contiguous(), torch.zeros_like(matrix)
     for start, stop in pieces(templates):
         piece = torch.stack([grad[start:stop] for grad in grads])
         torch.mm(turned, piece, out=for_templates[:, start:stop])
         for_matrix.addmm_(piece, templates[:, start:stop].T)
-    return for_templates, for_matrix
+    return for_matrix
 
 
 def pieces(templates: Tensor) -> list[tuple[int, int]]:

@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import unknown
@@ -97,9 +96,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "no layer of this network runs a kernel that has several forms"
-        return table(
-            ["layer", "kernel", "form", "because"], [[name, c.kernel, c.form, c.reason] for name, c in self.rows]
-        )
+        return table(["layer", "kernel", "form", "because"], [[name, c.kernel, c.form, c.reason] for name, c in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

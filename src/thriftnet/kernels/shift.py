@@ -93,7 +93,7 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     """
     moves, form = Moves(kernel_size, dilation, moved), choose(x).form
     if form == "triton":
-        return triton_shift.shift(x, *moves)
+        return triton_shift.moved(x, *moves)
     if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
         return depthwise(x, kernel, moves)
     shifted: Tensor = ShiftFunction.apply(x, kernel, moves, form)

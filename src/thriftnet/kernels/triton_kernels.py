@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def shift_kernel(  # type: ignore[no-untyped-def]
     x, gate, out, total, channels, height, width, moved, dilation, direction,
     sn, sc, sh, sw, gn, gc, gh, gw, yn, yc, yh, yw,

@@ -24,7 +24,13 @@ def runs_on(device: torch.device) -> bool:
 
 @torch.library.custom_op("thriftnet::shift", mutates_args=())
 def shift(
-    x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, relu: bool = False, gate: Tensor | None = None
+    x: Tensor,
+    kernel_size: int,
+    dilation: int,
+    moved: int,
+    direction: int = 1,
+    relu: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Shift ``x`` (N, C, H, W).
 
@@ -55,7 +61,13 @@ def shift(
 
 @shift.register_fake
 def _(
-    x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, relu: bool = False, gate: Tensor | None = None
+    x: Tensor,
+    kernel_size: int,
+    dilation: int,
+    moved: int,
+    direction: int = 1,
+    relu: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor:
     return _empty_like(x)
 
@@ -64,6 +76,12 @@ def _empty_like(x: Tensor) -> Tensor:
     """Memory for the result: channels_last for channels_last, NCHW for everything else."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def moved(x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, *, relu: bool = False) -> Tensor:
+    """`shift` for type checkers."""
+    out: Tensor = shift(x, kernel_size, dilation, moved, direction, relu)
+    return out
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,13 +13,13 @@ class Version(NamedTuple):
 
     Args:
         parameter: The parameter itself.
-        count: How often it had been changed in place.
+        changes: How often it had been changed in place.
         place: Where its values lay in memory.
         trains: Whether it took gradients.
     """
 
     parameter: Tensor
-    count: int
+    changes: int
     place: int
     trains: bool
 
@@ -41,9 +41,9 @@ def is_plain(parameter: Tensor) -> bool:
 def check_unchanged(seen: Iterable[Version]) -> None:
     """Raise, as torch does, when a parameter that a gradient needs was changed in place since the forward."""
     for before in seen:
-        if before.parameter._version != before.count:
+        if before.parameter._version != before.changes:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a parameter "
-                f"{tuple(before.parameter.shape)} is at version {before.parameter._version}, expected version {before.count}. "
+                f"{tuple(before.parameter.shape)} is at version {before.parameter._version}, expected version {before.changes}. "
                 "Call backward before the optimizer's step"
             )

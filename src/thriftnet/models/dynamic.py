@@ -38,7 +38,7 @@ class DynamicNetwork(nn.Module):
     Args:
         model: A network with a gate, trained; changes to its weights, other than the gate's, do not reach this one.
         fold_norms: Fold batch norms into the convolutions before them.
-        compile: Compile the tails, once for all sizes of groups.
+        compile: Compile front and tails, at first use, once for all numbers of images.
         input_size: Channels, height and width of an image, for counting multiply-accumulates. Left out, as the network says.
         cost: See `decide`: more than 0 saves multiply-accumulates. It can be set at any time.
         temperature: Of the Gumbel-softmax in training mode.
@@ -89,7 +89,9 @@ class DynamicNetwork(nn.Module):
         spent = inspect(gate, self._read_shape(size)).macs
         self.register_buffer("macs", torch.tensor([macs + spent for macs in own], dtype=torch.float64), persistent=False)
         self.register_buffer("counts", torch.zeros(len(own), dtype=torch.int64), persistent=False)
-        self.compiled = [torch.compile(tail, dynamic=True) if compile else tail for tail in self.tails]
+        parts = [self.front, *self.tails]
+        runs: list[Callable[..., Any]] = [_compiled(part, len(parts)) for part in parts] if compile else [*parts]
+        self.run_front, self.run_tails = runs[0], runs[1:]
         self.train(model.training)
         self._follow(next(gate.parameters()))
 
@@ -140,7 +142,7 @@ class DynamicNetwork(nn.Module):
             what = "a batch of zero images" if images.ndim == 4 and not len(images) else f"{tuple(images.shape)}"
             raise DataError(f"a dynamic network reads (N, {self.image_channels}, H, W) with N of at least 1, got {what}")
         with torch.no_grad():
-            found = self.front(images)
+            found = self.run_front(images)
         logits: Tensor = self.gate(found[self.kept.index(self.reads)])
         return [found[place] for place in self.cuts], logits
 
@@ -156,12 +158,12 @@ class DynamicNetwork(nn.Module):
         counts = torch.bincount(decisions, minlength=len(self.widths))
         self.counts += counts
         if int(counts.max()) == len(decisions):
-            return self.compiled[int(counts.argmax())](features, shape)  # type: ignore[no-any-return]
+            return self.run_tails[int(counts.argmax())](features, shape)  # type: ignore[no-any-return]
         outputs: Tensor | None = None
         for choice, members in enumerate(counts.tolist()):
             if members:
                 rows = (decisions == choice).nonzero().flatten()
-                out = self.compiled[choice]([feature.index_select(0, rows) for feature in features], shape)
+                out = self.run_tails[choice]([feature.index_select(0, rows) for feature in features], shape)
                 outputs = out.new_empty(len(decisions), *out.shape[1:]) if outputs is None else outputs
                 outputs.index_copy_(0, rows, out)
         if outputs is None:
@@ -181,7 +183,7 @@ class DynamicNetwork(nn.Module):
         """What the gate says, (N, choices), and what every tail gives, (choices, N, classes). Gradients reach the gate only."""
         features, logits = self._looked_at(images)
         with torch.no_grad():
-            outputs = torch.stack([tail(features, tuple(images.shape[1:])) for tail in self.compiled])
+            outputs = torch.stack([tail(features, tuple(images.shape[1:])) for tail in self.run_tails])
         return logits, outputs
 
     @property
@@ -257,6 +259,17 @@ def cheapest_cost(logits: Tensor, macs: Tensor, budget: float) -> tuple[float, f
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= budget else (middle, high)
     return high, spent(high)
+
+
+def _compiled(part: nn.Module, parts: int) -> Callable[..., Any]:
+    """Compiled at first use. All tails have one code, so that the compiler's limit must hold for all of them."""
+    run = torch.compile(part, dynamic=True)
+
+    def with_room(*args: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=4 * parts):
+            return run(*args)
+
+    return with_room
 
 
 def _join(holder: str, relative: str) -> str:

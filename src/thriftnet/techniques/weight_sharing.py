@@ -23,6 +23,8 @@ from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown
+from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.fusion import Fuser, choose, fuse
 
 Layer: TypeAlias = Convolution | nn.Linear
 
@@ -44,6 +46,7 @@ class Fused(nn.Module):
     members: nn.Parameter  # (R, O, I/groups, kh, kw), or (R, O, I) of linear layers
     biases: nn.Parameter | None  # (R, O)
     scales: nn.Parameter | None  # (R, 1) or (R, O)
+    _fuser: Fuser | None = None  # made where it is first needed; copies and files have none
 
     def hold(self, group: Sequence[Layer], fusion: str) -> None:
         """Take over the weights of the layers."""
@@ -60,10 +63,21 @@ class Fused(nn.Module):
         """The fused weight."""
         if self.fusion == "choose_first":
             return self.members[0]
-        if self.scales is None:
-            return self.members.mean(0)
-        scales = self.scales.view(*self.scales.shape, *(1,) * (self.members.ndim - 2))
-        return (scales * self.members).mean(0)
+        if torch.compiler.is_compiling():
+            return fuse(self.members, self.scales)
+        if self._fuser is None:
+            self._fuser = Fuser()
+        return self._fuser.weight(self.members, self.scales)
+
+    def kernel_choice(self, x: Tensor) -> Choice:
+        """The form of the kernel that it takes now."""
+        if self.fusion == "choose_first":
+            return Choice("fusion", "each", "the first member is the weight")
+        return choose(self.members, self.scales)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # that of `Tied`
+        return {name: value for name, value in state.items() if name != "_fuser"}
 
     @property
     def bias(self) -> Tensor | None:

@@ -27,9 +27,9 @@ from thriftnet.models import create_model
 from thriftnet.techniques import convert
 from thriftnet.train.engine import Progress
 from thriftnet.train.evaluate import evaluate
-from thriftnet.train.job import train
 from thriftnet.train.recipe import Recipe, load_recipe
 from thriftnet.train.record import read_rows
+from thriftnet.train.sequence import train
 
 MODEL = "resnet20"
 SHOWN = (
@@ -110,7 +110,7 @@ def _results(
     """One result for a network, or one per width."""
     name = technique.partition("(")[0] or "plain"
     size = (1, 8, 8)
-    test = test_loader(source)
+    test = held_out(source)
     facts = {"input_size": size, "mean": source.mean, "std": source.std, "classes": source.classes}
     model.eval()
     folder = save(model, output / "models" / name, metadata={**facts, "metrics": {"top1": rows[-1]["top1"]}})
@@ -133,7 +133,7 @@ def _results(
     return results
 
 
-def test_loader(source: DataSource) -> Loader:
+def held_out(source: DataSource) -> Loader:
     """The test images, as networks are given them."""
     return make_loader(source.split("test"), 256, augmentation=Augmentation().for_source(source), train=False)
 

@@ -66,7 +66,7 @@ class Hooks:
         watch: Is told of each step.
     """
 
-    score: Callable[[nn.Module], dict[str, float]]
+    score: Callable[[nn.Module], dict[str, Any]]
     keep: Callable[[nn.Module, Mapping[str, Any]], None]
     watch: Callable[[Progress], None]
 
@@ -75,7 +75,7 @@ class Loop:
     """A training, to be started, interrupted and taken up again.
 
     Args:
-        model: Trained in place; on its device.
+        model: Trained in place; on its device. Ends as the network that was kept.
         stage: What one step does.
         recipe: Everything else about how.
         loader: Training batches of this process.
@@ -107,9 +107,8 @@ class Loop:
             raise ConfigError(f"an epoch has {len(loader)} batches for each process, too few for a step: lower batch_size")
         self.steps = recipe.max_steps or recipe.epochs * self.steps_per_epoch
         self.memory_format = FORMATS[memory_format]
-        self.plain = model.to(memory_format=self.memory_format)
         self.dtype = torch.float64 if next(model.parameters()).dtype is torch.float64 else torch.float32
-        stage.prepare(self.plain)
+        self.plain = stage.trained(model.to(memory_format=self.memory_format))
         self.average = average_of(self.plain, recipe.ema_decay)
         self.criterion, self.mixup = Criterion(recipe, teacher), make_mixup(recipe, classes)
         if recipe.compile:
@@ -160,11 +159,9 @@ class Loop:
                 self._epoch(interrupts)
         self.record.finish()
 
-    def finished_model(self) -> nn.Module:
-        """The network as it is evaluated and saved: averaged where the recipe averages."""
-        model = self.plain if self.average is None else self.average.module
-        self.stage.evaluated(model)
-        return model
+    def result(self) -> nn.Module:
+        """What was trained, as it is measured and saved: averaged where the recipe averages."""
+        return self.plain if self.average is None else self.average.module
 
     def release(self) -> None:
         """Take Accelerate's wrapping off the network."""
@@ -300,18 +297,17 @@ class Loop:
         }
         position.epoch = position.step // self.steps_per_epoch
         if finished or position.epoch % recipe.evaluate_every == 0:
-            model = self.finished_model()
-            self.processes.share_buffers(model)
-            scores = self.hooks.score(model)
+            self.processes.share_buffers(self.result())
+            scores = self.hooks.score(self.result())
             row |= scores
             if recipe.select_on == "last" or scores["top1"] > position.best:
                 position.best = scores["top1"]
-                self.hooks.keep(model, row)
+                self.hooks.keep(self.result(), row)
         row |= {"images_per_second": round(seen / max(seconds, 1e-9), 1), "seconds": round(seconds, 3)}
         if position.skipped:
             row["skipped"] = position.skipped
         self.record.add(row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=position.step)
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=position.step)
         position.loss_count = 0
         self.loss_sum.zero_()
         self._checkpoint()

@@ -99,9 +99,8 @@ def evaluate(
         raise ConfigError(f"topk={tuple(topk)}: give whole numbers from 1, as (1, 5)")
     # the wrapper of distributed training shares buffers in each forward, and waits for processes that have no batch left
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    ks = sorted({1, *topk})
     start = time.perf_counter()
-    counts = _Counts(ks, confusion, None if classes is None else len(classes), _device(network, loader))
+    counts = _Counts(sorted({1, *topk}), confusion, None if classes is None else len(classes), _device(network, loader))
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad(), _eval_mode(network):
         for images, labels in loader:

@@ -8,7 +8,6 @@ run/checkpoints/         what a resumed training needs
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ from thriftnet.train.evaluate import evaluate
 from thriftnet.train.memory_format import faster_format
 from thriftnet.train.processes import Processes
 from thriftnet.train.recipe import Recipe
-from thriftnet.train.stages import make_stage
+from thriftnet.train.stages import Stage, make_stage
 
 RUN, MODEL = "run.json", "model"
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +55,7 @@ class Outcome:
         seconds: Of this start.
         resumed_from: The checkpoint that it took up, or None.
         notes: What the user should know.
+        facts: What the stage measured beside, as the mean multiply-accumulates of a gated network.
     """
 
     run: str
@@ -69,13 +69,14 @@ class Outcome:
     seconds: float
     resumed_from: str | None
     notes: tuple[str, ...]
+    facts: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self) | {"notes": list(self.notes)}
 
 
-def train(
+def train_once(
     recipe: Recipe,
     data: str | DataSource,
     output: str | Path,
@@ -86,25 +87,7 @@ def train(
     resume: str = "auto",
     watch: Callable[[Progress], None] | None = None,
 ) -> Outcome:
-    """Train a network by a recipe; call it in each of the processes that ``torchrun`` starts.
-
-    Args:
-        recipe: What to train, and how.
-        data: A data set, or as `thriftnet.data.sources.open_data` takes it.
-        output: Folder of the run.
-        model: Your own network instead of the recipe's; trained in place.
-        teacher: A network, or what ``--model`` takes: its outputs are imitated, see ``distill_weight``.
-        device: ``cpu`` or ``cuda``; left out, a GPU where there is one.
-        resume: ``auto`` takes up what the folder holds, ``none`` refuses to, else the path of a checkpoint.
-        watch: Told of each step.
-
-    Raises:
-        ConfigError: Settings that do not fit each other, the folder or the data.
-        DataError: Images that cannot be read.
-        CheckpointError: A checkpoint that cannot be written or read.
-        DivergedError: The loss is no number.
-        Interrupted: Stopped by a signal; the same call goes on.
-    """
+    """Train one stage; arguments and errors as for `thriftnet.train.sequence.train`."""
     start = time.perf_counter()
     processes = Processes(device, recipe.precision)
     job = Job(recipe, processes, Path(output), start)
@@ -145,14 +128,17 @@ class Job:
         teacher_model = self._teacher(teacher)
         known = self._agree_on_run(described, network, teacher, resume)
         loader, held_out = self._loaders()
+        stage = make_stage(recipe.stage, network, recipe.stage_options, self.input_size())
         loop = Loop(
             network.to(processes.device),
-            make_stage(recipe.stage, network, recipe.stage_options),
+            stage,
             recipe,
             loader,
             processes,
             self.folder,
-            Hooks(lambda trained: self._score(trained, held_out), self._keep, watch),
+            Hooks(
+                lambda module: self._score(stage, module, held_out), lambda m, row: self._keep(stage.saved(m), row), watch
+            ),
             memory_format=known["memory_format"],
             classes=len(source.classes),
             teacher=teacher_model,
@@ -166,16 +152,7 @@ class Job:
 
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width that the network is given."""
-        stored, wanted = self.source.input_size, self.augmentation.image_size
-        channels = len(self.augmentation.normalisation()[0])
-        if wanted is not None:
-            return channels, wanted, wanted
-        if stored is None:
-            raise ConfigError(
-                f"the images of {self.source.spec} differ in size: say to which to bring them, as "
-                "--augmentation.image_size 224"
-            )
-        return stored
+        return prepare.input_size(self.augmentation, self.source)
 
     def _teacher(self, teacher: str | nn.Module | None) -> nn.Module | None:
         if teacher is None:
@@ -284,26 +261,30 @@ class Job:
             accelerator.project_configuration.set_directories(str(self.folder))
             accelerator.init_trackers("trackers")
 
-    def _score(self, model: nn.Module, held_out: Any) -> dict[str, float]:
-        measured = evaluate(model, held_out)
-        return {"top1": measured.top1, "loss": measured.loss}
+    def _score(self, stage: Stage, module: nn.Module, held_out: Any) -> dict[str, Any]:
+        network = stage.measured(module)
+        found = evaluate(network, held_out)
+        return {"top1": found.top1, "loss": found.loss, **stage.facts(network)}
 
     def _keep(self, model: nn.Module, row: Mapping[str, Any]) -> None:
         if self.processes.is_main:
             prepare.save_trained(model, self.folder / MODEL, self.source, self.augmentation, self.input_size(), row)
 
     def _outcome(self, loop: Loop, taken_up: str | None) -> Outcome:
+        """Measure the network that was kept, which the caller's becomes."""
+        stage = loop.stage
+        digest = prepare.weights_hash(stage.saved(loop.result()))
         self.processes.wait()
-        final = loop.finished_model()
-        digest = prepare.weights_hash(final)
-        kept = copy.deepcopy(final)
+        kept = stage.saved(loop.plain)
         prepare.load_kept(kept, self.folder / MODEL)
-        measured = evaluate(kept, self._eval_loader(self.source.split("test")))
+        network = stage.measured(loop.plain)
+        found = evaluate(network, self._eval_loader(self.source.split("test")))
+        kept.eval()
         return Outcome(
             run=str(self.folder),
-            top1=measured.top1,
-            top5=measured.top5,
-            loss=measured.loss,
+            top1=found.top1,
+            top5=found.top5,
+            loss=found.loss,
             params=count_params(kept),
             world_size=self.processes.world_size,
             steps=loop.position.step,
@@ -311,4 +292,5 @@ class Job:
             seconds=round(time.perf_counter() - self.start, 3),
             resumed_from=taken_up,
             notes=tuple(self.notes),
+            facts=stage.facts(network),
         )

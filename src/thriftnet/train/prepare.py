@@ -35,7 +35,24 @@ def prepare_model(recipe: Recipe, source: DataSource, size: Size, model: nn.Modu
     check_classes(model, source, size, recipe.model)
     for technique in recipe.technique:
         model = convert(model, technique, select=recipe.select)
-    return model.requires_grad_(True)
+    return model
+
+
+def input_size(augmentation: Augmentation, source: DataSource) -> Size:
+    """Channels, height and width that a network is given.
+
+    Raises:
+        ConfigError: The images differ in size, and the augmentation does not bring them to one.
+    """
+    stored, wanted = source.input_size, augmentation.image_size
+    channels = len(augmentation.normalisation()[0])
+    if wanted is not None:
+        return channels, wanted, wanted
+    if stored is None:
+        raise ConfigError(
+            f"the images of {source.spec} differ in size: say to which to bring them, as --augmentation.image_size 224"
+        )
+    return stored
 
 
 def fitting_kwargs(recipe: Recipe, source: DataSource, size: Size) -> dict[str, Any]:
@@ -142,8 +159,17 @@ def save_trained(
 ) -> None:
     """Save a trained network with what its users need to know."""
     mean, std = augmentation.normalisation()
-    facts = {"input_size": list(size), "mean": list(mean), "std": list(std), "classes": list(source.classes)}
-    save(model, folder, metadata={**facts, "data": source.spec, "metrics": dict(metrics)})
+    facts: dict[str, Any] = {
+        "input_size": list(size),
+        "normalisation": {"mean": list(mean), "std": list(std)},
+        "class_names": list(source.classes),
+        "resize": augmentation.resize,
+        "crop_pct": augmentation.crop_pct,
+        "eval_interpolation": augmentation.eval_interpolation,
+        "data": source.spec,
+    }
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    save(model, folder, metadata={**facts, "metrics": numbers})
 
 
 def load_kept(model: nn.Module, folder: Path) -> None:

@@ -44,6 +44,8 @@ class Recipe:
         stage: What one step does: ``auto`` (all widths of a slimmable network, else the plain step), or a name of
             `thriftnet.train.stages.STAGES`.
         stage_options: Fields of the stage.
+        stages: Instead: trainings after each other, each a mapping of the fields in which it differs, with ``stage``, or with
+            ``recalibrate`` (fields of `thriftnet.recalibrate`) for fresh norm statistics.
         epochs: Passes over the training images.
         max_steps: Instead: optimizer steps; the schedule spans them.
         batch_size: Images per step and process.
@@ -100,6 +102,7 @@ class Recipe:
     select: str | None = None
     stage: str = "auto"
     stage_options: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[dict[str, Any], ...] = ()
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 128
@@ -233,7 +236,7 @@ def load_recipe(name: str, **fields: Any) -> Recipe:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The fields that a recipe file states; a file may name another in ``base`` and change only some fields."""
+    """The fields that a recipe file states."""
     import yaml
 
     path = Path(name)

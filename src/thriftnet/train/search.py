@@ -216,7 +216,9 @@ class _Search:
         return self._taken_out(self.model, genes)
 
     def _taken_out(self, model: nn.Module, genes: Genes) -> nn.Module:
-        chosen = {f"^{re.escape(name)}$": self._widths[i] for part, i in zip(self.parts, genes, strict=True) for name in part}
+        chosen = {
+            f"^{re.escape(name)}$": self._widths[i] for part, i in zip(self.parts, genes, strict=True) for name in part
+        }
         return freeze(model, chosen, input_size=self.size)
 
     @property

@@ -7,16 +7,23 @@ takes one optimizer step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.width import set_width, widths
+from thriftnet.core.width import Width, set_width, widths
 from thriftnet.errors import ConfigError, unknown
+from thriftnet.models.dynamic import DynamicNetwork, mixture
+from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
+
+Size = tuple[int, int, int]
 
 
 @dataclass
@@ -24,8 +31,8 @@ class Step:
     """What a stage sees of the loop.
 
     Args:
-        model: The network, to be called; with several processes it sums gradients.
-        plain: The same network without what the processes need.
+        model: What `Stage.trained` gave, to be called; with several processes it sums gradients.
+        plain: The same without what the processes need.
         average: Average of its weights over steps, or None.
         criterion: Compares outputs with targets.
         number: Of the optimizer step, from 0; the same on all processes.
@@ -51,17 +58,23 @@ class Stage(Protocol):
     def partial(self) -> bool:
         """Whether a pass leaves parameters without a gradient."""
 
-    def prepare(self, model: nn.Module) -> None:
-        """Choose what is trained: before the optimizer is made."""
+    def trained(self, model: nn.Module) -> nn.Module:
+        """Choose what is trained, and give the module whose forward the losses need: before the optimizer is made."""
 
-    def train_mode(self, model: nn.Module) -> None:
-        """Put the network into the mode in which it is trained: at the start of each epoch."""
+    def train_mode(self, module: nn.Module) -> None:
+        """Put it into the mode in which it is trained: at the start of each epoch."""
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The losses whose gradients are added up, one for each pass."""
 
-    def evaluated(self, model: nn.Module) -> None:
-        """Put the network into the form in which its accuracy is measured."""
+    def saved(self, module: nn.Module) -> nn.Module:
+        """The network in what is trained."""
+
+    def measured(self, module: nn.Module) -> nn.Module:
+        """The network in the form in which its accuracy is measured."""
+
+    def facts(self, measured: nn.Module) -> dict[str, Any]:
+        """Metrics of that form beside its accuracy, after it was measured."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +84,23 @@ class Standard:
     passes: int = 1
     partial: bool = False
 
-    def prepare(self, model: nn.Module) -> None:
-        """All parameters are trained."""
+    def trained(self, model: nn.Module) -> nn.Module:
+        return model
 
-    def train_mode(self, model: nn.Module) -> None:
-        model.train()
+    def train_mode(self, module: nn.Module) -> None:
+        module.train()
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         yield step.criterion(step.model(images), targets, images)
 
-    def evaluated(self, model: nn.Module) -> None:
-        """As it is."""
+    def saved(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def measured(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def facts(self, measured: nn.Module) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class AllWidths(Standard):
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, algorithm 1.
     """
 
-    widths: tuple[Any, ...] = ()
+    widths: tuple[Width, ...] = ()
     partial: bool = True
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
@@ -99,25 +118,181 @@ class AllWidths(Standard):
             set_width(step.plain, width)
             yield step.criterion(step.model(images), targets, images) / len(self.widths)
 
-    def evaluated(self, model: nn.Module) -> None:
+    def measured(self, module: nn.Module) -> nn.Module:
         """At the widest."""
-        set_width(model, self.widths[-1])
+        set_width(module, "largest")
+        return module
 
 
-def _all_widths(model: nn.Module) -> Stage:
+TEACHERS = ("average", "largest", "labels")
+
+
+@dataclass(frozen=True)
+class Supernet(AllWidths):
+    """The sandwich: the largest width learns the labels, some between and the smallest learn from what it has learned.
+
+    Args:
+        drawn: How many widths between largest and smallest are drawn for each step, alike on all processes.
+        teacher: What the narrower ones learn: the outputs of the network's ``average`` over steps at its largest ("in-place
+            bootstrapping"), of the ``largest`` in this very step ("in-place distillation"), or the ``labels``.
+        ensemble: Let the smallest learn from the mean of what the teacher gives at the largest and at the drawn widths.
+
+    Source: Yu & Huang, Universally Slimmable Networks, ICCV 2019, sections 3.2 and 3.3; Li et al., Dynamic Slimmable
+    Network, CVPR 2021, section 3.2.
+    """
+
+    drawn: int = 2
+    teacher: str = "average"
+    ensemble: bool = False
+
+    def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        between = self.between(step.seed, step.number)
+        outputs = self._at("largest", step.plain, step.model, images)
+        yield step.criterion(outputs, targets, images)
+        taught = self._taught(step, "largest", images, outputs)
+        lessons = [taught]
+        for width in between:
+            outputs = self._at(width, step.plain, step.model, images)
+            yield self._narrow_loss(step, outputs, targets, images, taught)
+            if self.ensemble:
+                lessons.append(self._taught(step, width, images, outputs))
+        outputs = self._at("smallest", step.plain, step.model, images)
+        lesson = None if taught is None else torch.stack([each for each in lessons if each is not None]).mean(0)
+        yield self._narrow_loss(step, outputs, targets, images, lesson)
+
+    def between(self, seed: int, number: int) -> list[Width]:
+        """The widths drawn for a step; of a network with two widths, any."""
+        possible = self.widths[1:-1] or self.widths
+        random = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        return [possible[int(place)] for place in torch.randint(len(possible), (self.drawn,), generator=random)]
+
+    @staticmethod
+    def _at(width: Width, plain: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
+        set_width(plain, width)
+        out: Tensor = model(images)
+        return out
+
+    @torch.no_grad()
+    def _taught(self, step: Step, width: Width, images: Tensor, outputs: Tensor) -> Tensor | None:
+        """Probabilities that the teacher gives at a width; None where labels are learned."""
+        if self.teacher == "labels":
+            return None
+        if self.teacher == "largest":
+            return outputs.detach().double().softmax(1).to(outputs.dtype)
+        if step.average is None:
+            raise ConfigError("teacher='average' needs an average of the weights: set ema_decay, as 0.997")
+        set_width(step.average, width)
+        said: Tensor = step.average(images)
+        return said.softmax(1)
+
+    @staticmethod
+    def _narrow_loss(step: Step, outputs: Tensor, targets: Tensor, images: Tensor, taught: Tensor | None) -> Tensor:
+        if taught is None:
+            return step.criterion(outputs, targets, images)
+        return F.cross_entropy(outputs, taught.to(outputs.dtype))
+
+
+class GateTraining(nn.Module):
+    """A gate, and the network that it decides for, out of sight of optimizers and checkpoints.
+
+    Shape: (N, C, H, W) and (N,) -> a scalar, the loss.
+    """
+
+    def __init__(self, model: nn.Module, size: Size, objective: GateObjective, temperature: float) -> None:
+        super().__init__()
+        dynamic = DynamicNetwork(model, input_size=size)
+        objective.check_budget(dynamic.macs)
+        self.gate = dynamic.gate.requires_grad_(True)
+        self.hidden = (model, dynamic)
+        self.objective, self.temperature = objective, temperature
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        _, dynamic = self.hidden
+        logits, outputs = dynamic.every(images)
+        decision = decision_of(logits, self.temperature)
+        mixed = mixture(decision.choice, outputs)
+        targets = sparsification_targets(outputs, labels, self.objective.hard)
+        return self.objective(decision, mixed, labels, targets, dynamic.macs).total
+
+
+@dataclass(frozen=True)
+class GateStage(Standard):
+    """Only the gate learns: right answers, from the narrowest width that gives them, within a budget.
+
+    Args:
+        size: Channels, height and width of an image, for counting.
+        objective: What is asked of the gate.
+        temperature: Of the Gumbel-softmax.
+
+    Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
+    """
+
+    size: Size = (3, 224, 224)
+    objective: GateObjective = field(default_factory=GateObjective)
+    temperature: float = 1.0
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        model.requires_grad_(False)
+        return GateTraining(model.eval(), self.size, self.objective, self.temperature)
+
+    def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        yield step.model(images, targets)
+
+    def saved(self, module: nn.Module) -> nn.Module:
+        return cast(GateTraining, module).hidden[0]
+
+    def measured(self, module: nn.Module) -> nn.Module:
+        dynamic = cast(GateTraining, module).hidden[1]
+        dynamic.reset()
+        return dynamic.eval()
+
+    def facts(self, measured: nn.Module) -> dict[str, Any]:
+        dynamic = cast(DynamicNetwork, measured)
+        counts = dynamic.counts.clone()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        spent = float((counts * dynamic.macs).sum()) / max(int(counts.sum()), 1)
+        return {"macs": round(spent), "decisions": dict(zip(map(str, dynamic.widths), counts.tolist(), strict=True))}
+
+
+def _all_widths(model: nn.Module, size: Size) -> Stage:
+    available = _widths(model, "widths")
+    return AllWidths(passes=len(available), widths=available)
+
+
+def _supernet(model: nn.Module, size: Size, drawn: int = 2, teacher: str = "average", ensemble: bool = False) -> Stage:
+    if teacher not in TEACHERS:
+        raise unknown("teacher", teacher, TEACHERS)
+    if type(drawn) is not int or drawn < 0:
+        raise ConfigError(f"drawn={drawn!r}: possible is a whole number of at least 0")
+    available = _widths(model, "supernet")
+    return Supernet(passes=drawn + 2, widths=available, drawn=drawn, teacher=teacher, ensemble=ensemble)
+
+
+def _gate(model: nn.Module, size: Size, temperature: float = 1.0, **objective: Any) -> Stage:
+    known = [each.name for each in fields(GateObjective)]
+    for name in objective:
+        if name not in known:
+            raise unknown("option of the stage gate", name, ["temperature", *known])
+    return GateStage(size=size, objective=GateObjective(**objective), temperature=temperature)
+
+
+def _widths(model: nn.Module, stage: str) -> tuple[Width, ...]:
     available = widths(model)
     if not available:
-        raise ConfigError("stage='widths' trains slimmable networks: convert it first, as --technique 'slimmable'")
-    return AllWidths(passes=len(available), widths=tuple(available))
+        raise ConfigError(f"stage={stage!r} trains slimmable networks: convert it first, as --technique 'slimmable'")
+    return available
 
 
 STAGES: dict[str, Callable[..., Stage]] = {
-    "standard": lambda model: Standard(),
+    "standard": lambda model, size: Standard(),
     "widths": _all_widths,
+    "supernet": _supernet,
+    "gate": _gate,
 }
 
 
-def make_stage(name: str, model: nn.Module, options: dict[str, Any]) -> Stage:
+def make_stage(name: str, model: nn.Module, options: dict[str, Any], size: Size = (3, 224, 224)) -> Stage:
     """The stage of that name for a network; ``auto`` trains all widths of a slimmable one.
 
     Raises:
@@ -128,6 +303,6 @@ def make_stage(name: str, model: nn.Module, options: dict[str, Any]) -> Stage:
     if name not in STAGES:
         raise unknown("stage", name, ["auto", *STAGES])
     try:
-        return STAGES[name](model, **options)
+        return STAGES[name](model, size, **options)
     except TypeError as error:
         raise ConfigError(f"stage {name!r} does not take {options}: {error}") from None

@@ -1,0 +1,275 @@
+"""Gates: where they are, how they choose, and what they are trained for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import thriftnet as tn
+from laws import assert_close, output
+from networks import NETWORKS, Block, perturb
+from thriftnet.core.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
+from thriftnet.core.verbs import count_params, history
+from thriftnet.core.width import set_width, widths
+from thriftnet.techniques.gate import (
+    GateObjective,
+    budget_loss,
+    decision_of,
+    mean_macs,
+    original_macs_loss,
+    original_sparsification_loss,
+    sparsification_loss,
+    sparsification_targets,
+)
+
+WIDTHS = (0.25, 0.5, 1.0)
+
+
+def gated(name: str = "residual", **kwargs: Any) -> nn.Module:
+    return perturb(tn.convert(NETWORKS[name].make(), tn.Slimmable(widths=WIDTHS, gate=kwargs.pop("gate", True)))).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "gate", "front"),
+    [
+        ("resnet20", "layer1", ("conv1", "bn1", "layer1")),
+        ("resnet18", "layer1", ("conv1", "bn1", "maxpool", "layer1")),
+        ("mobilenetv2", "stage1", ("conv1", "bn1", "stage1")),
+    ],
+)
+def test_the_front_is_found(model: str, gate: str, front: tuple[str, ...]) -> None:
+    slim = tn.convert(tn.create_model(model), tn.Slimmable(widths=(0.5, 1.0), gate=True))
+    config = history(slim)[-1]["plan"]["technique"]
+    assert (config["gate"], tuple(config["front"])) == (gate, front)
+    assert gate_of(slim)[0] == f"{gate}.gate"
+
+
+def test_the_front_is_whole_at_every_width_and_the_rest_narrows() -> None:
+    model, x = gated(), NETWORKS["residual"].image()
+    seen: list[torch.Tensor] = []
+    model.stage1.body.register_forward_hook(lambda _, args, out: seen.append(out))
+    channels = []
+    model.stage2[0].conv1.register_forward_hook(lambda _, args, out: channels.append((args[0].shape[1], out.shape[1])))
+    for index in range(len(WIDTHS)):
+        set_width(model, index)
+        output(model, x)
+    assert all(torch.equal(each, seen[0]) for each in seen)
+    assert channels == [(2, 4), (4, 8), (8, 16)]
+    assert not [
+        key for key in model.state_dict() if key.startswith(("conv1", "bn1", "stage1")) and key.endswith(("_0", "_1"))
+    ]
+
+
+def test_a_narrow_tail_written_out() -> None:
+    """The plain network's own layers, sliced by hand behind the front."""
+    plain = NETWORKS["residual"].make()
+    model, x = tn.convert(plain, tn.Slimmable(widths=(0.5, 1.0), gate=True)).eval(), NETWORKS["residual"].image()
+    set_width(model, 0.5)
+    f = torch.nn.functional
+
+    def conv(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight[: len(layer.weight) // 2, : x.shape[1]]
+        return f.conv2d(x, weight, None, layer.stride, layer.padding)
+
+    def norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        c = x.shape[1]
+        return f.batch_norm(x, layer.running_mean[:c], layer.running_var[:c], layer.weight[:c], layer.bias[:c])
+
+    out = plain.stage1(plain.bn1(plain.conv1(x)).relu())[:, :4]
+    for block in plain.stage2:
+        inner = norm(block.bn2, conv(block.conv2, norm(block.bn1, conv(block.conv1, out)).relu()))
+        out = (inner + (norm(block.shortcut[1], conv(block.shortcut[0], out)) if len(block.shortcut) else out)).relu()
+    expected = f.linear(out.mean((2, 3)), plain.fc.weight[:, :8], plain.fc.bias)
+    assert_close(output(model, x), expected.detach(), 1e-12, "narrow tail")
+
+
+@pytest.mark.parametrize("gate", ["conv1", "bn1", "stage1.0", "stage1", "stage2.0"])
+def test_the_front_may_end_anywhere_where_one_output_goes_on(gate: str) -> None:
+    model, x = gated(gate=gate), NETWORKS["residual"].image()
+    plain = NETWORKS["residual"].make()
+    assert_close(output(tn.convert(plain, tn.Slimmable(widths=WIDTHS, gate=gate)).eval(), x), output(plain, x), 1e-12, gate)
+    macs = []
+    for width in widths(model):
+        set_width(model, width)
+        macs.append(tn.inspect(model, (3, 8, 8)).macs)
+    assert macs == sorted({*macs})
+    if gate == "stage1":
+        stem, stage1, head = 64 * 3 * 8 * 9, 4 * 64 * 8 * 8 * 9, 16 * 5
+        stage2 = 16 * (8 * 16 * 9 + 3 * 16 * 16 * 9 + 8 * 16)
+        assert macs[-1] == stem + stage1 + stage2 + head
+        assert macs[0] == stem + stage1 + stage2 // 16 + head // 4
+
+
+@pytest.mark.parametrize(
+    ("gate", "error", "message"),
+    [
+        ("layer7", tn.ConfigError, r"no module to end the front|unknown module to end the front"),
+        (
+            "stage2.0.conv1",
+            tn.IncompatibleModelError,
+            r"the front cannot end at 'stage2\.0\.conv1': the output of 'stage1' passes",
+        ),
+        ("fc", tn.IncompatibleModelError, r"module 'fc' gives \(2, 5\): the front can end at one that gives maps"),
+    ],
+)
+def test_fronts_that_are_refused(gate: str, error: type[Exception], message: str) -> None:
+    plain = NETWORKS["residual"].make()
+    with pytest.raises(error, match=message):
+        tn.convert(plain, tn.Slimmable(widths=WIDTHS, gate=gate))
+
+
+class Twice(nn.Module):
+    """One block that runs before and after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.again, self.middle, self.head = nn.Conv2d(3, 8, 3), Block(8, 8), Block(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.middle(self.again(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_on_both_sides_are_refused() -> None:
+    with pytest.raises(tn.IncompatibleModelError, match=r"layer 'again(\.\w+)*' runs before and after 'middle'"):
+        tn.convert(Twice(), tn.Slimmable(widths=(0.5, 1.0), gate="middle"))
+    with pytest.raises(
+        tn.IncompatibleModelError, match=r"module 'again' runs 2 times: the front can end at one that runs once"
+    ):
+        tn.convert(Twice(), tn.Slimmable(widths=(0.5, 1.0), gate="again"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gate": 3}, "gate=3: possible are False, True, or the name"),
+        ({"gate": ""}, "gate='': possible are"),
+        ({"gate": True, "widths": (1.0,)}, r"a gate has nothing to choose among widths=\(1\.0,\)"),
+        ({"gate": True, "front": ("stem",)}, "front needs a gate at its end"),
+        ({"gate": "layer1", "front": "conv1"}, "front='conv1': possible are names of modules"),
+    ],
+)
+def test_configs_that_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(tn.ConfigError, match=message):
+        tn.Slimmable(**{"widths": (0.5, 1.0), **fields})
+
+
+def test_networks_without_a_gate_are_refused() -> None:
+    for model in (NETWORKS["chain"].make(), tn.convert(NETWORKS["chain"].make(), "slimmable(widths=(0.5, 1.0))")):
+        with pytest.raises(
+            tn.IncompatibleModelError, match=r"Chain has no gate; one is needed\. Convert a plain network with"
+        ):
+            tn.DynamicNetwork(model)
+
+
+def test_a_gate_counts_and_waits() -> None:
+    model = gated()
+    (gate,) = gates(model).values()
+    assert isinstance(gate, SqueezeGate)
+    assert sum(parameter.numel() for parameter in gate.parameters()) == 8 * 4 + 4 + 4 * 3
+    assert count_params(model) == count_params(NETWORKS["residual"].make()) + 48
+    assert not any(parameter.requires_grad for parameter in gate.parameters())
+    assert not gates(tn.fold(model))
+    assert not gates(tn.freeze(model, 0.5))
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def test_choices_without_noise() -> None:
+    logits = torch.tensor([[0.1, 2.0, -1.0], [3.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    hard, soft = gumbel_choice(logits, temperature=0.5, noise=False)
+    assert hard.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert_close(soft.detach(), (logits.detach() / 0.5).softmax(1), 1e-12, "softmax")
+    weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    (through,) = torch.autograd.grad((hard @ weights).sum(), logits, retain_graph=True)
+    (of_soft,) = torch.autograd.grad((soft @ weights).sum(), logits)
+    assert torch.equal(through, of_soft)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0])
+def test_noise_draws_each_choice_as_often_as_its_softmax_says(temperature: float) -> None:
+    logits = torch.tensor([0.0, math.log(2), math.log(5)], dtype=torch.float64).expand(20000, 3)
+    hard, _ = gumbel_choice(logits, temperature, random=torch.Generator().manual_seed(0))
+    assert ((hard == 0) | (hard == 1)).all()
+    assert_close(hard.mean(0), torch.tensor([1, 2, 5], dtype=torch.float64) / 8, 0.02, "frequencies")
+    again, _ = gumbel_choice(logits, temperature, random=torch.Generator().manual_seed(0))
+    assert torch.equal(hard, again)
+
+
+def test_what_multiply_accumulates_cost() -> None:
+    logits, macs = torch.tensor([[0.0, 1.0, 1.5], [0.0, 0.2, 3.0]]), torch.tensor([100.0, 200.0, 400.0])
+    assert decide(logits, macs).tolist() == [2, 2]
+    assert decide(logits, macs, cost=2.0).tolist() == [1, 2]
+    assert decide(logits, macs, cost=100.0).tolist() == [0, 0]
+    assert decide(-logits, macs, cost=-100.0).tolist() == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three widths, four images: right at all, at the widest only, in the middle only, never."""
+    right = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    labels = torch.tensor([0, 1, 2, 0])
+    said = torch.where(right, labels, (labels + 1) % 3)
+    return nn.functional.one_hot(said, 3).double(), labels
+
+
+def test_targets_of_the_sandwich() -> None:
+    assert sparsification_targets(*outputs()).tolist() == [0, 2, 2, 2]
+    assert sparsification_targets(*outputs(), hard="narrowest").tolist() == [0, 2, 0, 0]
+    with pytest.raises(tn.ConfigError, match="hard"):
+        sparsification_targets(*outputs(), hard="middle")
+
+
+def test_one_softmax_can_reach_its_target_and_two_cannot() -> None:
+    """A gate that is surely right: the loss vanishes; with a second softmax it does not, nor does its gradient say so."""
+    sure, targets = torch.tensor([[50.0, 0.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    assert sparsification_loss(sure, targets, 0.0) < 1e-12
+    twice = original_sparsification_loss(sure.softmax(1), targets, 0.0)
+    assert twice.item() == pytest.approx(math.log(math.e + 2) - 1)
+
+
+def test_macs_and_budgets() -> None:
+    choice, macs = torch.eye(3, dtype=torch.float64).requires_grad_(), torch.tensor([1e8, 2e8, 6e8])
+    assert mean_macs(choice, macs).item() == pytest.approx(3e8)
+    assert budget_loss(choice, macs, 3e8).item() == 0
+    assert budget_loss(choice, macs, 2e8).item() == pytest.approx(0.25)
+    assert original_macs_loss(choice, macs).item() == pytest.approx(0.5 * 0.3**2)
+
+
+def test_the_objective_adds_up() -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    every, labels = outputs()
+    macs = torch.tensor([1e8, 2e8, 6e8])
+    decision = decision_of(logits, noise=False)
+    output = torch.einsum("nk,knc->nc", decision.choice, every)
+    objective = GateObjective(budget=2e8, budget_weight=3.0, sparsification_weight=0.5, label_smoothing=0.0)
+    loss = objective(decision, output, labels, sparsification_targets(every, labels), macs)
+    assert loss.total.item() == pytest.approx((loss.task + loss.sparsification + loss.macs).item())
+    assert loss.sparsification.item() == pytest.approx(
+        0.5 * sparsification_loss(logits, torch.tensor([0, 2, 2, 2]), 0.0).item()
+    )
+    assert loss.macs.item() == pytest.approx(3 * budget_loss(decision.choice, macs, 2e8).item())
+    loss.total.backward()
+    assert logits.grad is not None
+    assert GateObjective()(decision_of(logits.detach()), output, labels, labels, macs).macs == 0
+    theirs = GateObjective(original=True)(decision, output, labels, labels, macs)
+    assert theirs.macs.item() == pytest.approx(original_macs_loss(decision.choice, macs).item())
+
+
+def test_budgets_out_of_reach() -> None:
+    macs = torch.tensor([1e8, 6e8])
+    GateObjective(budget=1e8).check_budget(macs)
+    for budget in (9e7, 7e8):
+        with pytest.raises(tn.ConfigError, match=r"is out of reach: possible are 100,000,000 to 600,000,000"):
+            GateObjective(budget=budget).check_budget(macs)
+    with pytest.raises(tn.ConfigError, match="budget=-1"):
+        GateObjective(budget=-1)
+    with pytest.raises(tn.ConfigError, match="original=True has no budget"):
+        GateObjective(original=True, budget=1e8)
