@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,14 +21,14 @@ from thriftnet.errors import CheckpointError
 from thriftnet.interop import atomic
 from thriftnet.interop.config import read_config
 
-PREPARING, FINISHED = b".", b"!"
+NOTHING = "nothing"
 VALUES = (1.0, 2.0)  # of all parameters of the old and the new network
 
 
 def measure(folder: Path, seed: int, quick: bool) -> Figure:
     figure = Figure(
         "Kill -9 during `save`",
-        ["before", "kills", "old folder after", "new folder after", "nothing after", "left workspaces", "not whole"],
+        ["before", "kills", "old folder after", "new folder after", "nothing after", "workspaces left", "not whole"],
     )
     counts = (3, 3, 2) if quick else (200, 50, 100)
     duration = _duration(folder / "timed")
@@ -36,7 +37,7 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
         "to after the last of its steps."
     )
     _series(figure, "an earlier folder", folder / "over", counts[0], random.Random(f"{seed}/over"), duration)
-    _series(figure, "nothing", folder / "fresh", counts[1], random.Random(f"{seed}/fresh"), duration)
+    _series(figure, NOTHING, folder / "fresh", counts[1], random.Random(f"{seed}/fresh"), duration)
     _series(
         figure,
         "an earlier folder, file system that cannot exchange two folders (simulated)",
@@ -83,42 +84,38 @@ def _series(
     """Kill as many savers, look at the folder after each, and add a row."""
     networks = {value: network(value) for value in VALUES}
     whole = {value: bits(model) for value, model in networks.items()}
-    place = folder / "m"
+    fresh, place = before == NOTHING, folder / "m"
     folder.mkdir()
-    outcomes = {"old": 0, "new": 0, "nothing": 0}
-    leftovers = broken = 0
+    counts = {"old": 0, "new": 0, "nothing": 0, "workspaces": 0, "not whole": 0}
     old, new = VALUES
+
+    def save(value: float) -> None:
+        tn.save(networks[value], place, metadata={"value": value})
+
     with system():
+        save(old)
         for kill in range(kills):
-            if before == "nothing":
-                _clear(place)
-            elif not place.exists():
-                tn.save(networks[old], place, metadata={"value": old})
-
-            def save(report: int, new: float = new) -> None:
-                os.write(report, PREPARING)
-                tn.save(networks[new], place, metadata={"value": new})
-                os.write(report, FINISHED)
-                signal.pause()
-
-            code = killed_after(save, chance.uniform(0, 1.3 * duration))
+            if fresh:
+                shutil.rmtree(place, ignore_errors=True)
+            code = killed_after(lambda report, value=new: _save_and_wait(save, value, report), chance.uniform(0, 1.3 * duration))  # type: ignore[misc]
             figure.expect(code == -signal.SIGKILL, f"a saver ended by itself with {code}")
-            leftovers += names_in(folder) not in (["m"], [])
+            counts["workspaces"] += any(name != "m" for name in names_in(folder))
             found = _found(place, whole, figure)
-            outcome = {old: "old", new: "new", None: "nothing"}.get(found, "not whole")
-            if outcome not in outcomes or (outcome == "nothing") > (before == "nothing") or (old, before) == (found, "nothing"):
-                broken += 1
-                figure.expect(False, f"kill {kill} with {before} before: {outcome} after it")
-            else:
-                outcomes[outcome] += 1
-            if before != "nothing" and found == new:
+            outcome = {new: "new", **({None: "nothing"} if fresh else {old: "old"})}.get(found, "not whole")
+            counts[outcome] += 1
+            figure.expect(outcome != "not whole", f"kill {kill} with {before} before: neither the old nor the new folder")
+            if found == new and not fresh:
                 old, new = new, old
-            if chance.random() < 0.5:  # else the next saver finds what this one left
-                tn.save(networks[old], place, metadata={"value": old})
-                figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is left after the next save")
-        tn.save(networks[old], place, metadata={"value": old})
-        figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is left after the last save")
-    figure.rows.append([before, kills, *outcomes.values(), leftovers, broken])
+            if chance.random() < 0.5 or kill == kills - 1:  # else the next saver finds what this one left
+                save(old)
+                figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is there after the next save")
+    figure.rows.append([before, kills, *counts.values()])
+
+
+def _save_and_wait(save: Callable[[float], None], value: float, report: int) -> None:
+    os.write(report, b".")
+    save(value)
+    signal.pause()
 
 
 def _found(place: Path, whole: dict[float, object], figure: Figure) -> float | None:
@@ -132,11 +129,3 @@ def _found(place: Path, whole: dict[float, object], figure: Figure) -> float | N
         figure.expect(False, str(error))
         return float("nan")
     return value if whole.get(value) == loaded else float("nan")
-
-
-def _clear(place: Path) -> None:
-    for path in (*place.glob("*"), place):
-        if path.is_dir():
-            path.rmdir()
-        elif path.exists():
-            path.unlink()

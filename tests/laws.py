@@ -23,7 +23,7 @@ import reference
 import thriftnet as tn
 from networks import perturb
 from thriftnet.core.conv import GeneratedConv2d
-from thriftnet.core.gate import gates
+from thriftnet.core.gate import Cut, gates
 from thriftnet.core.spec import format_spec, to_dict
 from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import count_params, history, is_foldable
@@ -172,7 +172,7 @@ def law_no_dense_leftover(model: nn.Module, technique: Any, *, convert: Verb = t
     planned = tn.plan(model, technique)
     old = dict(model.named_modules(remove_duplicate=False))
     converted = convert(model, planned)
-    new = dict(converted.named_modules(remove_duplicate=False))
+    new = {_before_cut(name, converted): m for name, m in converted.named_modules(remove_duplicate=False)}
     for row in planned.rows:
         for name in row.names:
             assert new[name] is new[row.names[0]], f"{name!r} and {row.names[0]!r} were one layer and are two now"
@@ -182,6 +182,14 @@ def law_no_dense_leftover(model: nn.Module, technique: Any, *, convert: Verb = t
             assert not (generated and "weight" in held), f"{name!r} computes its weight and stores a dense one, too"
             assert old[name] is not new[name]
     assert count_params(converted) == planned.params_after
+
+
+def _before_cut(name: str, model: nn.Module) -> str:
+    """The name that a layer had before the end of the front was put around it."""
+    for cut in (name for name, module in model.named_modules() if isinstance(module, Cut)):
+        if name == f"{cut}.body" or name.startswith(f"{cut}.body."):
+            return cut + name.removeprefix(f"{cut}.body")
+    return name
 
 
 def law_penalty_once(model: nn.Module, *, penalty: Callable[[nn.Module], Tensor] = tn.penalty) -> None:

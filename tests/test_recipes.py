@@ -28,8 +28,8 @@ from thriftnet.techniques import convert
 from thriftnet.train.optim import decay_groups
 from thriftnet.train.prepare import augmentation_from
 from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
-from thriftnet.train.schedules import make_schedule
 from thriftnet.train.sequence import train
+from thriftnet.train.stages import STAGES
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = list_recipes()
@@ -205,79 +205,6 @@ def test_a_network_is_converted_and_recovers_from_its_teacher(tmp_path: Path):
     assert json.loads((Path(outcome.run) / "run.json").read_text())["teacher"] == folder
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_for_fewer_steps_than_its_warm_up(name: str):
-    assert all(rate >= 0 for rate in rates(load_recipe(name, max_steps=3), 1000, 0.003).values())
-
-
-# --- schedules
-
-
-def rates(recipe: Recipe, steps_per_epoch: int = 4, epochs: float | None = None) -> dict[float, float]:
-    """Epoch, as a fraction -> learning rate of the step that begins there."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.lr)
-    epochs = recipe.epochs if epochs is None else epochs
-    schedule = make_schedule(optimizer, recipe, steps_per_epoch, epochs)
-    found = {}
-    for step in range(round(epochs * steps_per_epoch)):
-        found[step / steps_per_epoch] = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-    return found
-
-
-SHIFT = {0: 0.1, 81.75: 0.1, 82: 0.01, 122.75: 0.01, 123: 0.001, 163.75: 0.001}
-SWRN = {0: 0.1, 59.75: 0.1, 60: 0.02, 119.75: 0.02, 120: 0.004, 159.75: 0.004, 160: 0.0008, 199.75: 0.0008}
-BASIS = {0: 0.1, 149.75: 0.1, 150: 0.01, 224.75: 0.01, 225: 0.001, 299.75: 0.001}  # 150 is their 151, counted from 1
-BASIS_IMAGENET = {0: 0.1, 59.75: 0.1, 60: 0.01, 99.75: 0.01, 100: 0.001, 139.75: 0.001, 140: 0.0001, 149.75: 0.0001}
-BASIS_MOBILENET = BASIS | {284.75: 0.001, 285: 0.0005, 299.75: 0.0005}
-SPIN = {0: 0.0, 60: 0.005, 119.5: 0.0099583333, 120: 0.01, 180: 0.00525, 240: 0.0005, 270: 0.00025, 299.5: 0.0000041666667}
-TABLES = {
-    name: table
-    for pattern, table in (
-        (r"(shift|depthwise)?resnet-.*", SHIFT),
-        (r"swrn-.*", SWRN),
-        (r"filter-basis-cifar10.*", BASIS),
-        (r"filter-basis-imagenet-resnet34", BASIS_IMAGENET),
-        (r"filter-basis-imagenet-mobilenetv2", BASIS_MOBILENET),
-        (r".*convmixer-imagenet", SPIN),
-    )
-    for name in FAITHFUL
-    if re.fullmatch(pattern, name)
-}
-
-
-@pytest.mark.parametrize("name", FAITHFUL)
-def test_learning_rates_are_those_of_the_papers(name: str):
-    found = rates(load_recipe(name))
-    assert max(found) == max(TABLES[name]) or max(TABLES[name]) == 299.5
-    for epoch, rate in TABLES[name].items():
-        assert found[epoch] == pytest.approx(rate, rel=1e-6, abs=1e-12), f"epoch {epoch}"
-
-
-def test_cosine_is_that_of_timm_with_warm_up_and_cool_down():
-    from timm.scheduler import CosineLRScheduler
-
-    fields = {"lr": 0.08, "min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-5, "epochs": 160, "cooldown_epochs": 10}
-    found = rates(recipe_from({"schedule": "cosine", "schedule_per": "epoch", **fields}))
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.08)
-    theirs = CosineLRScheduler(optimizer, t_initial=150, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-5)
-    for epoch in range(160):
-        theirs.step(epoch)
-        for part in (0, 0.25, 0.75):
-            assert found[epoch + part] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), epoch
-
-
-def test_multistep_is_that_of_torch():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
-    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [82, 123], 0.1)
-    found = rates(load_recipe("shiftresnet-cifar10"))
-    for epoch in range(164):
-        assert found[epoch] == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        theirs.step()
-
-
 # --- the rest of what the papers state
 
 
@@ -372,11 +299,6 @@ def test_selection_on_test_images_is_said_in_the_output(select_on: str, tmp_path
     assert any("test images" in note for note in outcome.notes) == (select_on == "test")
 
 
-@pytest.mark.parametrize("name", [name for name in FAITHFUL if "cifar100-" in name])
-def test_the_constant_rate_of_the_cifar100_script_can_be_had(name: str):
-    assert set(rates(load_recipe(name, schedule="constant")).values()) == {0.1}
-
-
 class Line(nn.Module):
     """The mean of an image times a weight, for each class."""
 
@@ -451,6 +373,11 @@ def test_the_table_of_fields_is_that_of_the_dataclass():
     assert list(rows) == [field.name for field in dataclasses.fields(Recipe)]
     for field in dataclasses.fields(Recipe):
         assert yaml.safe_load(rows[field.name].strip().strip("`")) == plain(getattr(Recipe(), field.name)), field.name
+
+
+def test_the_stages_on_the_page_are_those_there_are():
+    page = (DOCS / "training.md").read_text(encoding="utf-8").split("\n## Stages\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(STAGES)
 
 
 def plain(value: Any) -> Any:

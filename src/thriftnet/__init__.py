@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from thriftnet.techniques.slimmable import Slimmable
     from thriftnet.techniques.soft_sharing import SConv2d, SoftSharing, TemplateBank, fold_recurrence, similarity
     from thriftnet.techniques.weight_sharing import WeightSharing
-    from thriftnet.train.search import search
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ TOPICS = {
     "soft-sharing": "thriftnet.benchmarks.soft_sharing",
     "filter-basis": "thriftnet.benchmarks.filter_basis",
     "weight-sharing": "thriftnet.benchmarks.weight_sharing",
+    "train": "thriftnet.benchmarks.train",
 }
 
 

@@ -93,7 +93,8 @@ class Mixer:
         if not can_join(templates, layer.coefficients):
             return Choice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
         if is_new:
-            self._layers[id(layer)] = weakref.ref(layer, lambda _, key=id(layer): self._layers.pop(key, None))  # type: ignore[misc]
+            key = id(layer)
+            self._layers[key] = weakref.ref(layer, lambda _: self._layers.pop(key, None))
         choice = forced("bank")
         if choice is not None:
             return choice

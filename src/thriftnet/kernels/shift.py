@@ -94,9 +94,10 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     moves, form = Moves(kernel_size, dilation, moved), choose(x).form
     if form == "triton":
         return triton_shift.moved(x, *moves)
-    if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
         return depthwise(x, kernel, moves)
-    shifted: Tensor = ShiftFunction.apply(x, kernel, moves, form)
+    shifted: Tensor = ShiftFunction.apply(x, kernel, moves, form) if needs_grad else run(x, kernel, moves, form)
     return shifted
 
 
@@ -131,6 +132,18 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether calls cost more than the memory they touch."""
+    return x.numel() * x.element_size() < SMALL
+
+
+def run(x: Tensor, kernel: Tensor, moves: Moves, form: str) -> Tensor:
+    """Shift in one of torch's forms."""
+    if form == "depthwise":
+        return depthwise(x, kernel, moves)
+    return planes(x, moves) if form == "planes" else windows(x, moves)
+
+
 class ShiftFunction(torch.autograd.Function):
     """One of the forms, with the shift in the other direction as its backward."""
 
@@ -138,9 +151,7 @@ class ShiftFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor, moves: Moves, form: str) -> Tensor:
-        if form == "depthwise":
-            return depthwise(x, kernel, moves)
-        return planes(x, moves) if form == "planes" else windows(x, moves)
+        return run(x, kernel, moves, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,8 +178,8 @@ def planes(x: Tensor, moves: Moves) -> Tensor:
     x = x.contiguous()
     height, width = x.shape[-2:]
     period, moved = moves.kernel_size**2, min(moves.moved, x.shape[1])
-    is_small = x.numel() * x.element_size() < SMALL
-    out = torch.zeros_like(x) if is_small else torch.empty_like(x)
+    is_clear = is_small(x)
+    out = torch.zeros_like(x) if is_clear else torch.empty_like(x)
     if moved < x.shape[1]:
         out[:, moved:] = x[:, moved:]
     source, target = x.flatten(2), out.flatten(2)
@@ -178,7 +189,7 @@ def planes(x: Tensor, moves: Moves) -> Tensor:
         if first < last:
             step = dh * width + dw
             group[:, :, first:last] = source[:, place:moved:period, first + step : last + step]
-        if not is_small:
+        if not is_clear:
             group[:, :, :first].zero_()
             group[:, :, last:].zero_()
         if dw:

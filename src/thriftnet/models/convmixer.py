@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.errors import ConfigError
+from thriftnet.kernels.affine import choose, normalised_sum
+from thriftnet.kernels.dispatch import Choice
 from thriftnet.models.classifier import Classifier, check_classes, config
 from thriftnet.models.compose import made_of
 from thriftnet.techniques.weight_sharing import WeightSharing
@@ -36,9 +38,12 @@ class MixerBlock(nn.Module):
         self.act = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.norm1(self.act(self.depthwise(x)))
-        out: Tensor = x + self.norm2(self.act(self.pointwise(x)))
-        return out
+        x = normalised_sum(self.norm1, self.act(self.depthwise(x)), x)
+        return normalised_sum(self.norm2, self.act(self.pointwise(x)), x)
+
+    def kernel_choice(self, x: Tensor) -> Choice:
+        """The form of the kernel that its norms take now."""
+        return choose(self.norm2, x)
 
 
 class ConvMixer(Classifier):

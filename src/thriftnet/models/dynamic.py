@@ -9,6 +9,7 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3. The author
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class DynamicNetwork(nn.Module):
         self.register_buffer("macs", torch.tensor([macs + spent for macs in own], dtype=torch.float64), persistent=False)
         self.register_buffer("counts", torch.zeros(len(own), dtype=torch.int64), persistent=False)
         parts = [self.front, *self.tails]
-        runs: list[Callable[..., Any]] = [_compiled(part, len(parts)) for part in parts] if compile else [*parts]
+        runs: list[Callable[..., Any]] = [_compiled(part) for part in parts] if compile else [*parts]
         self.run_front, self.run_tails = runs[0], runs[1:]
         self.train(model.training)
         self._follow(next(gate.parameters()))
@@ -261,15 +262,14 @@ def cheapest_cost(logits: Tensor, macs: Tensor, budget: float) -> tuple[float, f
     return high, spent(high)
 
 
-def _compiled(part: nn.Module, parts: int) -> Callable[..., Any]:
-    """Compiled at first use. All tails have one code, so that the compiler's limit must hold for all of them."""
-    run = torch.compile(part, dynamic=True)
+def _compiled(part: nn.Module) -> Callable[..., Any]:
+    """Compiled at first use. The compiler keeps what it made with the code that ran, up to a limit: each part has code of its own."""
 
-    def with_room(*args: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=4 * parts):
-            return run(*args)
+    def run(*args: Any) -> Any:
+        return part(*args)
 
-    return with_room
+    own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, run.__defaults__, run.__closure__)
+    return torch.compile(own, dynamic=True)
 
 
 def _join(holder: str, relative: str) -> str:

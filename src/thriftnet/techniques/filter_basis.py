@@ -34,10 +34,10 @@ from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import PenaltyTerm
 from thriftnet.core.width import Slim, WidthAware
 from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.kernels.orthogonality import penalty
 
-WORTH_TWO_LAYERS = (
-    0.9  # of the multiply-accumulates of one; between 0.83, where two were as fast, and 1.18, where they were not
-)
+# Share of one layer's multiply-accumulates: between 0.83, where two layers were as fast, and 1.18, where they were not.
+WORTH_TWO_LAYERS = 0.9
 
 
 class SharedBasis(Tied):
@@ -77,17 +77,11 @@ class SharedBasis(Tied):
         if self.shared is None:
             return PenaltyTerm(torch.zeros(()), 0, self.lambda_r, self.family)
         shared = self.shared.flatten(3).flatten(0, 1).flatten(1)  # (bases * S, n)
-        total, count = _deviation(shared).sum(), shared.shape[0] ** 2
-        if self.unique is not None and self.unique_penalty:
-            unique = self.unique.flatten(2)  # (L, U, n)
-            total = total + (shared @ unique.flatten(0, 1).T).square().sum() + _deviation(unique).sum()
+        unique = self.unique.flatten(2) if self.unique is not None and self.unique_penalty else None  # (L, U, n)
+        total, count = penalty(shared, unique), shared.shape[0] ** 2
+        if unique is not None:
             count += shared.shape[0] * unique.shape[0] * unique.shape[1] + unique.shape[0] * unique.shape[1] ** 2
         return PenaltyTerm(total, count, self.lambda_r, self.family)
-
-
-def _deviation(rows: Tensor) -> Tensor:
-    """Squared entries of ``B B^T - I``, (..., r, r)."""
-    return (rows @ rows.mT - torch.eye(rows.shape[-2], device=rows.device, dtype=rows.dtype)).square()
 
 
 class SharedConv2d(PlainConv2d):
@@ -105,8 +99,8 @@ class SharedConv2d(PlainConv2d):
 
     def penalty_term(self) -> PenaltyTerm:
         """How far the filters are from orthonormal: squared entries of ``B B^T - I``."""
-        deviation = _deviation(self.weight.flatten(1))
-        return PenaltyTerm(deviation.sum(), deviation.numel(), self.lambda_r, self.family)
+        filters = self.weight.flatten(1)
+        return PenaltyTerm(penalty(filters, None), len(filters) ** 2, self.lambda_r, self.family)
 
 
 class BasisFilters(GeneratedConv2d):

@@ -179,7 +179,7 @@ class Loop:
         batches = iter(self.loader)
         start, pause, images, seen = time.perf_counter(), 0.0, 0, 0
         while position.step - position.epoch * self.steps_per_epoch < self.steps_per_epoch and position.step < self.steps:
-            images = self._step(batches)
+            images = self.step(batches)
             seen += images
             over = position.step == self.steps or position.step % self.steps_per_epoch == 0
             if self._stop_asked(interrupts):
@@ -195,7 +195,7 @@ class Loop:
     def _in_mid_epoch(self) -> bool:
         return self.position.step != self.position.epoch * self.steps_per_epoch
 
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
+    def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
         """One optimizer step; gives the number of images over all processes."""
         recipe, position = self.recipe, self.position
         average = None if self.average is None else self.average.module

@@ -1,0 +1,62 @@
+"""Figure 5: two processes save to one folder while another reads it; nobody ever sees a mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import thriftnet as tn
+from faults.figure import Figure, bits, ended, forked, names_in
+from faults.kills import no_exchange
+from saver import network
+from thriftnet.errors import CheckpointError
+from thriftnet.interop.config import read_config
+
+
+
+def measure(folder: Path, seed: int, quick: bool) -> Figure:
+    figure = Figure("Two processes save to one folder, one reads", ["file system", "saves", "reads", "networks seen", "mixtures"])
+    saves, reads = (10, 15) if quick else (200, 400)
+    _race(figure, "exchanges folders in one step", folder / "one", saves, reads)
+    with no_exchange():
+        _race(figure, "needs two renames (simulated)", folder / "two", saves, reads)
+    return figure
+
+
+def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> None:
+    """Both writers save by turns two networks each, at least as often as asked and until enough was read."""
+    values = (1.0, 2.0, 3.0, 4.0)
+    networks = {value: network(value) for value in values}
+    whole = {value: bits(model) for value, model in networks.items()}
+    folder.mkdir()
+    place, stop = folder / "m", folder.parent / f"{folder.name}-stop"
+    tn.save(networks[1.0], place, metadata={"value": 1.0})
+
+    def write(own: tuple[float, float], record: Path) -> None:
+        count = 0
+        while count < saves // 2 or not stop.exists():
+            value = own[count % 2]
+            tn.save(networks[value], place, metadata={"value": value})
+            count += 1
+        record.write_text(str(count))
+
+    records = [folder.parent / f"{folder.name}-saves{index}" for index in range(2)]
+    writers = [forked(lambda own=own, record=record: write(own, record)) for own, record in zip((values[:2], values[2:]), records)]  # type: ignore[misc]
+    seen, mixtures = set(), 0
+    for _ in range(reads):
+        try:
+            found = bits(tn.load(place))
+        except CheckpointError as error:
+            figure.expect(False, f"reading {system}: {error}")
+            continue
+        value = next((value for value in values if whole[value] == found), None)
+        mixtures += value is None
+        seen.add(value)
+    stop.touch()
+    codes = [ended(writer) for writer in writers]
+    figure.expect(codes == [0, 0], f"a writer failed: {codes}")
+    figure.expect(not mixtures, f"{mixtures} of {reads} reads gave tensors of two networks")
+    figure.expect(len(seen) > 1, "the reader saw no change, so this shows nothing")
+    last = read_config(place)["metadata"]["value"]
+    figure.expect(whole[last] == bits(tn.load(place)), "config and weights are of two networks in the end")
+    figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is there in the end")
+    figure.rows.append([system, sum(int(record.read_text()) for record in records if record.exists()), reads, len(seen), mixtures])

@@ -1,0 +1,254 @@
+"""Stages: the sandwich of widths against its record, gates within budgets, and trainings after each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_rules import golden_input
+from safetensors.torch import load_file
+from test_zoo_dsnet import filled
+from torch import nn
+from training import Net, in_children, metrics, source
+from zoo_golden import check_digests, facts, gradients
+
+import thriftnet as tn
+from thriftnet.core.width import Width
+from thriftnet.errors import ConfigError
+from thriftnet.interop.authors.layout import read
+from thriftnet.train.engine import Progress
+from thriftnet.train.loss import Criterion
+from thriftnet.train.recipe import Recipe
+from thriftnet.train.sequence import train
+from thriftnet.train.stages import Step, Supernet, make_stage
+from thriftnet.train.stop import Interrupted
+
+FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
+WIDTHS = "slimmable(widths=(0.5, 1.0))"
+GATED = "slimmable(widths=(0.5, 1.0), gate='2')"
+PARTS = (
+    {"stage": "supernet", "epochs": 2, "ema_decay": 0.8, "stage_options": {"drawn": 1}},
+    {"recalibrate": {}},
+    {"stage": "gate", "epochs": 2, "lr": 0.1, "weight_decay": 0.0, "select_on": "last"},
+)
+
+
+def recipe(**fields: object) -> Recipe:
+    return Recipe().replace(**{**FAST, "epochs": 2, **fields})
+
+
+@dataclass(frozen=True)
+class Recorded(Supernet):
+    """The sandwich with the widths of the record."""
+
+    choices: tuple[int, ...] = ()
+
+    def between(self, seed: int, number: int) -> list[Width]:
+        return list(self.choices)
+
+
+def test_the_sandwich_of_the_record() -> None:
+    """Losses of all four passes, and the gradients summed over them."""
+    golden = facts("dsnet")["train_sandwich_tiny"]
+    model, layout = filled(golden["fill_gain"])
+    images = torch.from_numpy(golden_input(*golden["input_shape"])).double()
+    average = copy.deepcopy(model).eval()
+    choices = tuple(each["choice"] for each in golden["passes"] if each["mode"] == "uniform")
+    stage = Recorded(passes=4, widths=tn.core.width.widths(model), choices=choices)
+    criterion = Criterion(Recipe().replace(label_smoothing=0.1))
+    step = Step(model, model, average, criterion, 0, 0)
+    stage.train_mode(model)
+    labels = torch.arange(len(images)) % 10
+    losses = []
+    for loss in stage.losses(step, images, labels):
+        losses.append(loss.item())
+        loss.backward()
+    assert losses == pytest.approx([each["loss"] for each in golden["passes"]], rel=1e-9)
+    check_digests(read(gradients(model), layout), golden["grad"])
+
+
+def slim() -> nn.Module:
+    torch.manual_seed(0)
+    return tn.convert(Net(), "slimmable(widths=(0.5, 1.0))")
+
+
+def one_step(net: nn.Module, average: nn.Module | None, **options: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
+    stage = make_stage("supernet", net, options)
+    stage.train_mode(net)
+    step = Step(net, net, average, Criterion(Recipe()), 3, 5)
+    return list(stage.losses(step, images, labels)), images
+
+
+def test_widths_are_drawn_anew_for_each_step_and_alike_everywhere() -> None:
+    torch.manual_seed(0)
+    stage = Supernet(widths=(0.25, 0.5, 0.75, 1.0), drawn=3)
+    first = [stage.between(7, number) for number in range(20)]
+    torch.manual_seed(99)
+    assert first == [stage.between(7, number) for number in range(20)]
+    assert first != [stage.between(8, number) for number in range(20)]
+    assert {width for drawn in first for width in drawn} == {0.5, 0.75}
+    assert len({tuple(drawn) for drawn in first}) > 3
+
+
+@pytest.mark.parametrize("teacher", ["average", "largest", "labels"])
+def test_what_the_smallest_learns(teacher: str) -> None:
+    net = slim()
+    average = copy.deepcopy(net).eval()
+    before = copy.deepcopy(net)
+    losses, images = one_step(net, average, drawn=0, teacher=teacher)
+    small = copy.deepcopy(before).train()
+    tn.set_width(small, "largest")
+    largest = small(images)
+    tn.set_width(small, "smallest")
+    outputs = small(images)
+    tn.set_width(average, "largest")
+    wanted = {
+        "average": average(images).softmax(1),
+        "largest": largest.softmax(1),
+        "labels": torch.arange(6) % 3,
+    }[teacher]
+    assert losses[-1].item() == pytest.approx(F.cross_entropy(outputs, wanted).item(), rel=1e-5)
+    gradient = torch.autograd.grad(losses[-1], [p for p in net.parameters() if p.requires_grad], allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in gradient)
+
+
+def test_an_ensemble_teaches_the_smallest() -> None:
+    torch.manual_seed(0)
+    net = tn.convert(
+        nn.Sequential(
+            *Net(),
+        ),
+        "slimmable(widths=(0.5, 1.0))",
+    )
+    average = copy.deepcopy(net).eval()
+    losses, images = one_step(net, average, drawn=1, ensemble=True)
+    drawn = make_stage("supernet", net, {"drawn": 1}).between(5, 3)  # type: ignore[attr-defined]
+    lessons = []
+    for width in ("largest", *drawn):
+        tn.set_width(average, width)
+        lessons.append(average(images).softmax(1))
+    tn.set_width(net, "smallest")
+    outputs = net(images)
+    assert losses[-1].item() == pytest.approx(F.cross_entropy(outputs, torch.stack(lessons).mean(0)).item(), rel=1e-5)
+
+
+def test_the_sandwich_on_two_processes_equals_one_with_twice_the_batch(tmp_path: Path) -> None:
+    how = recipe(stage="supernet", ema_decay=0.5, validation=1 / 3, sync_batchnorm=True)
+
+    def go(place: Path, batch: int) -> None:
+        train(how.replace(batch_size=batch), source(), place, model=slim().double(), device="cpu")
+
+    assert in_children(lambda rank: go(tmp_path / "two", 8), ranks=2) == [0, 0]
+    go(tmp_path / "one", 16)
+    two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def gated() -> nn.Module:
+    torch.manual_seed(0)
+    return tn.convert(Net(), GATED)
+
+
+def test_only_the_gate_learns_in_its_stage(tmp_path: Path) -> None:
+    net = gated()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    outcome = train(recipe(stage="gate", select_on="last", validation=0.0), source(), tmp_path, model=net, device="cpu")
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("gate" in name for name in changed)
+    assert sum(outcome.facts["decisions"].values()) == 40
+    assert outcome.facts["macs"] > 0
+
+
+def test_three_stages_after_each_other_resume_between_and_inside(tmp_path: Path) -> None:
+    how = recipe(stages=PARTS, checkpoint_every=2)
+
+    def go(place: Path, **options: Any) -> Any:
+        return train(how, source(), place, model=gated(), device="cpu", **options)
+
+    wanted = go(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"1-supernet", "2-recalibrate", "3-gate"}
+    for stage, at in ((1, 3), (1, 9), (3, 3)):  # inside the first, at its end, inside the last
+        codes = in_children(
+            lambda rank, stage=stage, at=at: go(tmp_path / "killed", watch=kill_in(tmp_path / "killed", stage, at))
+        )  # type: ignore[misc]
+        assert codes == [-signal.SIGKILL]
+    resumed = go(tmp_path / "killed")
+    assert resumed.weights_sha256 == wanted.weights_sha256
+    for part in ("1-supernet", "3-gate"):
+        assert metrics(tmp_path / "killed" / part) == metrics(tmp_path / "whole" / part)
+    loaded = tn.load(tmp_path / "killed" / "3-gate" / "model", model=Net())
+    images = torch.randn(4, 3, 8, 8)
+    one, other = (tn.DynamicNetwork(net, input_size=(3, 8, 8)).eval() for net in (loaded, gated_from(wanted)))
+    assert torch.equal(one(images), other(images))
+
+
+def gated_from(outcome: Any) -> nn.Module:
+    return tn.load(Path(outcome.run) / "model", model=Net())
+
+
+def kill_in(folder: Path, stage: int, at: int) -> Any:
+    """Kill this process at a step of a stage."""
+
+    def watch(progress: Progress) -> None:
+        running = max(int(path.name[0]) for path in folder.iterdir() if path.name[0].isdigit())
+        if running >= stage and progress.step >= at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return watch
+
+
+def test_statistics_are_fresh_between_the_stages(tmp_path: Path) -> None:
+    net = gated()
+    train(recipe(stages=PARTS), source(), tmp_path, model=net, device="cpu")
+    raw, fresh = (load_file(tmp_path / part / "model" / "model.safetensors") for part in ("1-supernet", "2-recalibrate"))
+    changed = {name for name in raw if not torch.equal(raw[name], fresh[name])}
+    assert changed
+    assert all("running_" in name or "num_batches" in name for name in changed)
+    after = load_file(tmp_path / "3-gate" / "model" / "model.safetensors")
+    assert all(torch.equal(after[name], fresh[name]) for name in changed)
+
+
+MISTAKES = {
+    "no widths": ({"stage": "supernet"}, Net, "slimmable"),
+    "unknown teacher": ({"stage": "supernet", "stage_options": {"teacher": "me"}}, slim, "teacher.*average"),
+    "no average": ({"stage": "supernet"}, slim, "set ema_decay"),
+    "unknown option": ({"stage": "supernet", "stage_options": {"draws": 1}}, slim, "draws"),
+    "no gate": ({"stage": "gate"}, slim, "no gate.*gate=True"),
+    "unknown gate option": ({"stage": "gate", "stage_options": {"budgets": 1}}, gated, "budgets.*budget"),
+    "budget out of reach": (
+        {"stage": "gate", "stage_options": {"budget": 1e12}},
+        gated,
+        "out of reach: possible are [0-9,]+ to",
+    ),
+    "neither": ({"stages": [{"epochs": 1}]}, gated, "either a field stage or a field recalibrate"),
+    "nothing trains": ({"stages": [{"recalibrate": {}}]}, gated, "none of the recipe's stages trains"),
+    "unknown recalibration": ({"stages": [{"recalibrate": {"width": 1}}, {"stage": "gate"}]}, gated, "width.*widths"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path) -> None:
+    fields, make, wanted = MISTAKES[name]
+    with pytest.raises((ConfigError, tn.IncompatibleModelError), match=f"(?s){wanted}"):
+        train(recipe(**fields), source(), tmp_path, model=make(), device="cpu")  # type: ignore[operator]
+
+
+def test_an_interrupted_sequence_says_where(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="1-supernet"):
+        train(recipe(stages=PARTS), source(), tmp_path, model=gated(), device="cpu", watch=stop)
+    assert json.loads((tmp_path / "1-supernet" / "run.json").read_text())["recipe"]["stage"] == "supernet"
