@@ -26,8 +26,8 @@ check: $(STAMP) ## lint, formatting, types, and which room imports which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## time the shift against other ways to write it
-	$(BIN)/python benchmarks/shift.py $(ARGS)
+bench: $(STAMP) ## time every technique against its floor; ARGS='--check shift' for one topic and an exit code
+	$(BIN)/thriftnet bench $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -18,7 +18,7 @@ from torch import nn
 
 from thriftnet.interop.checkpoints import unique_tensors
 
-SHOWN = 8  # failures that are printed of each figure
+SHOWN = 30  # failures that are printed of each figure
 
 Bits = dict[str, tuple[str, tuple[int, ...], str]]
 

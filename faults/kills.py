@@ -97,7 +97,9 @@ def _series(
         for kill in range(kills):
             if fresh:
                 shutil.rmtree(place, ignore_errors=True)
-            code = killed_after(lambda report, value=new: _save_and_wait(save, value, report), chance.uniform(0, 1.3 * duration))  # type: ignore[misc]
+            code = killed_after(
+                lambda report, value=new: _save_and_wait(save, value, report), chance.uniform(0, 1.3 * duration)
+            )  # type: ignore[misc]
             figure.expect(code == -signal.SIGKILL, f"a saver ended by itself with {code}")
             counts["workspaces"] += any(name != "m" for name in names_in(folder))
             found = _found(place, whole, figure)

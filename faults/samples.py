@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import struct
 from collections import OrderedDict
@@ -116,7 +115,7 @@ def _state_dicts(quick: bool) -> list[Sample]:
             "ShiftResNet": _state("shiftresnet20", shiftresnet_layout, expansion=1, num_classes=3),
             "DS-Net": _state("dsnet", dsnet_layout, stem=(6, 8), stages=SUPERNET, num_classes=3),
             "soft sharing": _state("swrn", swrn_layout, depth=10, width=1, templates=1, num_classes=3),
-            "Net_RL2": _state("resnet32_double_shared", resnet_layout, depth=8, shared_rank=2, unique_rank=1),
+            "Net_RL2": _state("resnet32_double_shared", resnet_layout, depth=14, shared_rank=2, unique_rank=1),
         }
     made = []
     for system, state in states.items():
@@ -155,12 +154,19 @@ def without_checksums(content: Any) -> bytes:
 def _whole(*, archived: bool) -> Sample:
     """A whole pickled network."""
     model = stirred(tn.create_model("resnet20", shortcut="projection", reduction=9.3, num_classes=3))
+    model._modules["linear"] = model._modules.pop("fc")  # as the authors call it
     content = torch_saved({"net": model, "acc": 91.5, "epoch": 3}, archived=archived)
     return Sample("a whole network", "torch zip" if archived else "torch legacy", content, checked=archived)
 
 
 def _python2() -> Sample:
-    """A state dict as Python 2 pickled it, with what its authors put around it."""
+    recorder = b"(iutils\nRecorderMeter\n" + dict_of(total_epoch=b"K\x05") + b"b"
+    data = python2_file(recorder=recorder, arch=text2(b"caf\xe9"))
+    return Sample("a Python 2 state dict with recorder", "torch legacy, Python 2", data)
+
+
+def python2_file(**around: bytes) -> bytes:
+    """A state dict as Python 2 pickled it, with pickled values beside it."""
     state, weights = {f"module.{key}": tensor for key, tensor in _mixer().items()}, dict[str, bytes]()
     pairs = []
     for index, (key, tensor) in enumerate(state.items()):
@@ -171,12 +177,9 @@ def _python2() -> Sample:
         pairs.append(list_of(text2(key.encode()), call("torch._utils._rebuild_tensor", source, b"K\x00", shape, strides)))
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         weights[str(index)] = struct.pack("<q", tensor.numel()) + raw
-    recorder = b"(iutils\nRecorderMeter\n" + dict_of(total_epoch=b"K\x05") + b"b"
-    body = dict_of(state_dict=call("collections.OrderedDict", list_of(*pairs)), recorder=recorder, arch=text2(b"caf\xe9"))
-    out = io.BytesIO(legacy(body))
+    body = dict_of(state_dict=call("collections.OrderedDict", list_of(*pairs)), **around)
     keys = b"\x80\x02" + list_of(*(text2(key.encode()) for key in weights)) + b"."
-    head = out.getvalue().removesuffix(b"\x80\x02](e.")
-    return Sample("a Python 2 state dict with recorder", "torch legacy, Python 2", head + keys + b"".join(weights.values()))
+    return legacy(body).removesuffix(b"\x80\x02](e.") + keys + b"".join(weights.values())
 
 
 def _folders(folder: Path) -> list[Sample]:

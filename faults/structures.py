@@ -19,8 +19,12 @@ from thriftnet.interop.files import read_file
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 SIZES = st.sampled_from([0, 1, -1, 2, 3, 8, 1 << 16, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, 1 << 70]) | st.integers()
-SCALARS = st.none() | st.booleans() | SIZES | st.floats() | st.text(max_size=8) | st.sampled_from(["convert", "os:system", "NaN"])
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4))
+SCALARS = (
+    st.none() | st.booleans() | SIZES | st.floats() | st.text(max_size=8) | st.sampled_from(["convert", "os:system", "NaN"])
+)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+)
 NAMES = ("dtype", "shape", "data_offsets")
 DTYPES = ("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "F4", "F8_E4M3", "C64", "X", "")
 ODD = (
@@ -50,9 +54,7 @@ def states_of(samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def draw(
-    samples: list[Sample], states: list[dict[str, Any]], number: int, batch: int, size: int
-) -> list[tuple[int, bytes]]:
+def draw(samples: list[Sample], states: list[dict[str, Any]], number: int, batch: int, size: int) -> list[tuple[int, bytes]]:
     """So many changed files, and the samples that they were made from; always the same for a seed and batch."""
     made: list[tuple[int, bytes]] = []
 
@@ -138,28 +140,43 @@ def _state_dict(state: dict[str, Any], draw: Draw) -> bytes:
         kind = draw(st.integers(0, 3))
         if kind == 0:
             parts = key.split(".")
-            parts[draw(st.integers(0, len(parts) - 1))] = draw(st.sampled_from(["0", "1", "99999999999", "weight", "", "x", "-1"]))
+            parts[draw(st.integers(0, len(parts) - 1))] = draw(
+                st.sampled_from(["0", "1", "99999999999", "weight", "", "x", "-1"])
+            )
             state[".".join(parts)] = state.pop(key)
         elif kind == 1:
             del state[key]
         elif isinstance(state[key], torch.Tensor):
             state[key] = draw(st.sampled_from(ODD))(state[key])
-    around: Any = draw(st.sampled_from([state, {"state_dict": state}, {"net": state, "acc": float("nan")}, [state], {"module": {"state_dict": state}}]))
+    around: Any = draw(
+        st.sampled_from(
+            [state, {"state_dict": state}, {"net": state, "acc": float("nan")}, [state], {"module": {"state_dict": state}}]
+        )
+    )
     if isinstance(around, dict) and draw(st.booleans()):
         around = {**around, "cfg": draw(st.text(max_size=30) | JSON), "epoch": draw(SCALARS)}
     return without_checksums(around) if draw(st.booleans()) else saved(around, archived=False)
 
 
 def _is_state(value: dict[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(key, str) for key in value) and any(isinstance(t, torch.Tensor) for t in value.values())
+    return (
+        bool(value)
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(t, torch.Tensor) for t in value.values())
+    )
 
 
 def _records(draw: Draw) -> bytes:
     """An archive whose directory says something else than its headers."""
     numbers = st.none() | SIZES.map(lambda value: value % (1 << 32))
     entries = []
-    for name in draw(st.lists(st.sampled_from(["data.pkl", "data/0", "version", "../x", "/x", "byteorder", ""]), min_size=1, max_size=4)):
-        stated = {field: draw(numbers) for field in draw(st.sets(st.sampled_from(["size", "header_size", "offset", "crc", "packed"])))}
+    for name in draw(
+        st.lists(st.sampled_from(["data.pkl", "data/0", "version", "../x", "/x", "byteorder", ""]), min_size=1, max_size=4)
+    ):
+        stated = {
+            field: draw(numbers)
+            for field in draw(st.sets(st.sampled_from(["size", "header_size", "offset", "crc", "packed"])))
+        }
         method, wide = draw(st.sampled_from([0, 0, 0, 8, 99])), draw(st.booleans())
         entries.append(Entry(f"archive/{name}", draw(st.binary(max_size=40)), method=method, wide=wide, **stated))
     return archive(*entries, more=draw(st.binary(max_size=4)), comment=draw(st.sampled_from([b"", b"", b"c"])))

@@ -37,7 +37,13 @@ RECIPE = {
 def measure(folder: Path, seed: int, quick: bool) -> Figure:
     figure = Figure(
         "Kill -9 of a training at a random time, with a checkpoint after each step",
-        ["kills", "before the first checkpoint", "while writing a checkpoint", "after the end", "same weights and metrics in the end"],
+        [
+            "kills",
+            "before the first checkpoint",
+            "while writing a checkpoint",
+            "after the end",
+            "same weights and metrics in the end",
+        ],
     )
     wanted, seconds = _timed(folder)
     chance = random.Random(f"{seed}/trainings")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import thriftnet as tn
-from faults.samples import Sample, make_samples
+from faults.samples import Sample, make_samples, python2_file
 from pickle_bytes import Entry, dict_of, legacy, storage, tensor, zipped
 from test_unpickle_hostile import FLOATS, payloads
 
@@ -34,7 +34,7 @@ def _new(folder: Path) -> Path:
 
 
 def _pickles(folder: Path, samples: list[Sample]) -> None:
-    """Those of the tests, in both formats, beside weights and in place of them."""
+    """Those of the tests, in both formats, and beside a network that opens."""
     made = payloads(folder)
     place = _new(folder / "pickles")
     for index, sample in enumerate(samples):
@@ -44,6 +44,7 @@ def _pickles(folder: Path, samples: list[Sample]) -> None:
         body = dict_of(state_dict=dict_of(weight=tensor(storage(4), [4], [1])), payload=payload)
         archived = dict_of(state_dict=dict_of(weight=tensor(storage(4, view=None), [4], [1])), payload=payload)
         (place / f"{case}, legacy").write_bytes(legacy(body, {"0": FLOATS}))
+        (place / f"{case}, beside a network").write_bytes(python2_file(payload=payload))
         version = Entry("archive/version", b"3")
         (place / f"{case}, zip").write_bytes(zipped(archived, version, weights={"0": FLOATS}))
     links = _new(folder / "archives")
@@ -153,7 +154,11 @@ def _configs(folder: Path, quick: bool) -> None:
     place = folder / "folders"
     sound = tn.save(tn.convert(plain, "soft-sharing(templates=2)"), place / "0 sound")
     stored = json.loads((sound / "config.json").read_text())
-    texts = {"deep": b"[" * 200_000, "deep object": b'{"a":' * 100_000, "digits": b'{"thriftnet_format": ' + b"9" * 10_000 + b"}"}
+    texts = {
+        "deep": b"[" * 200_000,
+        "deep object": b'{"a":' * 100_000,
+        "digits": b'{"thriftnet_format": ' + b"9" * 10_000 + b"}",
+    }
     for case, change in CONFIGS.items():
         config = copy.deepcopy(stored)
         change(config)

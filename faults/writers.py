@@ -12,9 +12,10 @@ from thriftnet.errors import CheckpointError
 from thriftnet.interop.config import read_config
 
 
-
 def measure(folder: Path, seed: int, quick: bool) -> Figure:
-    figure = Figure("Two processes save to one folder, one reads", ["file system", "saves", "reads", "networks seen", "mixtures"])
+    figure = Figure(
+        "Two processes save to one folder, one reads", ["file system", "saves", "reads", "networks seen", "mixtures"]
+    )
     saves, reads = (10, 15) if quick else (200, 400)
     _race(figure, "exchanges folders in one step", folder / "one", saves, reads)
     with no_exchange():
@@ -40,7 +41,9 @@ def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> 
         record.write_text(str(count))
 
     records = [folder.parent / f"{folder.name}-saves{index}" for index in range(2)]
-    writers = [forked(lambda own=own, record=record: write(own, record)) for own, record in zip((values[:2], values[2:]), records)]  # type: ignore[misc]
+    writers = [
+        forked(lambda own=own, record=record: write(own, record)) for own, record in zip((values[:2], values[2:]), records)
+    ]  # type: ignore[misc]
     seen, mixtures = set(), 0
     for _ in range(reads):
         try:
@@ -59,4 +62,6 @@ def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> 
     last = read_config(place)["metadata"]["value"]
     figure.expect(whole[last] == bits(tn.load(place)), "config and weights are of two networks in the end")
     figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is there in the end")
-    figure.rows.append([system, sum(int(record.read_text()) for record in records if record.exists()), reads, len(seen), mixtures])
+    figure.rows.append(
+        [system, sum(int(record.read_text()) for record in records if record.exists()), reads, len(seen), mixtures]
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PLACES = {
+    "thriftnet.core.eval_fold": ("eval_fold",),
     "thriftnet.core.plan": ("Plan",),
     "thriftnet.core.recalibrate": ("recalibrate",),
     "thriftnet.core.verbs": ("fold", "freeze", "param_groups", "penalty"),
@@ -42,6 +43,8 @@ _WHERE = {name: place for place, names in _PLACES.items() for name in names}
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from thriftnet import kernels as kernels
+    from thriftnet.core.eval_fold import eval_fold
     from thriftnet.core.plan import Plan
     from thriftnet.core.recalibrate import recalibrate
     from thriftnet.core.verbs import fold, freeze, param_groups, penalty
@@ -73,6 +76,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_WHERE[name]), name)
         globals()[name] = value
         return value
+    if name == "kernels":
+        return importlib.import_module("thriftnet.kernels")
     raise AttributeError(f"module 'thriftnet' has no attribute {name!r}")
 
 

@@ -83,7 +83,7 @@ class OriginalBasisConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = [] if self.bank.unique is None else [self.bank.unique[self.layer]]
         parts += [] if self.bank.shared is None else [self.bank.shared[self.base]]
-        found = torch.cat([F.conv2d(x, part, None, self.stride, self.padding) for part in parts], 1)  # type: ignore[arg-type]
+        found = torch.cat([F.conv2d(x, part, None, self.stride, self.padding) for part in parts], 1)
         mixed: Tensor = self.coefficients(self.norm(found))
         return mixed
 

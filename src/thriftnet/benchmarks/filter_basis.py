@@ -78,7 +78,7 @@ def step_case(
     for layout, form in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
         a, g = (tensor.contiguous(memory_format=form) for tensor in (x, grad))
         for name, layer in (("plain", conv), ("thriftnet", ours), ("two convolutions", OriginalBasisConv2d(ours))):
-            forms[f"{name}, {layout}"] = layer_step(copy.deepcopy(layer).to(memory_format=form), a, g)  # type: ignore[call-overload]
+            forms[f"{name}, {layout}"] = layer_step(copy.deepcopy(layer).to(memory_format=form), a, g)
     apart = frozenset(name for name in forms if name.startswith("plain"))
     ratios = [
         Ratio("thriftnet, channels_last", "plain, channels_last"),

@@ -19,13 +19,16 @@ VERBS = {
     "evaluate": "measure how well a network classifies",
     "recipes": "list the training recipes, or show one",
     "import": "import a checkpoint of one of the five original projects",
+    "bench": "time every technique against its floor and against the targets",
+    "recalibrate": "fresh batch-norm statistics from training images, at every width",
+    "search": "find the best widths of a supernet within a budget, as a plain network",
     "fold": "turn a converted network into plain layers, check that it computes the same, and save it",
 }
 MODULES = {"import": "import_"}  # where a verb is no name that Python takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 2 wrong use or a refused input, 130 interrupted."""
+    """Run a command line; returns the exit code: 0 done, 1 a check that failed, 2 wrong use or a refused input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(help_text())
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
+        code: int | None = importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
     except ThriftnetError as error:
         sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")
         return 2
@@ -47,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    return 0
+    return code or 0
 
 
 def help_text() -> str:
     """What `thriftnet --help` prints."""
-    lines = [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    lines = [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
     return "\n".join(
         [
             "usage: thriftnet VERB [options]        (thriftnet VERB --help says more)",

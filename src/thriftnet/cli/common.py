@@ -72,6 +72,23 @@ def literal(text: str) -> Any:
         return text
 
 
+def quantity(option: str, text: str) -> float:
+    """A number that may end in K, M or G.
+
+    Example:
+        >>> quantity("--macs", "1.5M")
+        1500000.0
+    """
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 0.0)
+    try:
+        value = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{option} {text}: write a number greater than 0, as 300000000 or 300M")
+    return value
+
+
 def open_network(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The network that a MODEL argument names."""
     from thriftnet.interop.checkpoints import open_model

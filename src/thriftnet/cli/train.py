@@ -48,6 +48,11 @@ def run(arguments: Sequence[str]) -> None:
     stated = {option[2:].replace("-", "_"): options[option[2:].replace("-", "_")] for option in FIELDS}
     fields = {name: value for name, value in stated.items() if value is not None}
     recipe = make_recipe(options.recipe, fields | others)
+    for name in recipe.needs:
+        if options[name] is None:
+            raise ConfigError(
+                f"the recipe {options.recipe} starts from a trained network: give --{name} FOLDER, as RUN/model"
+            )
     with Bar() as bar:
         outcome = train(
             recipe,
@@ -155,6 +160,7 @@ def describe(outcome: Outcome) -> str:
         lines.append(f"resumed from {outcome.resumed_from}")
     lines += [
         f"test top-1 {outcome.top1:.2f} %, loss {outcome.loss:.4f}; {outcome.params:,} stored parameters",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in outcome.facts.items()),
         f"{outcome.steps:,} steps, {outcome.seconds:.1f} s, {outcome.world_size} process{'es' if outcome.world_size > 1 else ''}",
         f"run: {outcome.run}    (thriftnet evaluate {outcome.run} --data ...)",
     ]

@@ -38,6 +38,7 @@ from thriftnet.interop.config import (
     check_sizes,
     described,
     no_folder,
+    open_file,
     parse_config,
     read_config,
 )
@@ -195,7 +196,8 @@ def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
             continue
         config = parse_config(seen[0], place)
         try:
-            data = (place / WEIGHTS).read_bytes()
+            with open_file(place / WEIGHTS) as file:
+                data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             data = b""
         except OSError as error:
@@ -215,7 +217,7 @@ def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
 def _config_file(place: Path) -> tuple[bytes, int, int] | None:
     """Content of the config file and which file it is; None where there is none."""
     try:
-        with (place / CONFIG).open("rb") as file:
+        with open_file(place / CONFIG) as file:
             facts = os.fstat(file.fileno())
             return file.read(), facts.st_ino, facts.st_ctime_ns
     except (FileNotFoundError, NotADirectoryError):
@@ -307,8 +309,10 @@ def _check_replaceable(place: Path) -> None:
     try:
         if not place.exists() or (place.is_dir() and not any(place.iterdir())):
             return
-        if place.is_dir() and "thriftnet_format" in json.loads((place / CONFIG).read_bytes()):
-            return
+        if place.is_dir():
+            with open_file(place / CONFIG) as file:
+                if "thriftnet_format" in json.load(file):
+                    return
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         pass  # no config.json, or not ours
     except OSError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import nn
 
@@ -175,12 +178,26 @@ def read_config(place: str | Path) -> Config:
         CheckpointError: Not a model folder, damaged, or of a newer format.
     """
     try:
-        text = (Path(place) / CONFIG).read_bytes()
+        with open_file(Path(place) / CONFIG) as file:
+            text = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise no_folder(Path(place)) from None
     except OSError as error:
         raise CheckpointError(f"{Path(place) / CONFIG} cannot be read: {error.strerror or error}") from None
     return parse_config(text, Path(place))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of a folder for reading, without waiting for a pipe in its place.
+
+    Raises:
+        OSError: No file, or a device or pipe, which may never end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a device or pipe, not a file")
+    return file
 
 
 def no_folder(place: Path) -> CheckpointError:

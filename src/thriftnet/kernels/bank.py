@@ -73,8 +73,16 @@ class Mixer:
         self._round: Round | None = None
         self._arena = Arena()
 
+    def join(self, layer: User) -> None:
+        """Get to know a layer. All must be known from the start: rounding depends on how many rows a product has, and a
+        training that is taken up again must repeat the bits."""
+        key = id(layer)
+        if key not in self._layers:
+            self._layers[key] = weakref.ref(layer, lambda _: self._layers.pop(key, None))
+
     def weight(self, layer: User, templates: nn.Parameter) -> Tensor:
         """The layer's weight, (O, I, kh, kw)."""
+        self.join(layer)
         if self.choose(layer, templates).form == "alone":
             return alone(layer.coefficients, templates)
         if self._round is not None:
@@ -86,22 +94,16 @@ class Mixer:
         return alone(layer.coefficients, templates) if found is None else found
 
     def choose(self, layer: User, templates: Tensor) -> Choice:
-        """Together or alone; a layer that is new to the bank is noted."""
-        is_new = id(layer) not in self._layers
+        """Together or alone."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return Choice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
         if not can_join(templates, layer.coefficients):
             return Choice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
-        if is_new:
-            key = id(layer)
-            self._layers[key] = weakref.ref(layer, lambda _: self._layers.pop(key, None))
         choice = forced("bank")
         if choice is not None:
             return choice
         if not torch.is_grad_enabled():
             return Choice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
-        if is_new:
-            return Choice("bank", "alone", "the first forward of this layer")
         return Choice("bank", "together", f"one product for {len(self._layers)} layers")
 
     def _begin(self, layer: User, templates: nn.Parameter) -> Round:

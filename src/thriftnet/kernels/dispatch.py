@@ -107,14 +107,13 @@ def explain(model: nn.Module, input: Tensor) -> Explanation:
     """Which form of its kernel each layer of ``model`` takes for ``input``, and why.
 
     A copy of the network runs, in the mode it is in (training or eval, with gradients or without), so that layout, size and
-    device are those that each layer meets. It runs twice: in the first forward banks get to know their layers.
+    device are those that each layer meets.
 
     Example:
         >>> print(explain(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8)))
         no layer of this network runs a kernel that has several forms
     """
     network = copy.deepcopy(model)
-    network(input)
     found: dict[str, Choice] = {}
 
     def note(name: str, layer: Explained, x: Tensor) -> None:

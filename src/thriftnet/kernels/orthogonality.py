@@ -55,7 +55,7 @@ class BlockPenalty(torch.autograd.Function):
         flat, cross = unique.flatten(0, 1), blocks[1] * (2 * grads[0])
         own = blocks[2] * (4 * grads[0])
         for_unique = (cross.T @ shared).view(unique.shape) + own @ unique
-        return gram @ shared + cross @ flat, for_unique
+        return torch.addmm(gram @ shared, cross, flat), for_unique
 
 
 def _blocks(shared: Tensor, unique: Tensor | None) -> list[Tensor]:

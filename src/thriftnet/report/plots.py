@@ -126,3 +126,38 @@ def predictions(images: Tensor, labels: Sequence[int], names: Sequence[str], pre
         axes.set_xlim(-3.6, count)
         axes.set_ylim(-0.34 * rows - 0.25, 1)
         return svg(drawn)
+
+
+def accuracy_against_macs(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Accuracy in percent over multiply-accumulates, a line for each way to choose; the best place is top left."""
+    with figure(7.2, 4.4) as drawn:
+        axes = drawn.subplots()
+        for i, (name, points) in enumerate(curves.items(), 1):
+            ordered = sorted(points)
+            style: Any = {"marker": MARKERS[i % 7], "color": COLOURS[i % 7]}
+            axes.plot([macs / 1e6 for macs, _ in ordered], [top1 for _, top1 in ordered], label=name, **style)
+        axes.set_xlabel("multiply-accumulates per image, millions")
+        axes.set_ylabel("top-1 accuracy, %")
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, loc="lower right")
+        return svg(drawn)
+
+
+def decisions(counts: Sequence[Sequence[int]], classes: Sequence[str], widths: Sequence[str]) -> str:
+    """What share of each class's images takes each width, narrowest first, a bar for each class."""
+    with figure(7.2, 1.2 + 0.28 * len(classes)) as drawn:
+        axes = drawn.subplots()
+        totals = [max(sum(row), 1) for row in counts]
+        left = [0.0] * len(classes)
+        for place, width in enumerate(widths):
+            shares = [100 * row[place] / total for row, total in zip(counts, totals, strict=True)]
+            shade = 0.88 - 0.7 * place / max(len(widths) - 1, 1)
+            axes.barh(range(len(classes)), shares, left=left, color=(shade * 0.8, shade * 0.95, shade), label=width)
+            left = [start + share for start, share in zip(left, shares, strict=True)]
+        axes.set_yticks(range(len(classes)), classes)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("images, %")
+        axes.grid(visible=False)
+        drawn.legend(loc="outside right upper", title="width", frameon=False)
+        return svg(drawn)

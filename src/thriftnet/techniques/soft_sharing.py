@@ -118,6 +118,7 @@ class SConv2d(GeneratedConv2d):
             self.bias = nn.Parameter(bank.templates.new_zeros(outs))
         self.bank = bank
         self.coefficients = nn.Parameter(F.normalize(torch.randn(templates), dim=0).to(bank.templates))  # (T,)
+        bank.mixer.join(self)
 
     @classmethod
     def replacing(cls, conv: Convolution, bank: TemplateBank, coefficients: Tensor) -> SConv2d:
@@ -126,7 +127,12 @@ class SConv2d(GeneratedConv2d):
         GeneratedConv2d.__init__(layer, conv)
         layer.bank = bank
         layer.coefficients = nn.Parameter(coefficients)
+        bank.mixer.join(layer)
         return layer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.bank.mixer.join(self)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

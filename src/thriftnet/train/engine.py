@@ -109,7 +109,7 @@ class Loop:
         self.memory_format = FORMATS[memory_format]
         self.dtype = torch.float64 if next(model.parameters()).dtype is torch.float64 else torch.float32
         self.plain = stage.trained(model.to(memory_format=self.memory_format))
-        self.average = average_of(self.plain, recipe.ema_decay)
+        self.average = average_of(self.plain, recipe.ema_decay, warmup=recipe.ema_warmup)
         self.criterion, self.mixup = Criterion(recipe, teacher), make_mixup(recipe, classes)
         if recipe.compile:
             self.plain.compile()
@@ -314,10 +314,25 @@ class Loop:
         self.hooks.watch(Progress(position.step, self.steps, row["epoch"], images, row["train_loss"], row))
 
 
-def average_of(model: nn.Module, decay: float) -> AveragedModel | None:
+def average_of(model: nn.Module, decay: float, *, warmup: bool = False) -> AveragedModel | None:
     """An exponential average of a network over steps, with its running statistics; each tied tensor moves once."""
     if not decay:
         return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+    average = AveragedModel(model, multi_avg_fn=_warmed_up(decay) if warmup else _constant(decay), use_buffers=True)
     average.eval()
     return average
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def _constant(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    return get_ema_multi_avg_fn(decay)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _warmed_up(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    def update(average: Tensors, present: Tensors, count: Tensor | int) -> None:
+        number = int(count)
+        _constant(min(decay, (1 + number) / (10 + number)))(average, present, count)
+
+    return update

@@ -278,7 +278,11 @@ class Job:
         kept = stage.saved(loop.plain)
         prepare.load_kept(kept, self.folder / MODEL)
         network = stage.measured(loop.plain)
-        found = evaluate(network, self._eval_loader(self.source.split("test")))
+        test = self._eval_loader(self.source.split("test"))
+        found = evaluate(network, test)
+        facts = stage.facts(network)
+        if loop.criterion.teacher is not None:
+            facts["teacher_top1"] = evaluate(loop.criterion.teacher, test).top1
         kept.eval()
         return Outcome(
             run=str(self.folder),
@@ -292,5 +296,5 @@ class Job:
             seconds=round(time.perf_counter() - self.start, 3),
             resumed_from=taken_up,
             notes=tuple(self.notes),
-            facts=stage.facts(network),
+            facts=facts,
         )

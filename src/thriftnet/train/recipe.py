@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 SPARED = ("technique", "norm", "bias")
 # fields that do not change what is computed: a resumed run may have others
-FREE = ("about", "checkpoint_every", "keep_checkpoints", "trackers", "workers", "on_nan", "epochs", "max_steps")
+FREE = ("about", "needs", "checkpoint_every", "keep_checkpoints", "trackers", "workers", "on_nan", "epochs", "max_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class Recipe:
         distill_temperature: Softens both outputs.
         penalty: Factor on the technique's own penalty, which its config has scaled already.
         ema_decay: Of an average of the weights over steps; 0 for none. What is evaluated and saved is the average.
+        ema_warmup: Let the average forget the beginning: in step n its decay is at most (1 + n) / (10 + n).
         augmentation: Fields of `thriftnet.data.transforms.Augmentation`; mean and std follow from the data if not given.
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
         memory_format: ``auto`` times both for a few steps.
@@ -93,6 +94,7 @@ class Recipe:
         on_nan: Whether a loss that is no number stops the training or skips the step.
         on_corrupt: Whether an image that cannot be read stops the training or is left out.
         trackers: Of Accelerate, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are left out.
+        needs: Options that must be given on the command line, as ``model`` for a recipe that starts from a trained network.
         about: Paper, table row, expected accuracy, parameters, hardware, time.
     """
 
@@ -133,6 +135,7 @@ class Recipe:
     distill_temperature: float = 4.0
     penalty: float = 1.0
     ema_decay: float = 0.0
+    ema_warmup: bool = False
     augmentation: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     memory_format: str = "auto"
@@ -150,6 +153,7 @@ class Recipe:
     on_nan: str = "stop"
     on_corrupt: Literal["error", "skip"] = "error"
     trackers: tuple[str, ...] = ("tensorboard",)
+    needs: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

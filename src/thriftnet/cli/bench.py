@@ -1,0 +1,80 @@
+"""`thriftnet bench`: every technique against its floor, and against the targets of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thriftnet.benchmarks import TOPICS
+from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.errors import unknown
+from thriftnet.text import table
+
+if TYPE_CHECKING:
+    from thriftnet.benchmarks.report import Results
+
+DESCRIPTION = (
+    "Time every technique against its floor and against what one would write without it. Forms are first checked to compute "
+    "the same, then timed in an order drawn anew for every round. Trust the ratios: absolute times depend on the machine."
+)
+COLUMNS = ("case", "ratio", "value", "quartiles", "target", "")
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = new_parser("bench", DESCRIPTION)
+    add = parser.add_argument
+    add("topics", metavar="TOPIC", nargs="*", help=f"left out: all of {', '.join(TOPICS)}")
+    add("--quick", action="store_true", help="small sizes, three rounds: shows that everything runs, proves nothing")
+    add("--check", action="store_true", help="exit with 1 when a target is missed")
+    add("--sweep", action="store_true", help="time against size instead of targets, for --svg")
+    add("--threads", type=int, help="threads within an operation (1)")
+    add("--fast-malloc", action="store_true", help="let glibc keep freed memory (Linux); some targets are for this only")
+    add("--svg", metavar="FILE", help="draw the ratios beside their targets, or the sweep")
+    options = parse(parser, arguments)
+    topics = options.topics or list(TOPICS)
+    for topic in topics:
+        if topic not in TOPICS:
+            raise unknown("topic", topic, TOPICS)
+    results = _measured(topics, options)
+    if options.svg:
+        from thriftnet.benchmarks.report import picture
+
+        Path(options.svg).write_text(picture(results), encoding="utf-8")
+    emit(_text(results), results.to_dict(), as_json=options.json)
+    return 1 if options.check and results.missed() else 0
+
+
+def _measured(topics: Sequence[str], options: Any) -> Results:
+    """Everything that the topics measure."""
+    import torch
+
+    from thriftnet.benchmarks import cases
+    from thriftnet.benchmarks.measuring import Case, Settings, measure
+    from thriftnet.benchmarks.report import Results, conditions
+    from thriftnet.runtime_options import allocator, use_fast_malloc, use_threads
+
+    memory = use_fast_malloc() if options.fast_malloc else allocator()
+    use_threads(1, options.threads)
+    torch.manual_seed(0)
+    settings = Settings(quick=options.quick, sweep=options.sweep)
+    results = Results(conditions(memory, options.quick), fast_malloc=options.fast_malloc)
+    for topic in topics:
+        for item in cases(topic, settings):
+            if isinstance(item, Case):
+                results.measured.append(measure(item, settings))
+            else:
+                results.facts.append(item)
+    return results
+
+
+def _text(results: Results) -> str:
+    """Times, then ratios with their targets."""
+    lines = ["  ".join(f"{key}: {value}" for key, value in results.conditions.items()), ""]
+    for measured in results.measured:
+        lines.append(f"{measured.topic}: {measured.name}")
+        rows = [[name, spread.median, f"{spread.low:.3g} to {spread.high:.3g}"] for name, spread in measured.ms.items()]
+        lines += ["  " + line for line in table(["form", "ms", "quartiles"], rows).splitlines()]
+        lines.append("")
+    rows = [[row.case, row.what, f"{row.value:.3g}", row.quartiles, row.bound, row.verdict] for row in results.rows()]
+    return "\n".join([*lines, table(list(COLUMNS), rows)])
