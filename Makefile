@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench faults docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,12 +29,15 @@ check: $(STAMP) ## lint, formatting, types, and which room imports which
 bench: $(STAMP) ## time every technique against its floor; ARGS='--check shift' for one topic and an exit code
 	$(BIN)/thriftnet bench $(ARGS)
 
+faults: $(STAMP) ## kill, fill, damage and attack; writes docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults --page docs/reliability.md $(ARGS)
+
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove build outputs and caches; .venv, demo/ and runs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks faults -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("thriftnet needs Python >= 3.10: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'

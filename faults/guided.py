@@ -36,6 +36,7 @@ def judgements(samples: list[Sample], folder: Path, seed: int, runs: int) -> tup
     for index, sample in enumerate(samples):
         if sample.part is None and len(sample.data) <= LARGEST:
             (corpus / str(index)).write_bytes(sample.data)
+    started = len(list(corpus.iterdir()))
     limits = [f"-runs={runs}", f"-seed={seed + 1}", f"-max_len={LARGEST}", f"-timeout={LONGEST}", "-rss_limit_mb=4096"]
     command = [sys.executable, "-m", "faults.guided", str(results), str(corpus), *limits, f"-artifact_prefix={folder}/"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -44,7 +45,7 @@ def judgements(samples: list[Sample], folder: Path, seed: int, runs: int) -> tup
         last = " ".join(done.stderr[-300:].split())
         found.append(Judgement("?", "FAILED", f"atheris ended with {done.returncode} after {len(found)} files: {last}"))
     version = importlib.metadata.version("atheris")
-    return iter(found), f"atheris {version} started from {len(list(corpus.iterdir()))} files of at most {LARGEST:,} bytes."
+    return iter(found), f"atheris {version} started from {started} files of at most {LARGEST:,} bytes."
 
 
 def fuzz(results: Path, arguments: list[str]) -> None:

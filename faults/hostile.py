@@ -26,6 +26,7 @@ CANARY, SECRET = "canary", "root:"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 HARMLESS = {"builtins.id", "sys._getframe", "object.__getattr__"}  # looking at what is there
 LISTING = {"os.listdir", "os.scandir"}
+LIBRARIES = ("timm", "torchvision")
 LONGEST = 10  # seconds for one of them
 MEMORY = 4 << 30  # address space for all of them together, so that an endless file cannot harm the machine
 
@@ -132,12 +133,14 @@ def ways(kind: str) -> dict[str, Callable[[Path], object]]:
 
 def watched(folder: Path) -> list[dict[str, Any]]:
     """Open everything in the folder."""
-    import timm
-    import torchvision.models
-
     from thriftnet.errors import CheckpointError
 
-    timm.list_models(), torchvision.models.list_models()  # what they load on first use is there now
+    if any(path.name.startswith(LIBRARIES) for path in folder.glob("*/*")):  # what they load on first use is there then
+        import timm
+        import torchvision.models
+
+        timm.list_models()
+        torchvision.models.list_models()
     watch, found = Watch(), []
     for kind in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         for way, use in ways(kind).items():

@@ -28,7 +28,7 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
     samples = make_samples(folder, quick)
     sound = [bits(sample.open(sample.put(sample.data, folder))) for sample in samples]
     changed = Changed(samples, sound, folder, seed)
-    count, batches, runs = (240, 1, 0) if quick else (20_000, 16, 10_000)
+    count, batches, runs = (240, 1, 0) if quick else (20_000, 16, 20_000)
     workers = 1 if quick else os.cpu_count() or 1
     _add(figure, "bytes", in_workers(count, changed.of_bytes, _new(folder, "bytes"), workers))
     size = 40 if quick else BATCH

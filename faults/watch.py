@@ -78,7 +78,9 @@ def _opened(sample: Sample, path: Path, sound: Bits | None) -> tuple[str, str]:
         return REFUSED, ""
     except Exception as error:
         return FAILED, f"it raised {type(error).__name__}: {error}"
-    if sound is None or found == sound:
+    if sound is None:
+        return OTHER, ""
+    if found == sound:
         return SAME, ""
     if sample.checked:
         return FAILED, "it was opened with other tensors, though checksums should have told"

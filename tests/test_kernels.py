@@ -25,9 +25,14 @@ from thriftnet.kernels.orthogonality import BlockPenalty, penalty
 from thriftnet.kernels.shift import choose
 from thriftnet.techniques.filter_basis import BasisConv2d
 
-CPU_FORMS = [(kernel, form) for kernel, forms in FORMS.items() for form in forms if form != "triton"]
+CPU_FORMS = [(kernel, form) for kernel, forms in FORMS.items() for form in forms if form not in ("triton", "fused")]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-USING = {"shift": ("shift",), "bank": ("soft",), "fusion": ("weight-channel", "weight-strided-scalar"), "act-norm": ("soft",)}
+USING = {
+    "shift": ("shift",),
+    "bank": ("soft",),
+    "fusion": ("weight-channel", "weight-strided-scalar"),
+    "act-norm": ("soft",),
+}
 
 
 # ------------------------------------------------------------------------------------------------ every choice, forced
@@ -65,9 +70,15 @@ def test_forced_forms_give_the_gradients_of_the_loops(kernel: str, form: str) ->
 def test_unknown_forms_are_refused() -> None:
     with pytest.raises(tn.ConfigError, match=r"unknown kernel 'shifts': did you mean 'shift'"), force(shifts="planes"):
         pass
-    with pytest.raises(tn.ConfigError, match=r"unknown form of kernel shift 'plane': did you mean 'planes'"), force(shift="plane"):
+    with (
+        pytest.raises(tn.ConfigError, match=r"unknown form of kernel shift 'plane': did you mean 'planes'"),
+        force(shift="plane"),
+    ):
         pass
-    with force(shift="triton"), pytest.raises(tn.ConfigError, match=r"forced, but the input is on cpu: possible there are planes"):
+    with (
+        force(shift="triton"),
+        pytest.raises(tn.ConfigError, match=r"forced, but the input is on cpu: possible there are planes"),
+    ):
         tn.Shift2d(9)(torch.zeros(1, 9, 2, 2))
 
 
@@ -108,7 +119,9 @@ def test_explain_sees_banks_at_work() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["planes", "windows", "depthwise"])
 @pytest.mark.parametrize(("channels", "kernel_size", "dilation"), [(9, 3, 1), (20, 3, 2), (5, 2, 1), (27, 5, 1), (9, 3, 7)])
-def test_shift_moves_bits(form: str, layout: str, dtype: torch.dtype, channels: int, kernel_size: int, dilation: int) -> None:
+def test_shift_moves_bits(
+    form: str, layout: str, dtype: torch.dtype, channels: int, kernel_size: int, dilation: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, 6, 5, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     layer = tn.Shift2d(channels, kernel_size, dilation).to(dtype)
@@ -119,7 +132,9 @@ def test_shift_moves_bits(form: str, layout: str, dtype: torch.dtype, channels: 
     assert out.dtype == dtype
     assert torch.equal(out, reference.shift(x.detach(), kernel_size, dilation))
     y = x.detach().double().requires_grad_()
-    assert torch.equal(back, torch.autograd.grad(reference.shift(y, kernel_size, dilation), y, torch.ones_like(y))[0].to(dtype))
+    assert torch.equal(
+        back, torch.autograd.grad(reference.shift(y, kernel_size, dilation), y, torch.ones_like(y))[0].to(dtype)
+    )
 
 
 def test_large_maps_take_the_same_values() -> None:
@@ -178,7 +193,9 @@ def test_a_bank_mixes_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     mixed: list[int] = []
     real = bank.mix
-    monkeypatch.setattr(bank, "mix", lambda matrix, templates, out: (mixed.append(len(matrix)), real(matrix, templates, out)))
+    monkeypatch.setattr(
+        bank, "mix", lambda matrix, templates, out: (mixed.append(len(matrix)), real(matrix, templates, out))
+    )
     model, x = soft(), NETWORKS["chain"].image()
     for _ in range(3):
         model(x).sum().backward()
@@ -319,6 +336,22 @@ def test_copies_start_with_nothing_kept() -> None:
             made.convs[0].bank.templates.mul_(0)
         assert made.convs[0].weight.abs().max() == 0
     assert torch.equal(model(x), out)
+
+
+def test_copies_repeat_the_bits() -> None:
+    """A training that is taken up again in a new process must go on as the old one would have."""
+    model, x = soft(), NETWORKS["chain"].image()
+    for _ in range(2):
+        model(x).sum().backward()
+        model.zero_grad(set_to_none=True)
+    made = copy.deepcopy(model)
+    fresh = tn.convert(NETWORKS["chain"].make(7), "soft-sharing(templates=2)").eval()
+    fresh.load_state_dict(model.state_dict())
+    for network in (model, made, fresh):
+        network(x).square().sum().backward()
+    for one, other, third in zip(model.parameters(), made.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+        assert torch.equal(one.grad, third.grad)
 
 
 def test_functional_calls_see_their_own_parameters() -> None:

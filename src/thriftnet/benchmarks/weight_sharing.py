@@ -64,9 +64,9 @@ def forward_case(sizes: dict[str, int], images: int, side: int) -> Case:
 
     forms = {
         "eager, separate norms": eager(model, x, "separate"),
-        "thriftnet, eager": eager(model, x, "affine"),
+        "thriftnet, eager": eager(model, x, "in place"),
         "thriftnet, compiled and frozen": compiled,
-        "thriftnet, eager bf16": eager(half, small, "affine"),
+        "thriftnet, eager bf16": eager(half, small, "in place"),
     }
     ratios = [
         Ratio("eager, separate norms", "thriftnet, eager"),

@@ -47,6 +47,14 @@ def run(arguments: Sequence[str]) -> None:
     augmentation = augmentation_of(options, facts, source, images, model)
     with processes(options.device) as (device, rank, world_size):
         loader = _loader(images, augmentation, options, device, rank, world_size)
+        if options.mode is not None or options.sweep_budget is not None:
+            from thriftnet.cli.evaluate_widths import measure_widths
+
+            calibration = _loader(limited(source.split("train"), 2048), augmentation, options, device, 0, 1)
+            text, measured = measure_widths(model.to(device), loader, calibration, source.classes, options)
+            if rank == 0:
+                emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
+            return
         result = _measure(model.to(device), loader, source, ks, options, quiet=rank > 0)
     if rank > 0:
         return
@@ -69,6 +77,19 @@ def _parser() -> ArgumentParser:
     add("--confusion", action="store_true", help="count what is taken for what")
     add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
     add("--width", help="of a slimmable network: 0.5, a position, smallest or largest")
+    add(
+        "--mode",
+        metavar="all|dynamic|width=W",
+        help="accuracy, MACs and latency of every width, by the gate, or at one width",
+    )
+    add("--budget", metavar="N", help="with --mode dynamic: mean multiply-accumulates that the gate may spend, as 300M")
+    add("--plot", metavar="FILE.svg", type=Path, help="with --mode: accuracy over MACs, or the gate's decisions by class")
+    add(
+        "--sweep-budget",
+        metavar="FILE.svg",
+        type=Path,
+        help="the gate at budgets from narrowest to widest, beside fixed widths",
+    )
     add_image_options(parser)
     return parser
 

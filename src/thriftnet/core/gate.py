@@ -33,11 +33,16 @@ class Gate(nn.Module):
         widths: What it chooses among, as `set_width` takes them, narrowest first.
         cut: The module whose output ends the front, as seen from the one that holds the gate; "" for that one itself.
         reads: The module whose output the gate reads, likewise.
+
+    State: ``cost``, what multiply-accumulates cost in its decisions (see `decide`), kept with the weights.
     """
+
+    cost: Tensor
 
     def __init__(self, widths: Sequence[Width], cut: str = "", reads: str = "") -> None:
         super().__init__()
         self.widths, self.cut, self.reads = tuple(widths), cut, reads
+        self.register_buffer("cost", torch.zeros(()))
 
     def fold(self) -> nn.Identity:
         """Nothing: at a fixed width there is nothing to choose."""
@@ -148,7 +153,7 @@ def gumbel_choice(
     return hard - soft.detach() + soft, soft
 
 
-def decide(logits: Tensor, macs: Tensor, cost: float = 0.0) -> Tensor:
+def decide(logits: Tensor, macs: Tensor, cost: float | Tensor = 0.0) -> Tensor:
     """The choice of each image without noise, when multiply-accumulates cost something.
 
     Shape: (N, choices) -> (N,), positions among the choices.

@@ -38,7 +38,7 @@ from thriftnet.interop.config import (
     check_sizes,
     described,
     no_folder,
-    open_file,
+    open_regular,
     parse_config,
     read_config,
 )
@@ -157,7 +157,11 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
-    """Do to a plain network what was done to another."""
+    """Do to a plain network what was done to another.
+
+    Raises:
+        ConfigError: An unknown step, or one that does not fit the network.
+    """
     model = model.eval()
     for step in history:
         verb = step.get("verb")
@@ -172,7 +176,7 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         elif verb == "tie":
             model = verbs.tie(model, step["groups"])
         else:
-            raise CheckpointError(f"unknown step {verb!r} in its history")
+            raise ConfigError(f"unknown step {verb!r} in its history; possible are convert, fold, freeze and tie")
         model = model.eval()
     return model
 
@@ -196,7 +200,7 @@ def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
             continue
         config = parse_config(seen[0], place)
         try:
-            with open_file(place / WEIGHTS) as file:
+            with open_regular(place / WEIGHTS) as file:
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             data = b""
@@ -217,7 +221,7 @@ def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
 def _config_file(place: Path) -> tuple[bytes, int, int] | None:
     """Content of the config file and which file it is; None where there is none."""
     try:
-        with open_file(place / CONFIG) as file:
+        with open_regular(place / CONFIG) as file:
             facts = os.fstat(file.fileno())
             return file.read(), facts.st_ino, facts.st_ctime_ns
     except (FileNotFoundError, NotADirectoryError):
@@ -310,7 +314,7 @@ def _check_replaceable(place: Path) -> None:
         if not place.exists() or (place.is_dir() and not any(place.iterdir())):
             return
         if place.is_dir():
-            with open_file(place / CONFIG) as file:
+            with open_regular(place / CONFIG) as file:
                 if "thriftnet_format" in json.load(file):
                     return
     except (FileNotFoundError, ValueError, TypeError, RecursionError):

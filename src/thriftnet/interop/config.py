@@ -7,7 +7,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -178,7 +179,7 @@ def read_config(place: str | Path) -> Config:
         CheckpointError: Not a model folder, damaged, or of a newer format.
     """
     try:
-        with open_file(Path(place) / CONFIG) as file:
+        with open_regular(Path(place) / CONFIG) as file:
             text = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise no_folder(Path(place)) from None
@@ -187,17 +188,17 @@ def read_config(place: str | Path) -> Config:
     return parse_config(text, Path(place))
 
 
-def open_file(path: Path) -> BinaryIO:
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Open a file of a folder for reading, without waiting for a pipe in its place.
 
     Raises:
         OSError: No file, or a device or pipe, which may never end.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is a device or pipe, not a file")
-    return file
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a device or pipe, not a file")
+        yield file
 
 
 def no_folder(place: Path) -> CheckpointError:
@@ -224,8 +225,8 @@ def parse_config(text: bytes, place: Path) -> Config:
         config = MIGRATIONS[version](config)
         version += 1
     for field, (check, possible) in FIELDS.items():
-        if not check(config.get(field)):
-            got = repr(config.get(field)) if field in config else "missing"
+        if field not in config or not check(config[field]):
+            got = repr(config[field]) if field in config else "missing"
             raise CheckpointError(f"{where}: {field} is {got[:80]}; possible is {possible}. Copy the folder anew")
     return {**config, "thriftnet_format": FORMAT}
 

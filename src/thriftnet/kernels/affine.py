@@ -1,4 +1,4 @@
-"""A batch norm after an activation, and the shortcut around both, in eval mode: one multiplication and two sums per value.
+"""A batch norm after an activation, and the shortcut around both: without gradients, the sum is taken in place.
 
 Such a norm cannot be folded into the convolution before it, since the activation stands between them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.norm import scale_and_shift
 from thriftnet.kernels.dispatch import Choice, forced
 
 
@@ -16,23 +15,20 @@ def normalised_sum(norm: nn.Module, active: Tensor, shortcut: Tensor) -> Tensor:
     """``shortcut + norm(active)``.
 
     Args:
-        norm: A batch norm, or what stands for one.
+        norm: A norm that gives a tensor of its own.
         active: (N, C, H, W), what comes out of the activation.
         shortcut: Of the same shape.
     """
-    if choose(norm, active).form == "separate" or not isinstance(norm, nn.BatchNorm2d):
-        out: Tensor = shortcut + norm(active)
-        return out
-    scale, shift = (values.to(active.dtype)[:, None, None] for values in scale_and_shift(norm))
-    return torch.addcmul(shift, active, scale).add_(shortcut)
+    normalised: Tensor = norm(active)
+    if choose(norm, active).form == "in place" and normalised.dtype == shortcut.dtype:
+        return normalised.add_(shortcut)
+    return shortcut + normalised
 
 
 def choose(norm: nn.Module, active: Tensor) -> Choice:
-    """Whether the norm runs as one affine map."""
-    if not isinstance(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None:
-        return Choice("act-norm", "separate", "the norm is no batch norm with fixed statistics")
-    if norm._forward_hooks or norm._forward_pre_hooks:
-        return Choice("act-norm", "separate", "the norm has hooks")
+    """Whether the sum is taken in place. Writing norm and sum as one affine map was slower: torch has a kernel for norms."""
+    if norm._forward_hooks or not isinstance(norm, nn.BatchNorm2d):
+        return Choice("act-norm", "separate", "somebody else may hold what the norm gives")
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return Choice("act-norm", "separate", "with gradients, or in a graph that is fused anyway")
-    return forced("act-norm") or Choice("act-norm", "affine", "fixed statistics, no gradients")
+    return forced("act-norm") or Choice("act-norm", "in place", "without gradients nobody else needs what the norm gives")

@@ -18,10 +18,10 @@ from thriftnet.errors import unknown
 from thriftnet.text import table
 
 FORMS: dict[str, tuple[str, ...]] = {
-    "shift": ("planes", "windows", "depthwise", "triton"),
+    "shift": ("planes", "windows", "depthwise", "triton", "fused"),
     "bank": ("together", "alone"),
     "fusion": ("once", "each"),
-    "act-norm": ("affine", "separate"),
+    "act-norm": ("in place", "separate"),
 }
 
 _FORCED: ContextVar[dict[str, str] | None] = ContextVar("thriftnet_forced_forms", default=None)

@@ -19,6 +19,7 @@ from thriftnet.kernels import triton_shift
 from thriftnet.kernels.dispatch import Choice, forced
 
 CONVOLVED = (torch.float32, torch.bfloat16)  # types in which the CPU has a fast depthwise convolution
+ON_GPU = ("triton", "fused")  # the second one with the 1 x 1 convolution that follows, where one does
 SMALL = 2**21  # bytes below which a call costs more than writing zeros twice
 
 
@@ -92,7 +93,7 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
         ConfigError: The Triton form is forced where it cannot run.
     """
     moves, form = Moves(kernel_size, dilation, moved), choose(x).form
-    if form == "triton":
+    if form in ON_GPU:
         return triton_shift.moved(x, *moves)
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
@@ -109,9 +110,10 @@ def choose(x: Tensor) -> Choice:
     """
     choice = forced("shift")
     if choice is not None:
-        if choice.form == "triton" and not triton_shift.runs_on(x.device):
+        if choice.form in ON_GPU and not triton_shift.runs_on(x.device):
             raise ConfigError(
-                f"shift='triton' is forced, but the input is on {x.device}: possible there are planes, windows and depthwise"
+                f"shift={choice.form!r} is forced, but the input is on {x.device}: possible there are planes, windows and "
+                "depthwise"
             )
         return choice
     if torch.compiler.is_exporting():

@@ -41,7 +41,8 @@ class DynamicNetwork(nn.Module):
         fold_norms: Fold batch norms into the convolutions before them.
         compile: Compile front and tails, at first use, once for all numbers of images.
         input_size: Channels, height and width of an image, for counting multiply-accumulates. Left out, as the network says.
-        cost: See `decide`: more than 0 saves multiply-accumulates. It can be set at any time.
+        cost: See `decide`: more than 0 saves multiply-accumulates. Left out, the gate's own, which is saved with the network. It
+            can be set at any time, and `set_budget` finds it for a budget.
         temperature: Of the Gumbel-softmax in training mode.
 
     Raises:
@@ -68,7 +69,7 @@ class DynamicNetwork(nn.Module):
         fold_norms: bool = True,
         compile: bool = False,
         input_size: Sequence[int] | None = None,
-        cost: float = 0.0,
+        cost: float | None = None,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
@@ -79,8 +80,9 @@ class DynamicNetwork(nn.Module):
         frozen = [freeze(model, width) for width in gate.widths]
         split = split_at(frozen[0], cut, size)
         _check_common(model, split.front, gate.widths)
-        self.cost, self.temperature = cost, temperature
+        self.temperature = temperature
         self.gate, self.widths = gate, gate.widths
+        self.cost = float(gate.cost) if cost is None else cost
         self.image_channels = size[0]
         own = [inspect(network, size).macs for network in frozen]
         self.kept = tuple(dict.fromkeys((*split.cuts, self.reads)))
@@ -113,6 +115,15 @@ class DynamicNetwork(nn.Module):
         self.macs = macs.to(self.macs.device)
         return self
 
+    @property
+    def cost(self) -> float:
+        """What multiply-accumulates cost in the gate's decisions."""
+        return float(self.gate.cost)
+
+    @cost.setter
+    def cost(self, value: float) -> None:
+        self.gate.cost.fill_(value)
+
     def train(self, mode: bool = True) -> DynamicNetwork:
         """Training mode is for the gate; front and tails stay as they are deployed."""
         super().train(mode)
@@ -126,7 +137,7 @@ class DynamicNetwork(nn.Module):
             choice, _ = gumbel_choice(logits, self.temperature)
             return mixture(choice, outputs)
         features, logits = self._looked_at(images)
-        return self.route(features, decide(logits, self.macs, self.cost), tuple(images.shape[1:]))
+        return self.route(features, decide(logits, self.macs, self.gate.cost), tuple(images.shape[1:]))
 
     def logits(self, images: Tensor) -> Tensor:
         """What the gate says, (N, choices); gradients reach the gate only."""
@@ -135,7 +146,7 @@ class DynamicNetwork(nn.Module):
     def decisions(self, images: Tensor) -> Tensor:
         """The choice of each image without noise, (N,) positions in ``widths``; nothing is counted."""
         with torch.no_grad():
-            return decide(self.logits(images), self.macs, self.cost)
+            return decide(self.logits(images), self.macs, self.gate.cost)
 
     def _looked_at(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the front gives to the tails, and what the gate says."""
@@ -226,8 +237,10 @@ class DynamicNetwork(nn.Module):
         if not said:
             raise DataError("set_budget got a loader without batches: give it images")
         logits = torch.cat(said).double()
-        self.cost, spent = cheapest_cost(logits, self.macs.to(logits.device), float(macs))
-        return spent
+        macs_of = self.macs.to(logits.device)
+        cost = torch.tensor(cheapest_cost(logits, macs_of, float(macs))[0]).to(self.gate.cost)
+        self.gate.cost.copy_(torch.nextafter(cost, torch.full_like(cost, torch.inf)))  # never rounded to below the step
+        return float(macs_of[decide(logits, macs_of, self.gate.cost)].mean())
 
     def extra_repr(self) -> str:
         return f"widths=({', '.join(map(in_words, self.widths))}), cost={self.cost:g}"

@@ -22,8 +22,9 @@ from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import Slim, WidthAware, exact_share
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.dispatch import Choice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
+from thriftnet.kernels.triton_pointwise import fused
 
 
 class Shift2d(Tied, WidthAware):
@@ -166,8 +167,23 @@ class ShiftConv2d(Tied, WidthAware):
             layer.set_width_index(index)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.project(self.shift(self.act(self.norm(self.expand(x)))))
+        active = self.norm(self.expand(x))
+        choice = forced("shift")
+        if choice is not None and choice.form == "fused":
+            return self._fused(active)
+        mixed: Tensor = self.project(self.shift(self.act(active)))
         return mixed
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """ReLU, shift and last convolution in one kernel."""
+        choose(x)  # raises where it cannot run
+        weight, bias, _ = self.project.active()
+        stride, other = self.project.stride
+        if stride != other:
+            raise ConfigError(f"shift='fused' takes one stride for both axes, got {self.project.stride}")
+        shift = self.shift
+        mixed = fused(x, weight, shift.kernel_size, shift.dilation, shift.moved, stride, relu=True)
+        return mixed if bias is None else mixed + bias[:, None, None]
 
     @property
     def dense_params(self) -> int:

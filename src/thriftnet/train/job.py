@@ -21,7 +21,7 @@ from torch import nn
 
 from thriftnet import __version__
 from thriftnet.core.verbs import count_params
-from thriftnet.data.dataset import DataSource, ImageDataset
+from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
@@ -36,6 +36,7 @@ from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import Stage, make_stage
 
 RUN, MODEL = "run.json", "model"
+CALIBRATION = 2048  # training images on which a stage may find what it needs for measuring
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -218,6 +219,8 @@ class Job:
             training, held_out = train_validation(training, recipe.validation, recipe.seed)
         elif recipe.select_on == "test":
             self.notes.append("the network was selected on the test images, as the paper did: its accuracy is flattered")
+        few = torch.linspace(0, len(training) - 1, min(len(training), CALIBRATION)).long()
+        self.plain_images = self._eval_loader(Subset(training, few), shared=False)
         loader = make_loader(
             training,
             self.per_process_batch(),
@@ -233,15 +236,16 @@ class Job:
         )
         return loader, self._eval_loader(held_out)
 
-    def _eval_loader(self, images: ImageDataset) -> Any:
+    def _eval_loader(self, images: ImageDataset, *, shared: bool = True) -> Any:
+        """Images as they are evaluated, shared among the processes or all of them for each."""
         return make_loader(
             images,
             min(max(2 * self.per_process_batch(), 64), 512),
             augmentation=self.augmentation,
             train=False,
             device=self.processes.device,
-            rank=self.processes.rank,
-            world_size=self.processes.world_size,
+            rank=self.processes.rank if shared else 0,
+            world_size=self.processes.world_size if shared else 1,
             workers=self.recipe.workers,
         )
 
@@ -262,7 +266,7 @@ class Job:
             accelerator.init_trackers("trackers")
 
     def _score(self, stage: Stage, module: nn.Module, held_out: Any) -> dict[str, Any]:
-        network = stage.measured(module)
+        network = stage.measured(module, self.plain_images)
         found = evaluate(network, held_out)
         return {"top1": found.top1, "loss": found.loss, **stage.facts(network)}
 
@@ -277,7 +281,7 @@ class Job:
         self.processes.wait()
         kept = stage.saved(loop.plain)
         prepare.load_kept(kept, self.folder / MODEL)
-        network = stage.measured(loop.plain)
+        network = stage.measured(loop.plain, self.plain_images)
         test = self._eval_loader(self.source.split("test"))
         found = evaluate(network, test)
         facts = stage.facts(network)

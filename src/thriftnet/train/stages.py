@@ -6,7 +6,7 @@ takes one optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -70,8 +70,12 @@ class Stage(Protocol):
     def saved(self, module: nn.Module) -> nn.Module:
         """The network in what is trained."""
 
-    def measured(self, module: nn.Module) -> nn.Module:
-        """The network in the form in which its accuracy is measured."""
+    def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
+        """The network in the form in which its accuracy is measured.
+
+        Args:
+            images: Training batches without augmentation, for what has to be found on images.
+        """
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
         """Metrics of that form beside its accuracy, after it was measured."""
@@ -96,7 +100,7 @@ class Standard:
     def saved(self, module: nn.Module) -> nn.Module:
         return module
 
-    def measured(self, module: nn.Module) -> nn.Module:
+    def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
         return module
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
@@ -118,7 +122,7 @@ class AllWidths(Standard):
             set_width(step.plain, width)
             yield step.criterion(step.model(images), targets, images) / len(self.widths)
 
-    def measured(self, module: nn.Module) -> nn.Module:
+    def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
         """At the widest."""
         set_width(module, "largest")
         return module
@@ -241,10 +245,13 @@ class GateStage(Standard):
     def saved(self, module: nn.Module) -> nn.Module:
         return cast(GateTraining, module).hidden[0]
 
-    def measured(self, module: nn.Module) -> nn.Module:
-        dynamic = cast(GateTraining, module).hidden[1]
+    def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
+        """Within the budget: what decisions cost is found on training images, and stays with the gate."""
+        dynamic = cast(GateTraining, module).hidden[1].eval()
+        if self.objective.budget is not None:
+            dynamic.set_budget(self.objective.budget, images)
         dynamic.reset()
-        return dynamic.eval()
+        return dynamic
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
         dynamic = cast(DynamicNetwork, measured)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thriftnet.core.width import in_words, set_width, widths
+from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
 from thriftnet.measure import inspect
 from thriftnet.models.dynamic import DynamicNetwork
@@ -42,14 +43,20 @@ class Point:
 
 def every_width(model: nn.Module, loader: Loader) -> list[Point]:
     """Each width of a slimmable network by itself; the selected width stays."""
-    images = _first(loader)
-    points = []
+    before, points = width_of(model), []
     for width in widths(model):
         set_width(model, width)
-        macs = inspect(model, tuple(images.shape[1:])).macs
-        points.append(_point(in_words(width), macs, evaluate(model, loader), latency(model, images)))
-    set_width(model, "largest")
+        points.append(one_width(model, loader))
+    set_width(model, before)
     return points
+
+
+def one_width(model: nn.Module, loader: Loader) -> Point:
+    """The selected width of a slimmable network."""
+    images = _first(loader)
+    _, channels, height, side = images.shape
+    macs = inspect(model, (channels, height, side)).macs
+    return _point(in_words(width_of(model)), macs, evaluate(model, loader), latency(model, images))
 
 
 def by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Point:

@@ -12,7 +12,7 @@ import re
 from torch import nn
 
 from thriftnet.core.norm import PlainBatchNorm2d
-from thriftnet.interop.authors.layout import Slot
+from thriftnet.interop.authors.layout import Slot, ours_alone
 from thriftnet.interop.checkpoints import unique_tensors
 from thriftnet.models.dsnet import DSNet
 from thriftnet.models.dsnet_blocks import InvertedResidual
@@ -37,8 +37,8 @@ def dsnet_layout(model: DSNet) -> dict[str, Slot]:
     Args:
         model: A supernet with all its sub-networks, as `dsnet` makes it.
     """
-    layout = {}
-    for ours in unique_tensors(model):
+    layout, own = {}, ours_alone(model)
+    for ours in (key for key in unique_tensors(model) if key not in own):
         place, _, leaf = ours.rpartition(".")
         layout[f"{_their_module(model, place)}.{_their_leaf(model.get_submodule(place), leaf)}"] = Slot(ours)
     return layout

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.gate import gates
 from thriftnet.errors import CheckpointError
 from thriftnet.interop.checkpoints import unique_tensors
 
@@ -46,6 +47,11 @@ def renamed(model: nn.Module, rules: Sequence[tuple[str, str]]) -> dict[str, Slo
     return layout
 
 
+def ours_alone(model: nn.Module) -> set[str]:
+    """Keys of tensors that no authors' network has: what decisions cost."""
+    return {f"{name}.cost" for name in gates(model)}
+
+
 @torch.no_grad()
 def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
     """Put the authors' tensors into our network; every tensor of ours must be given, and every one of theirs placed.
@@ -69,7 +75,10 @@ def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None
             raise CheckpointError(f"{key} has shape {tuple(value.shape)}, {slot.key} needs {tuple(target.shape)}")
         target.copy_(value.reshape(target.shape))
         filled[slot.key] = filled.get(slot.key, 0) + target.numel()
-    missing = [key for key, tensor in ours.items() if filled.get(key, 0) < tensor.numel()]
+    for gate in gates(model).values():
+        gate.cost.zero_()  # ours alone
+    own = ours_alone(model)
+    missing = [key for key, tensor in ours.items() if key not in own and filled.get(key, 0) < tensor.numel()]
     if missing:
         raise CheckpointError(f"missing: nothing was given for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
 

@@ -1,0 +1,135 @@
+"""Verbs on networks of several widths: evaluate's modes, recalibrate and search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import thriftnet as tn
+from thriftnet.cli import main
+from thriftnet.core.width import width
+from thriftnet.data.sources import open_data
+from thriftnet.data.transforms import Augmentation
+
+WIDTHS = ("0.25", "0.5", "0.75", "1")
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A slimmable network with a gate, not trained, whose gate tells images apart."""
+    torch.manual_seed(0)
+    model = tn.convert(tn.create_model("resnet20", in_chans=1), "slimmable(widths=(0.25, 0.5, 0.75, 1.0), gate=True)")
+    gate = tn.core.gate.gate_of(model)[1]
+    with torch.no_grad():
+        gate.choose_weight.mul_(300)
+    place = tmp_path_factory.mktemp("gated") / "model"
+    tn.save(model.eval(), place, metadata={"input_size": [1, 8, 8]})
+    return str(place)
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert main([*arguments, "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_every_width_and_one(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "all.svg"
+    every = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "all", "--plot", str(picture))
+    rows: list[dict[str, float]] = every["widths"]  # type: ignore[assignment]
+    assert [row["name"] for row in rows] == list(WIDTHS)
+    assert [row["macs"] for row in rows] == sorted(row["macs"] for row in rows)
+    assert picture.read_text().startswith("<svg")
+    one = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "width=0.5")
+    plain = result(capsys, "evaluate", gated, "--data", "digits", "--width", "0.5")
+    assert one["top1"] == rows[1]["top1"] == plain["top1"]
+    assert one["macs"] == rows[1]["macs"] == tn.inspect(tn.freeze(tn.load(gated), 0.5), (1, 8, 8)).macs
+
+
+def test_the_gate_within_a_budget(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "decisions.svg"
+    found = result(
+        capsys, "evaluate", gated, "--data", "digits", "--mode", "dynamic", "--budget", "1.6M", "--plot", str(picture)
+    )
+    assert found["macs"] == pytest.approx(1.6e6, rel=0.05)
+    decisions: dict[str, dict[str, int]] = found["decisions"]  # type: ignore[assignment]
+    assert set(decisions) == set("0123456789")
+    assert sum(sum(row.values()) for row in decisions.values()) == 450
+    assert picture.read_text().startswith("<svg")
+
+
+def test_a_sweep_of_budgets_lies_beside_the_fixed_widths(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "sweep.svg"
+    found = result(capsys, "evaluate", gated, "--data", "digits", "--sweep-budget", str(picture))
+    spent = [row["macs"] for row in found["budgets"]]  # type: ignore[attr-defined]
+    fixed = [row["macs"] for row in found["widths"]]  # type: ignore[attr-defined]
+    assert spent == sorted(spent)
+    assert len({round(macs) for macs in spent}) > 3
+    assert fixed[0] <= spent[0] <= spent[-1] <= fixed[-1] + 1000  # the gate itself costs a little
+    assert picture.read_text().startswith("<svg")
+    assert width(tn.load(gated)) == 1.0
+
+
+def test_recalibrate_changes_statistics_only(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = str(tmp_path / "fresh")
+    found = result(
+        capsys, "recalibrate", gated, "--data", "digits", "--output", place, "--widths", "0.5,1.0", "--batches", "3"
+    )
+    assert found["widths"] == ["0.5", "1"]
+    assert found["batches"] == 3
+    before, after = (tn.load(folder).state_dict() for folder in (gated, place))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("running_" in name or "num_batches" in name for name in changed)
+    assert not any(name.endswith(("mean_0", "mean_2")) for name in changed), "0.25 and 0.75 keep theirs"
+
+
+def test_search_finds_a_plain_network_within_the_budget(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = str(tmp_path / "found")
+    options = ["--macs", "1.2M", "--output", place, "--population", "3", "--generations", "1", "--recalibration", "1"]
+    found = result(capsys, "search", gated, "--data", "digits", "--limit", "60", *options)
+    loaded = tn.load(place)
+    assert tn.inspect(loaded, (1, 8, 8)).macs == found["macs"] <= 1.2e6  # type: ignore[operator]
+    source = open_data("digits")
+    assert loaded(torch.zeros(1, 1, 8, 8)).shape == (1, len(source.classes))
+    assert Augmentation().for_source(source).mean == source.mean
+
+
+MISTAKES = {
+    "mode": (["evaluate", "--mode", "some"], "possible are all, dynamic"),
+    "width": (["evaluate", "--mode", "width=0.3"], "no width 0.3"),
+    "budget out of reach": (["evaluate", "--mode", "dynamic", "--budget", "9G"], "out of reach: possible are"),
+    "budget of a fixed width": (["evaluate", "--mode", "all", "--budget", "1M"], "--budget goes with --mode dynamic"),
+    "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: write a number"),
+    "picture": (["evaluate", "--mode", "all", "--plot", "x.png"], "ends in .svg"),
+    "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: possible are"),
+    "recalibrate widths": (["recalibrate", "--widths", "0.3", "--output", "OUT"], "no width 0.3"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gives_one_clear_line(name: str, gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (verb, *options), wanted = MISTAKES[name]
+    options = [str(tmp_path / "out") if option == "OUT" else option for option in options]
+    assert main([verb, gated, "--data", "digits", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert wanted in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "search"])
+def test_a_network_of_one_width(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--mode", "all"] if verb == "evaluate" else ["--macs", "1M", "--output", str(tmp_path / "out")]
+    assert main([verb, "resnet20", "--in-chans", "1", "--data", "digits", *options]) == 2
+    assert "one width only" in capsys.readouterr().err
+
+
+def test_a_slimmable_network_without_a_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tn.convert(tn.create_model("resnet20", in_chans=1), "slimmable(widths=(0.5, 1.0))")
+    tn.save(model.eval(), tmp_path / "slim")
+    assert main(["evaluate", str(tmp_path / "slim"), "--data", "digits", "--mode", "dynamic"]) == 2
+    assert "no gate" in capsys.readouterr().err
