@@ -127,10 +127,11 @@ def _small_file_systems(folder: Path) -> Figure:
         for kib in free:
             with _mounted(folder / f"free{kib}", "size=1m") as system:
                 check(_prepared(system / "a"), lambda system=system, kib=kib: _fill(system, kib * KIB))  # type: ignore[misc]
-    with _row(figure, "tmpfs with 0, 1, 2, 3 and 5 free inodes") as check:
-        for count in (0, 1, 2, 3, 5):
-            with _mounted(folder / f"inodes{count}", f"size=1m,nr_inodes={count + 6}") as system:
-                check(_prepared(system / "a"), lambda: None)  # of the root, two folders and three files, 6 are used
+    counts = (0, 1, 2, 3, 4, 5)
+    with _row(figure, f"tmpfs with {', '.join(map(str, counts))} free inodes") as check:
+        for count in counts:
+            with _mounted(folder / f"inodes{count}", "size=1m,nr_inodes=40") as system:
+                check(_prepared(system / "a"), lambda system=system, count=count: _use_inodes(system, count))  # type: ignore[misc]
     with _row(figure, "tmpfs that became read-only") as check, _mounted(folder / "readonly", "size=1m") as system:
         place = _prepared(system / "a")
         subprocess.run(["mount", "-o", "remount,ro", str(system)], check=True)
@@ -143,6 +144,12 @@ def _fill(system: Path, left: int) -> None:
     facts = os.statvfs(system)
     fill = facts.f_bavail * facts.f_frsize - left
     (system / "filler").write_bytes(bytes(max(0, fill)))
+
+
+def _use_inodes(system: Path, left: int) -> None:
+    """Leave as many inodes free."""
+    for number in range(os.statvfs(system).f_favail - left):
+        (system / f"filler{number}").touch()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["convert", "resnet20", "--output", "x"], "--technique or --plan"),
         (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
         (["fold", "resnet20", "--output", "x"], "plain layers only"),
-        (["demo", "--epochs", "0", "--output", "x"], "epochs >= 1"),
+        (["demo", "--epochs", "0", "--output", "x"], "epochs=0: possible is a number at least 1"),
         (["models", "nothing*"], "no model matches"),
     ],
 )

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent / "triton_cases.py"
+FOLDER = Path(__file__).parent
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run(device: str, **environment: str) -> str:
-    variables = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, str(SCRIPT), device], capture_output=True, text=True, env=variables, check=False)
+def run(*arguments: str, script: str = "triton_cases.py", **environment: str) -> str:
+    variables = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments], capture_output=True, text=True, env=variables, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -26,6 +28,12 @@ def run(device: str, **environment: str) -> str:
 @needs_triton
 def test_the_kernels_hold_in_the_interpreter() -> None:
     assert "12 cases hold on cpu" in run("cpu", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs comes with its Linux packages")
+def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    assert "15 kernels compile" in run(script="triton_compiles.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, MODEL_HELP, emit, new_parser, parse_with_kwargs
+from thriftnet.cli.common import KWARGS_HELP, MODEL_HELP, emit, new_parser, parse_with_kwargs, quantity
 from thriftnet.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from thriftnet.train.engine import Progress
     from thriftnet.train.job import Outcome
+    from thriftnet.train.recipe import Recipe
 
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR"
 # options that are named like a field of recipes
@@ -38,6 +39,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", metavar="cpu|cuda", help="left out: a GPU where there is one")
     parser.add_argument("--resume", metavar="auto|none|PATH", default="auto", help="take up what the folder holds (default)")
     parser.add_argument("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
+    parser.add_argument("--budget", metavar="MACS", help="what an image may cost on average, for the stage gate, as 300M")
     for option, text in FIELDS.items():
         action: Any = {"action": "append"} if option == "--technique" else {}
         parser.add_argument(option, metavar=option[2].upper(), help=text, **action)
@@ -48,6 +50,8 @@ def run(arguments: Sequence[str]) -> None:
     stated = {option[2:].replace("-", "_"): options[option[2:].replace("-", "_")] for option in FIELDS}
     fields = {name: value for name, value in stated.items() if value is not None}
     recipe = make_recipe(options.recipe, fields | others)
+    if options.budget is not None:
+        recipe = with_budget(recipe, options.budget)
     for name in recipe.needs:
         if options[name] is None:
             raise ConfigError(
@@ -75,7 +79,7 @@ def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Any:
     """
     import yaml
 
-    from thriftnet.train.recipe import Recipe, read_recipe, recipe_from
+    from thriftnet.train.recipe import Recipe, read_recipe, recipe_from, with_fields
 
     stated = read_recipe(name) if name else {}
     known = Recipe.__dataclass_fields__
@@ -90,8 +94,49 @@ def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Any:
         if head not in known:
             _check_kwarg(str(texts.get("model") or stated.get("model", Recipe.model)), key, known)
             head, dot, rest = "model_kwargs", ".", key
-        stated[head] = {**stated.get(head, {}), rest: value} if dot else value
+        if dot and head == "stages":
+            _set_in_stage(stated, rest, value)
+        else:
+            stated = with_fields(stated, {head: {**stated.get(head, {}), rest: value} if dot else value})
     return recipe_from(stated)
+
+
+def _set_in_stage(stated: dict[str, Any], place: str, value: Any) -> None:
+    """Replace a field of one stage: its number, from 1 as in the run's folders, and the field's name."""
+    stages = stated.get("stages") or ()
+    number, _, field = place.partition(".")
+    if not field or number not in map(str, range(1, len(stages) + 1)):
+        raise ConfigError(
+            f"--stages.{place}: possible is --stages.N.FIELD with N from 1 to {len(stages)}"
+            if stages
+            else f"--stages.{place}: the recipe has no stages to number; give the field itself, as --lr 0.05"
+        )
+    field, dot, rest = field.partition(".")
+    fields = dict(stages[int(number) - 1])
+    fields[field] = {**fields.get(field, {}), rest: value} if dot else value
+    stated["stages"] = [fields if place == int(number) else other for place, other in enumerate(stages, 1)]
+
+
+def with_budget(recipe: Recipe, text: str) -> Recipe:
+    """The recipe whose gate keeps to so many multiply-accumulates per image.
+
+    Raises:
+        ConfigError: No such number, or no stage that trains a gate.
+    """
+    budget = {"budget": quantity("--budget", text)}
+    if recipe.stage == "gate" and not recipe.stages:
+        return recipe.replace(stage_options=recipe.stage_options | budget)
+    found = [fields.get("stage", "recalibrate") for fields in recipe.stages] or [recipe.stage]
+    if "gate" not in found:
+        raise ConfigError(
+            f"--budget {text} is for a stage gate; this recipe has {', '.join(found)}. "
+            "Take one with gates, as --recipe ds-net-cifar, or --stage gate for a network that has one"
+        )
+    stages = [
+        {**fields, "stage_options": fields.get("stage_options", {}) | budget} if fields.get("stage") == "gate" else fields
+        for fields in recipe.stages
+    ]
+    return recipe.replace(stages=stages)
 
 
 def _check_kwarg(model: str, key: str, fields: Mapping[str, Any]) -> None:

@@ -10,10 +10,14 @@ import triton.language as tl
 def shift_kernel(  # type: ignore[no-untyped-def]
     x, gate, out, total, channels, height, width, moved, dilation, direction,
     sn, sc, sh, sw, gn, gc, gh, gw, yn, yc, yh, yw,
-    K: tl.constexpr, RELU: tl.constexpr, GATED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, RELU: tl.constexpr, GATED: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One output value per lane, in the order in which the output lies in memory (LAST: channels_last)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """One output value per lane, in the order in which the output lies in memory (LAST: channels_last; WIDE: places need 64 bits)."""
+    if WIDE:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    else:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < total
     if LAST:
         c = i % channels

@@ -53,8 +53,19 @@ def shift(
         last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
         sizes = (out.numel(), channels, height, width, moved, dilation, direction)
         strides = (*x.stride(), *like.stride(), *out.stride())
+        wide = max(_reach(tensor) for tensor in (x, like, out)) >= 2**31
         shift_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            x, like, out, *sizes, *strides, K=kernel_size, RELU=relu, GATED=gate is not None, LAST=last, BLOCK=BLOCK
+            x,
+            like,
+            out,
+            *sizes,
+            *strides,
+            K=kernel_size,
+            RELU=relu,
+            GATED=gate is not None,
+            LAST=last,
+            WIDE=wide,
+            BLOCK=BLOCK,
         )
     return out
 
@@ -70,6 +81,11 @@ def _(
     gate: Tensor | None = None,
 ) -> Tensor:
     return _empty_like(x)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Place of the last value, counted from the first."""
+    return sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _empty_like(x: Tensor) -> Tensor:

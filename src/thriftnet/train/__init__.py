@@ -1,1 +1,27 @@
-"""Training."""
+"""Training: recipes, the loop, and what comes out. The names below load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PLACES = {
+    "Outcome": "thriftnet.train.job",
+    "Recipe": "thriftnet.train.recipe",
+    "list_recipes": "thriftnet.train.recipe",
+    "load_recipe": "thriftnet.train.recipe",
+    "train": "thriftnet.train.sequence",
+}
+
+__all__ = sorted(_PLACES)
+
+if TYPE_CHECKING:
+    from thriftnet.train.job import Outcome
+    from thriftnet.train.recipe import Recipe, list_recipes, load_recipe
+    from thriftnet.train.sequence import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'thriftnet.train' has no attribute {name!r}")

@@ -231,12 +231,28 @@ def load_recipe(name: str, **fields: Any) -> Recipe:
 
     Args:
         name: One of `list_recipes`, or the path of a YAML file.
-        fields: Replace those of the recipe.
+        fields: Replace those of the recipe, in each of its stages.
 
     Raises:
         ConfigError: No such recipe or field, with close matches, or a file that cannot be read.
     """
-    return recipe_from({**read_recipe(name), **fields})
+    return recipe_from(with_fields(read_recipe(name), fields))
+
+
+def with_fields(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe file states, with fields replaced; they hold for stages that state others, too.
+
+    Raises:
+        ConfigError: A field that says what a stage does, for a recipe of several.
+    """
+    stages = stated.get("stages") or ()
+    if not stages or "stages" in fields:
+        return {**stated, **fields}
+    for name in ("stage", "stage_options"):
+        if name in fields:
+            raise ConfigError(f"{name} of a recipe with several stages belongs to one of them: say stages.{len(stages)}.{name}")
+    kept = [{name: value for name, value in part.items() if name not in fields} for part in stages]
+    return {**stated, **fields, "stages": kept}
 
 
 def read_recipe(name: str) -> dict[str, Any]:

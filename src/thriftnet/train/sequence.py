@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.errors import ConfigError, unknown
+from thriftnet.models.dynamic import DynamicNetwork
 from thriftnet.train import prepare
 from thriftnet.train.engine import Progress
+from thriftnet.train.evaluate import evaluate
 from thriftnet.train.job import MODEL, Outcome, train_once
 from thriftnet.train.recipe import Recipe
+from thriftnet.train.stages import GateStage, make_stage
 
 RECALIBRATION = ("widths", "momentum", "batches")
+NOTHING = "none of the recipe's stages trains: one must have a field stage"
 
 
 def train(
@@ -65,18 +69,21 @@ def train(
     prepare.seed_everything(recipe.seed)
     augmentation = prepare.augmentation_from(recipe.augmentation).for_source(source)
     model = prepare.prepare_model(recipe, source, prepare.input_size(augmentation, source), model)
+    parts = [single(recipe, fields) for fields in recipe.stages]
+    _check(parts, recipe.stages, model, prepare.input_size(augmentation, source))
     outcome: Outcome | None = None
     notes: list[str] = []
-    for number, fields in enumerate(recipe.stages, 1):
-        part = single(recipe, fields)
+    for number, (part, fields) in enumerate(zip(parts, recipe.stages, strict=True), 1):
         place = Path(output) / f"{number}-{fields.get('stage', 'recalibrate')}"
         if "recalibrate" in fields:
             notes.append(_recalibrated(model, part, source, place, fields["recalibrate"]))
+            if outcome is not None and number == len(parts):
+                outcome = _measured(outcome, model, part, source, place)
         else:
             outcome = train_once(part, source, place, model=model, resume=resume, **options)
             notes += outcome.notes
     if outcome is None:
-        raise ConfigError("none of the recipe's stages trains: one must have a field stage")
+        raise ConfigError(NOTHING)
     return replace(outcome, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -88,16 +95,54 @@ def single(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
     return recipe.replace(**{"technique": (), "stages": (), **own})
 
 
+def _check(parts: Sequence[Recipe], stages: Sequence[dict[str, Any]], model: nn.Module, size: tuple[int, int, int]) -> None:
+    """Refuse before the first stage what the last would refuse, after days.
+
+    Raises:
+        ConfigError: No stage trains, unknown options, or a budget out of reach.
+        IncompatibleModelError: A network that a stage cannot train.
+    """
+    if all("recalibrate" in fields for fields in stages):
+        raise ConfigError(NOTHING)
+    for part, fields in zip(parts, stages, strict=True):
+        for name in fields.get("recalibrate", ()):
+            if name not in RECALIBRATION:
+                raise unknown("option of recalibrate", name, RECALIBRATION)
+        if "recalibrate" not in fields:
+            stage = make_stage(part.stage, model, part.stage_options, size)
+            if isinstance(stage, GateStage):
+                stage.objective.check_budget(DynamicNetwork(model, input_size=size).macs)
+
+
+def _measured(outcome: Outcome, model: nn.Module, recipe: Recipe, source: DataSource, place: Path) -> Outcome:
+    """The outcome of a training whose network has got fresh statistics since."""
+    rank, world_size = _processes()
+    loader = make_loader(
+        source.split("test"),
+        256,
+        augmentation=prepare.augmentation_from(recipe.augmentation).for_source(source),
+        train=False,
+        device=next(model.parameters()).device,
+        rank=rank,
+        world_size=world_size,
+        workers=recipe.workers,
+    )
+    found = evaluate(model.eval(), loader)
+    return replace(outcome, run=str(place), top1=found.top1, top5=found.top5, loss=found.loss)
+
+
+def _processes() -> tuple[int, int]:
+    """Number of this process, and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _recalibrated(model: nn.Module, recipe: Recipe, source: DataSource, place: Path, options: dict[str, Any]) -> str:
     """Give a network fresh statistics, or those that an earlier start gave it; says so."""
-    for name in options:
-        if name not in RECALIBRATION:
-            raise unknown("option of recalibrate", name, RECALIBRATION)
     if (place / MODEL).is_dir():
         prepare.load_kept(model, place / MODEL)
         return f"{place.name}: taken from {place}"
     augmentation = prepare.augmentation_from(recipe.augmentation).for_source(source)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = _processes()
     loader = make_loader(
         source.split("train"),
         recipe.batch_size if recipe.total_batch_size is None else recipe.total_batch_size // world_size,
