@@ -20,7 +20,6 @@ TOPICS = {
     "filter-basis": "thriftnet.benchmarks.filter_basis",
     "weight-sharing": "thriftnet.benchmarks.weight_sharing",
     "train": "thriftnet.benchmarks.train",
-    "train": "thriftnet.benchmarks.train",
 }
 
 

@@ -14,10 +14,10 @@ def shift_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One output value per lane, in the order in which the output lies in memory (LAST: channels_last; WIDE: places need 64 bits)."""
+    program = tl.program_id(0)
     if WIDE:
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    else:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        program = program.to(tl.int64)
+    i = program * BLOCK + tl.arange(0, BLOCK)
     inside = i < total
     if LAST:
         c = i % channels

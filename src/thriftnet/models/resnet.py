@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(inner, outs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outs)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or ins != outs:
+        if stride != 1 or ins != outs or (shortcut == "projection-reduced" and ins != inner):
             projection = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
             self.shortcut = PadShortcut(ins, outs) if shortcut == "pad" else projection
 
@@ -108,7 +108,9 @@ def resnet(
         depth: Layers: 20, 32, 44, 56, 110, ...
         num_classes: Outputs.
         in_chans: Channels of the image.
-        shortcut: "pad" (option A, no parameters) or "projection" (1 x 1 convolution and norm), where the shape changes.
+        shortcut: "pad" (option A, no parameters) or "projection" (1 x 1 convolution and norm), where the shape changes;
+            "projection-reduced" also around every block that is narrower inside, as the ShiftResNet authors had it from 10 to 13
+            November 2017.
         reduction: How many times fewer parameters, roughly.
         reduction_mode: "net" narrows every layer by the square root of the reduction; "block" only the inside of blocks.
 
@@ -117,7 +119,7 @@ def resnet(
     """
     blocks = blocks_of_depth(depth)
     check_whole_number("in_chans", in_chans, 1)
-    check_choice("shortcut", shortcut, ("pad", "projection"))
+    check_choice("shortcut", shortcut, ("pad", "projection", "projection-reduced"))
     check_choice("reduction_mode", reduction_mode, ("net", "block"))
     check_number("reduction", reduction, 0)
     net_factor, inner_factor = (reduction**0.5, 1.0) if reduction_mode == "net" else (1.0, reduction)

@@ -44,7 +44,11 @@ def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str,
     name, kwargs = _architecture(6 * blocks[0] + 2, tensors, metadata, hints, notes)
     stem = shape(tensors, "conv1.weight", 4)
     extra = _extra_shortcuts(tensors)
-    if extra:
+    if len(extra) == 3 * blocks[0] - 2 and kwargs.get("reduction_mode") == "block":
+        kwargs["shortcut"] = "projection-reduced"
+        notes.append("Every block has a projection, as reduced blocks had in the repository from 10 to 13 November 2017.")
+        extra = []
+    elif extra:
         notes.append(
             f"Shortcuts of {len(extra)} blocks have a convolution where the zoo's network has none, as reduced blocks had in "
             "the repository from 10 to 13 November 2017: they are kept, so that thriftnet.load needs model=."
