@@ -51,15 +51,21 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
         figure.expect(not case["seen"], f"{case['case']} opened with {case['way']}: {case['seen'][:5]}")
         figure.expect(not case["error"], f"{case['case']} opened with {case['way']}: {case['error']}")
     figure.rows = [[kind, way, *row] for (kind, way), row in counts.items()]
-    watched = subprocess.run(
-        [sys.executable, "-m", "faults.hostile", str(folder), "in torch"], capture_output=True, text=True, cwd=ROOT
-    )
-    fired = json.loads(watched.stdout.splitlines()[-1]) if not watched.returncode else []
+    if not quick:
+        _in_torch(folder, figure)
+    return figure
+
+
+def _in_torch(folder: Path, figure: Figure) -> None:
+    """See that the pickles work where pickles are run, else they prove nothing."""
+    command = [sys.executable, "-m", "faults.hostile", str(folder), "in torch"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    fired = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else []
     figure.expect(bool(fired) and all(fired), f"{fired.count(False)} of the pickles do not work in torch.load either")
     figure.notes.append(
-        f"All {len(fired)} hostile pickles do run their code in `torch.load(..., weights_only=False)`, under the same watch."
+        f"{fired.count(True)} of {len(fired)} hostile pickles do run their code in `torch.load(..., weights_only=False)`, "
+        "under the same watch."
     )
-    return figure
 
 
 class TooLong(BaseException):  # no error that anybody should handle

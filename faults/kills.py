@@ -52,7 +52,11 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
 
 def no_exchange() -> AbstractContextManager[object]:
     """As on file systems whose renames take no flags."""
-    return mock.patch.object(atomic, "_rename", side_effect=OSError(errno.EINVAL, "Invalid argument"))
+
+    def refuse(source: Path, target: Path, flags: dict[str, int]) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    return mock.patch.object(atomic, "_rename", refuse)
 
 
 def _duration(folder: Path) -> float:

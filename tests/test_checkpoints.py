@@ -210,7 +210,7 @@ def test_facts_have_fields_of_their_own(tmp_path: Path):
         {"normalisation": {"mean": [0.5, 0.5], "std": [1.0]}},
         {"class_names": "cat"},
         {"metrics": {"top1": "high"}},
-        {"model": object()},
+        {"model": range},
     ],
     ids=str,
 )

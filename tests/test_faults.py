@@ -41,7 +41,7 @@ def test_trainings_are_killed_and_taken_up_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(trainings, "RECIPE", {**trainings.RECIPE, "epochs": 1})
     figure = trainings.measure(tmp_path, 0, True)
     assert figure.failures == []
-    assert figure.rows[0][-1] == figure.rows[0][0] == 2
+    assert figure.rows[0][-1] == figure.rows[0][0] == 1
 
 
 # -- each check can fail
@@ -182,6 +182,40 @@ def test_pipes_and_endless_files_in_a_folder_are_not_waited_for(tmp_path: Path) 
                 tn.load(place)
     with pytest.raises(watch.CheckpointError, match="it is a device or pipe"):
         tn.save(tn.create_model("resnet20"), tmp_path / "config.json")
+
+
+def test_a_workspace_that_another_writer_sweeps_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thriftnet.interop import atomic
+
+    flock, calls = atomic._flock, []
+
+    def swept_once(lock: int) -> bool:
+        calls.append(lock)
+        if len(calls) == 1:
+            raise BlockingIOError
+        return flock(lock)
+
+    monkeypatch.setattr(atomic, "_flock", swept_once)
+    atomic.replace_folder(tmp_path / "m", lambda folder: (folder / "file").touch())
+    assert len(calls) >= 2
+    assert (tmp_path / "m" / "file").exists()
+
+
+def test_a_folder_that_comes_back_meanwhile_is_replaced_by_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from thriftnet.interop import atomic
+
+    place = atomic.replace_folder(tmp_path / "m", lambda folder: (folder / "old").touch())
+    exists, looks = Path.exists, []
+
+    def absent_at_first(path: Path) -> bool:
+        looks.append(path)
+        return exists(path) and not (path == place and looks.count(place) == 1)
+
+    monkeypatch.setattr(Path, "exists", absent_at_first)
+    with kills.no_exchange():
+        atomic.replace_folder(place, lambda folder: (folder / "new").touch())
+    assert looks.count(place) > 1
+    assert [path.name for path in place.iterdir()] == ["new"]
 
 
 # -- what is changed, and what is written

@@ -33,7 +33,7 @@ from thriftnet.train.stages import STAGES
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = list_recipes()
-OURS = ("convert-and-recover", "digits", "fast-cifar")
+OURS = ("convert-and-recover", "digits", "ds-net-cifar", "ds-net-digits", "fast-cifar", "slimmable-resnet-cifar")
 FAITHFUL = [name for name in RECIPES if name not in OURS]
 CLASSES = {"CIFAR-10": 10, "CIFAR-100": 100, "ImageNet": 1000, "digits": 10}
 ROWS = [(name, row) for name in RECIPES for row in load_recipe(name).about.get("rows", ())]
@@ -68,12 +68,11 @@ def source(size: int, channels: int = 3, classes: int = 4, train: int = 16) -> D
 
 
 def test_there_is_a_recipe_for_every_training_of_the_papers():
-    """Stage I and II of DS-Net come with the stages that train them."""
     cifar = ["shiftresnet", "resnet", "depthwiseresnet", "swrn"]
     expected = {f"{network}-{data}" for network in cifar for data in ("cifar10", "cifar100")} | {"filter-basis-cifar10"}
     expected |= {f"filter-basis-cifar100-{name}" for name in ("resnet34", "densenet121", "resnext50", "mobilenetv2")}
     expected |= {f"filter-basis-imagenet-{name}" for name in ("resnet34", "mobilenetv2")}
-    expected |= {f"{name}-imagenet" for name in ("swrn", "convmixer", "ws-convmixer", "wfws-convmixer")}
+    expected |= {f"{name}-imagenet" for name in ("swrn", "convmixer", "ws-convmixer", "wfws-convmixer", "ds-net")}
     assert expected <= set(FAITHFUL)
     assert set(OURS) <= set(RECIPES)
 
@@ -87,6 +86,7 @@ def test_each_recipe_states_where_it_comes_from_and_what_to_expect(name: str):
         assert isinstance(about[key], str), key
     text = (importlib.resources.files("thriftnet.train") / "recipes" / f"{name}.yaml").read_text()
     header = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    assert (name in FAITHFUL) == (not about["paper"].startswith("none"))
     if name in FAITHFUL:
         assert about["paper"] in header
         assert f"{about['params']:,}" in header or "Top-1" in header
@@ -98,7 +98,7 @@ def test_each_recipe_states_where_it_comes_from_and_what_to_expect(name: str):
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_option_that_a_recipe_names_is_one(name: str):
     recipe = load_recipe(name)
-    known = {field.name for field in dataclasses.fields(Recipe)} | {"teacher", "data", "output"}
+    known = {field.name for field in dataclasses.fields(Recipe)} | {"teacher", "data", "output", "budget"}
     if normal(recipe.model) in NAMES:
         known |= set(model_kwargs(recipe.model))
         double = {normal(row["options"].split()[1]) for row in recipe.about.get("rows", ()) if "--model" in row["options"]}
@@ -162,6 +162,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "filter-basis-cifar10": {"model": "resnet32_double_shared", "model_kwargs": {"shared_rank": 4}},
     "filter-basis-cifar100-resnet34": {"model": "cifar_resnet18_single_shared", "model_kwargs": {"shared_rank": 4}},
     "filter-basis-imagenet-resnet34": {"model_kwargs": {"shared_rank": 4}},
+    "ds-net-imagenet": {"model": "dsnet", "model_kwargs": load_recipe("ds-net-digits").model_kwargs, "cooldown_epochs": 0},
 }
 
 
@@ -190,7 +191,9 @@ def test_each_recipe_takes_a_step(name: str, tmp_path: Path):
     outcome = train(recipe, source(size, channels=1 if name == "digits" else 3), tmp_path, device="cpu")
     assert outcome.steps == 1
     assert torch.tensor(outcome.loss).isfinite()
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (Path(outcome.run) / "model" / "model.safetensors").exists()
+    stages = [f"{number}-{fields.get('stage', 'recalibrate')}" for number, fields in enumerate(recipe.stages, 1)]
+    assert [path.name for path in sorted(tmp_path.glob("[1-9]-*"))] == stages
 
 
 def test_a_network_is_converted_and_recovers_from_its_teacher(tmp_path: Path):
@@ -221,6 +224,10 @@ AS_STATED: dict[str, dict[str, Any]] = {
         "epochs": 300, "total_batch_size": 256, "optimizer": "adamw", "lr": 0.01, "weight_decay": 2e-5, "clip_grad": 1.0,
         "label_smoothing": 0.1, "mixup": 0.5, "cutmix": 0.5, "mixup_switch": 0.5, "precision": "fp16",
     },
+    "ds-net-imagenet": {
+        "epochs": 160, "total_batch_size": 512, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "label_smoothing": 0.1,
+        "clip_grad": None, "mixup": 0.0, "cutmix": 0.0, "seed": 42, "drop_last": True, "precision": "fp32",
+    },
 }  # fmt: skip
 CUTOUT = {"swrn-cifar10": 16, "swrn-cifar100": 16}
 MEANS = {  # of 255, or of 1
@@ -243,7 +250,8 @@ def test_constants_and_augmentation_are_those_of_the_papers(name: str):
         assert getattr(recipe, field) == value, field
     assert recipe.optimizer == ("adamw" if "convmixer" in name else "sgd")
     assert recipe.distill_weight == Recipe.distill_weight
-    assert not recipe.ema_decay
+    assert recipe.ema_decay == (0.997 if name == "ds-net-imagenet" else 0)
+    assert not recipe.ema_warmup
     augmentation = augmentation_from(recipe.augmentation)
     mean, std, scale = matching(MEANS, name)
     assert augmentation.mean == pytest.approx([value / scale for value in mean], abs=1e-7)
@@ -259,6 +267,9 @@ def test_constants_and_augmentation_are_those_of_the_papers(name: str):
     if "convmixer" in name:
         assert (augmentation.interpolation, augmentation.eval_interpolation) == ("bicubic", "bicubic")
         assert (augmentation.rand_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    if name == "ds-net-imagenet":
+        assert (augmentation.interpolation, augmentation.eval_interpolation) == ("random", "bicubic")
+        assert (augmentation.rand_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5", 0.2)
 
 
 SPARED = {  # who has no weight decay, by name
@@ -268,6 +279,8 @@ SPARED = {  # who has no weight decay, by name
     r"fast-cifar": r"(.*\.)?bn\d?\.(weight|bias)|fc\.bias|linear\.bias",
     r"convert-and-recover": r"(.*\.)?bn\d?\.(weight|bias)|fc\.bias|linear\.bias|.*\.coefficients",
     r"digits": r"$^",
+    r"slimmable-resnet-cifar": r"(.*\.)?bn\d?\.(weight|bias)|fc\.bias",
+    r"ds-net-.*": r".*\.norm\d\.(weight|bias)|norm\.(weight|bias)|.*\.se\.(reduce|expand)\.bias|fc\.bias",
 }
 
 
@@ -276,7 +289,7 @@ def test_who_is_spared_weight_decay(name: str):
     recipe = load_recipe(name)
     model = network(recipe, 10)
     groups = decay_groups(model, recipe.weight_decay, recipe.no_decay)
-    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    names = {id(parameter): key for key, parameter in model.named_parameters() if parameter.requires_grad}  # no gates yet
     found = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(names) == len(found)
     for key, decay in found.items():

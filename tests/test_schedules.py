@@ -1,4 +1,4 @@
-"""Learning rates of the shipped recipes at the epochs where they change, and schedules against those of torch and timm."""
+"""Learning rates of the shipped recipes at the epochs where they change, schedules against those of torch and timm, stages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import thriftnet as tn
+from thriftnet.cli.train import make_recipe
+from thriftnet.core.gate import gates
 from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
 from thriftnet.train.schedules import make_schedule
+from thriftnet.train.sequence import single
+from thriftnet.train.stages import make_stage
 
 FAITHFUL = [name for name in list_recipes() if not load_recipe(name).about["paper"].startswith("none")]
 
@@ -33,6 +38,11 @@ BASIS = {0: 0.1, 149.75: 0.1, 150: 0.01, 224.75: 0.01, 225: 0.001, 299.75: 0.001
 BASIS_IMAGENET = {0: 0.1, 59.75: 0.1, 60: 0.01, 99.75: 0.01, 100: 0.001, 139.75: 0.001, 140: 0.0001, 149.75: 0.0001}
 BASIS_MOBILENET = BASIS | {284.75: 0.001, 285: 0.0005, 299.75: 0.0005}
 SPIN = {0: 0.0, 60: 0.005, 119.5: 0.0099583333, 120: 0.01, 180: 0.00525, 240: 0.0005, 270: 0.00025, 299.5: 0.0000041666667}
+DS_NET = {  # 150 epochs of a cosine, each at one rate, behind a warm-up that goes up from epoch to epoch, then 10 at the least
+    0: 1e-5, 0.75: 1e-5, 1: 0.016008, 4: 0.064002, 5: 0.07978090320525, 75: 0.040005, 75.75: 0.040005, 149.75: 0.0000187715644235,
+    150: 1e-5, 159.75: 1e-5,
+}  # fmt: skip
+DS_NET_GATE = {0: 0.08, 0.75: 0.08, 15: 0.040005, 29: 0.00022913, 30: 1e-5, 39.75: 1e-5}
 TABLES = {
     name: table
     for pattern, table in (
@@ -42,6 +52,7 @@ TABLES = {
         (r"filter-basis-imagenet-resnet34", BASIS_IMAGENET),
         (r"filter-basis-imagenet-mobilenetv2", BASIS_MOBILENET),
         (r".*convmixer-imagenet", SPIN),
+        (r"ds-net-imagenet", DS_NET),
     )
     for name in FAITHFUL
     if re.fullmatch(pattern, name)
@@ -54,6 +65,14 @@ def test_learning_rates_are_those_of_the_papers(name: str):
     assert max(found) == max(TABLES[name]) or max(TABLES[name]) == 299.5
     for epoch, rate in TABLES[name].items():
         assert found[epoch] == pytest.approx(rate, rel=1e-6, abs=1e-12), f"epoch {epoch}"
+
+
+def test_learning_rates_of_the_gate_are_those_of_the_paper():
+    recipe = load_recipe("ds-net-imagenet")
+    found = rates(single(recipe, recipe.stages[2]))
+    assert max(found) == 39.75
+    for epoch, rate in DS_NET_GATE.items():
+        assert found[epoch] == pytest.approx(rate, rel=1e-3), f"epoch {epoch}"
 
 
 def test_cosine_is_that_of_timm_with_warm_up_and_cool_down():
@@ -86,4 +105,37 @@ def test_the_constant_rate_of_the_cifar100_script_can_be_had(name: str):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_a_recipe_runs_for_fewer_steps_than_its_warm_up(name: str):
-    assert all(rate >= 0 for rate in rates(load_recipe(name, max_steps=3), 1000, 0.003).values())
+    recipe = load_recipe(name, max_steps=3, cooldown_epochs=0)
+    assert all(rate >= 0 for rate in rates(recipe, 1000, 0.003).values())
+
+
+# --- the stages of DS-Net
+
+
+def test_the_three_stages_of_ds_net_are_those_of_the_authors():
+    recipe = load_recipe("ds-net-imagenet")
+    supernet, statistics, gate = (single(recipe, fields) for fields in recipe.stages)
+    assert (supernet.stage, gate.stage) == ("supernet", "gate")
+    assert supernet.epochs == 160
+    assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001}
+    assert statistics.total_batch_size == 8 * 4 * 64
+    assert {name for name, value in gate.to_dict().items() if value != getattr(supernet, name)} == {
+        "stage", "epochs", "weight_decay", "warmup_epochs",
+    }  # fmt: skip
+    assert (gate.epochs, gate.weight_decay, gate.warmup_epochs, gate.ema_decay) == (40, 0.01, 0, 0.997)
+    with torch.device("meta"):
+        model = tn.create_model(recipe.model, **recipe.model_kwargs)
+    step = make_stage("supernet", model, supernet.stage_options)
+    assert (step.passes, step.teacher, step.ensemble) == (4, "average", False)  # type: ignore[attr-defined]
+    assert gates(model).popitem()[1].widths == tuple(range(14))
+    corrected = make_stage("gate", model, gate.stage_options).objective  # type: ignore[attr-defined]
+    assert not corrected.original
+
+
+def test_what_the_authors_of_ds_net_did_can_be_had():
+    options = re.findall(r"--([a-z][\w.-]*) (\"[^\"]*\"|[\w.]+)", load_recipe("ds-net-imagenet").about["defects"])
+    texts = {name.replace("-", "_"): text.strip('"') for name, text in options}
+    recipe = make_recipe("ds-net-imagenet", texts)
+    assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001, "momentum": 0.1}
+    assert recipe.model_kwargs["gate_choices"] == [0, 1, 2, 3]
+    assert recipe.stages[2]["stage_options"] == {"original": True}

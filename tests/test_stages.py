@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +14,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rules import golden_input
 from safetensors.torch import load_file
-from test_zoo_dsnet import filled
 from torch import nn
-from training import Net, in_children, metrics, source
-from zoo_golden import check_digests, facts, gradients
 
 import thriftnet as tn
+from golden_rules import golden_input
+from test_zoo_dsnet import filled
+from thriftnet.cli import main
+from thriftnet.cli.train import make_recipe, with_budget
 from thriftnet.core.width import Width
+from thriftnet.data.sources import open_data
 from thriftnet.errors import ConfigError
 from thriftnet.interop.authors.layout import read
 from thriftnet.train.engine import Progress
 from thriftnet.train.loss import Criterion
-from thriftnet.train.recipe import Recipe
-from thriftnet.train.sequence import train
+from thriftnet.train.recipe import Recipe, load_recipe
+from thriftnet.train.sequence import single, train
 from thriftnet.train.stages import Step, Supernet, make_stage
 from thriftnet.train.stop import Interrupted
+from training import Net, in_children, metrics, source
+from zoo_golden import check_digests, facts, gradients
 
 FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
 WIDTHS = "slimmable(widths=(0.5, 1.0))"
@@ -252,3 +256,97 @@ def test_an_interrupted_sequence_says_where(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="1-supernet"):
         train(recipe(stages=PARTS), source(), tmp_path, model=gated(), device="cpu", watch=stop)
     assert json.loads((tmp_path / "1-supernet" / "run.json").read_text())["recipe"]["stage"] == "supernet"
+
+
+# --- on the command line
+
+DIGITS = ["--data", "digits", "--device", "cpu", "--trackers", "[]", "--workers", "0", "--json"]
+
+
+def test_ds_net_trains_on_digits_within_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe's three stages, a few steps each; what is spent on test images is near what was asked for on others."""
+    options = ["--recipe", "ds-net-digits", "--output", str(tmp_path), "--max-steps", "3", "--budget", "60K", *DIGITS]
+    assert main(["train", *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {path.name for path in tmp_path.iterdir()} == {"1-supernet", "2-recalibrate", "3-gate"}
+    assert result["facts"]["macs"] == pytest.approx(60e3, rel=0.05)
+    assert sum(result["facts"]["decisions"].values()) == 450
+    network = tn.load(tmp_path / "3-gate" / "model")
+    dynamic = tn.DynamicNetwork(network, input_size=(1, 8, 8)).eval()
+    assert dynamic.cost != 0
+    test = open_data("digits").split("test").resident()
+    mean, std = open_data("digits").mean, open_data("digits").std
+    dynamic((test.float() / 255 - mean[0]) / std[0])
+    assert round(dynamic.mean_macs) == result["facts"]["macs"]
+
+
+def test_the_network_of_a_slimmable_recipe_has_fresh_statistics(tmp_path: Path) -> None:
+    """What is told of it at the end is told of that network, not of the one before."""
+    how = recipe(stages=[{"stage": "supernet", "ema_decay": 0.8}, {"recalibrate": {}}], select_on="last")
+    outcome = train(how, source(), tmp_path, model=slim(), device="cpu")
+    assert outcome.run == str(tmp_path / "2-recalibrate")
+    loaded = tn.load(tmp_path / "2-recalibrate" / "model", model=Net())
+    tn.set_width(loaded, "largest")
+    images = source().split("test")
+    outputs = loaded.eval()((images.resident().float() / 255 - 0.5) / 0.25)
+    assert outcome.loss == pytest.approx(F.cross_entropy(outputs, images.labels).item(), rel=1e-4)
+    before = tn.load(tmp_path / "1-supernet" / "model", model=Net()).eval()
+    assert not torch.equal(before((images.resident().float() / 255 - 0.5) / 0.25), outputs)
+
+
+def test_options_hold_for_all_stages_or_for_one() -> None:
+    texts = {"max_steps": "7", "lr": "0.3", "stages.3.weight_decay": "0.5", "stages.3.stage_options.hard": "narrowest"}
+    parts = make_recipe("ds-net-digits", texts)
+    supernet, _, gate = (single(parts, fields) for fields in parts.stages)
+    assert (supernet.max_steps, gate.max_steps) == (7, 7)
+    assert (supernet.lr, gate.lr) == (0.3, 0.3)
+    assert (supernet.weight_decay, gate.weight_decay) == (0.0001, 0.5)
+    assert parts.stages[2]["stage_options"] == {"hard": "narrowest"}
+    assert single(load_recipe("ds-net-digits", epochs=2), load_recipe("ds-net-digits", epochs=2).stages[2]).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"stage": "gate", "stage_options": {"hard": "widest"}}, "own"),
+        ({"stages": [*PARTS[:2], {"stage": "gate", "stage_options": {"hard": "widest"}}]}, "sequence"),
+    ],
+)
+def test_a_budget_reaches_the_gate(fields: dict[str, Any], place: str) -> None:
+    found = with_budget(recipe(**fields), "1.5K")
+    options = found.stage_options if place == "own" else found.stages[2]["stage_options"]
+    assert options == {"hard": "widest", "budget": 1500.0}
+    if place == "sequence":
+        assert found.stages[:2] == tuple(PARTS[:2])
+        assert found.stage_options == {}
+
+
+REFUSED = {
+    "no gate": (
+        ["--recipe", "digits", "--budget", "1M"],
+        "--budget 1M is for a stage gate; this recipe has auto.*ds-net-cifar",
+    ),
+    "no gate in stages": (
+        ["--recipe", "slimmable-resnet-cifar", "--budget", "1M"],
+        "this recipe has supernet, recalibrate",
+    ),
+    "no number": (["--recipe", "ds-net-digits", "--budget", "lots"], "--budget lots: write a number greater than 0"),
+    "out of reach": (["--recipe", "ds-net-digits", "--budget", "1M"], "out of reach: possible are 40,228 to 86,872"),
+    "original": (
+        ["--recipe", "ds-net-digits", "--budget", "60K", "--stages.3.stage-options.original", "true"],
+        "original=True has no budget",
+    ),
+    "no such stage": (["--recipe", "ds-net-digits", "--stages.4.lr", "1"], "--stages.4.lr: possible is.*N from 1 to 3"),
+    "no stages": (["--recipe", "digits", "--stages.1.lr", "1"], "--stages.1.lr: the recipe has no stages"),
+    "which stage": (["--recipe", "ds-net-digits", "--stage", "gate"], "belongs to one of them: say stages.3.stage"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_trains(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, wanted = REFUSED[name]
+    assert main(["train", *options, "--output", str(tmp_path / "run"), *DIGITS]) == 2
+    assert re.search(wanted, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

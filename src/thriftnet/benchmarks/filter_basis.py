@@ -17,7 +17,7 @@ from thriftnet.models.resnet import resnet
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis
 
 TOPIC = "filter-basis"
-P3 = Target("P3", "folded ResNet56 forward against the plain one: equal, within what repeats", 1.03)
+P3 = Target("P3", "folded ResNet56 forward against the plain one: equal, within what two runs differ by", 1.05)
 P3B = Target("P3", "two-convolution ResNet56 forward (as written: NCHW) against the folded one", 2.0, "at least")
 P3T_NARROW = Target("P3t", "training step of a 16-channel convolution against the plain one", 1.9)
 P3T_WIDE = Target("P3t", "training step of an ImageNet-width convolution against the plain one", 1.1)
@@ -61,6 +61,7 @@ def forward_case(settings: Settings) -> Case:
     ratios = [
         Ratio("thriftnet, folded, NCHW", "plain network, NCHW", P3),
         Ratio("thriftnet, folded, channels_last", "plain network, channels_last", P3),
+        Ratio("two convolutions, NCHW", "plain network, NCHW"),
         Ratio("two convolutions, NCHW", "thriftnet, folded, NCHW"),
         Ratio("two convolutions, NCHW", "thriftnet, folded, channels_last", P3B),
         Ratio("two convolutions, channels_last", "thriftnet, folded, channels_last"),
@@ -93,8 +94,8 @@ def step_case(
             forms[f"{name}, {layout}"] = layer_step(copy.deepcopy(layer).to(memory_format=form), a, g)
     apart = frozenset(name for name in forms if name.startswith("plain"))
     ratios = [
-        Ratio("thriftnet, channels_last", "plain, channels_last"),
         Ratio("thriftnet, channels_last", "plain, NCHW", target),
+        Ratio("thriftnet, channels_last", "plain, channels_last"),
         Ratio("two convolutions, NCHW", "plain, NCHW"),
     ]
     name = f"{channels} channels, {side} x {side}, batch {images}, rank {shared} + {unique}, forward + backward"

@@ -137,12 +137,49 @@ def _targets(results: Results) -> str:
             )
         axes.axvline(1.0, color="#000000", linewidth=1)
         axes.set_yticks(range(len(rows)), [_label(row) for row in reversed(rows)], fontsize=7)
-        axes.set_xscale("log")
-        left, right = axes.get_xlim()
-        axes.set_xlim(left, right * 2.5)
+        _log_axis(axes, room=2.5)
         axes.set_xlabel("ratio as a share of its bound (line: the bound; '<=' is met to its left, '>=' to its right)")
         axes.set_title(_conditions(results), fontsize=8, loc="left")
         return svg(drawn)
+
+
+def _log_axis(axes: Any, room: float) -> None:
+    """A logarithmic x axis with powers of 2, or of 10 where there are many, and room for text on its right."""
+    axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * room)
+    base = 2 if right / left < 64 else 10
+    ticks = [float(base) ** power for power in range(-20, 21) if left <= float(base) ** power <= right * room]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def floors(results: Results) -> str:
+    """An SVG: for each case, how many times its floor takes what one would write, and what this library does."""
+    cases = [(m, [(r, s) for r, s in m.ratios if r.to == m.ratios[0][0].to]) for m in results.measured if m.ratios]
+    shown = [(m, found) for m, found in cases if {_is_ours(r.of) for r, _ in found} == {True, False}]
+    with figure(9.6, 1.3 + 0.4 * len(shown)) as drawn:
+        axes = drawn.subplots()
+        for place, (_, found) in enumerate(reversed(shown)):
+            best = min(spread.median for ratio, spread in found if _is_ours(ratio.of))
+            worst = max(spread.median for ratio, spread in found if not _is_ours(ratio.of))
+            axes.plot([best, worst], [place, place], color="#cccccc", linewidth=2, zorder=1)
+            for ratio, spread in found:
+                colour = GOOD if _is_ours(ratio.of) else NEUTRAL
+                axes.plot([spread.median], [place], marker="o", color=colour, markersize=7, zorder=2)
+            axes.annotate(
+                f"{worst:.3g} x to {best:.3g} x", (worst, place), (8, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.axvline(1.0, color="#000000", linewidth=1)
+        axes.set_yticks(range(len(shown)), [f"{m.name}\nfloor: {f[0][0].to}" for m, f in reversed(shown)], fontsize=7)
+        _log_axis(axes, room=4)
+        axes.set_xlabel("time as a multiple of the floor (line); grey: what one would write, green: thriftnet")
+        axes.set_title(_conditions(results), fontsize=8, loc="left")
+        return svg(drawn)
+
+
+def _is_ours(form: str) -> bool:
+    return form.startswith("thriftnet")
 
 
 def _label(row: Row) -> str:

@@ -31,16 +31,14 @@ def run(arguments: Sequence[str]) -> int:
     add("--threads", type=int, help="threads within an operation (1)")
     add("--fast-malloc", action="store_true", help="let glibc keep freed memory (Linux); some targets are for this only")
     add("--svg", metavar="FILE", help="draw the ratios beside their targets, or the sweep")
+    add("--floors", metavar="FILE", help="draw each case as multiples of its floor, an SVG")
     options = parse(parser, arguments)
     topics = options.topics or list(TOPICS)
     for topic in topics:
         if topic not in TOPICS:
             raise unknown("topic", topic, TOPICS)
     results = _measured(topics, options)
-    if options.svg:
-        from thriftnet.benchmarks.report import picture
-
-        Path(options.svg).write_text(picture(results), encoding="utf-8")
+    _draw(results, options.svg, options.floors)
     emit(_text(results), results.to_dict(), as_json=options.json)
     return 1 if options.check and results.missed() else 0
 
@@ -66,6 +64,15 @@ def _measured(topics: Sequence[str], options: Any) -> Results:
             else:
                 results.facts.append(item)
     return results
+
+
+def _draw(results: Results, targets: str | None, multiples: str | None) -> None:
+    """Write the pictures that were asked for."""
+    from thriftnet.benchmarks.report import floors, picture
+
+    for path, draw in ((targets, picture), (multiples, floors)):
+        if path:
+            Path(path).write_text(draw(results), encoding="utf-8")
 
 
 def _text(results: Results) -> str:

@@ -103,6 +103,8 @@ def _new_workspace(target: Path) -> tuple[Path, int]:
             os.write(lock, target.name.encode())
             if (workspace / LOCK).exists():
                 return workspace, lock
+        except BlockingIOError:
+            pass  # another writer has just locked it, to remove it
         except OSError:
             shutil.rmtree(workspace, ignore_errors=True)
             os.close(lock)
@@ -209,6 +211,8 @@ def _swap(workspace: Path, target: Path) -> None:
         except (FileNotFoundError, FileExistsError):
             continue  # another process came or went in between
         except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                continue  # the same, as told by renames without flags
             if error.errno not in NO_SUCH_STEP:
                 raise
             _swap_by_two_renames(workspace, target)

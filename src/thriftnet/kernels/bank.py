@@ -22,6 +22,7 @@ from thriftnet.kernels.arena import Arena
 from thriftnet.kernels.dispatch import Choice, forced
 from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
 
+FEWEST = 4  # layers from which one product is faster than one for each
 PIECE = 65536  # columns of the templates that one product of the CPU reads
 
 
@@ -104,6 +105,8 @@ class Mixer:
             return choice
         if not torch.is_grad_enabled():
             return Choice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
+        if len(self._layers) < FEWEST:
+            return Choice("bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {FEWEST} on")
         return Choice("bank", "together", f"one product for {len(self._layers)} layers")
 
     def _begin(self, layer: User, templates: nn.Parameter) -> Round:

@@ -250,7 +250,9 @@ def with_fields(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[st
         return {**stated, **fields}
     for name in ("stage", "stage_options"):
         if name in fields:
-            raise ConfigError(f"{name} of a recipe with several stages belongs to one of them: say stages.{len(stages)}.{name}")
+            raise ConfigError(
+                f"{name} of a recipe with several stages belongs to one of them: say stages.{len(stages)}.{name}"
+            )
     kept = [{name: value for name, value in part.items() if name not in fields} for part in stages]
     return {**stated, **fields, "stages": kept}
 
