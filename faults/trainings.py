@@ -42,7 +42,7 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
             "before the first checkpoint",
             "while writing a checkpoint",
             "after the end",
-            "same weights and metrics in the end",
+            "same weights and accuracy in the end",
         ],
     )
     wanted, seconds = _timed(folder)

@@ -9,12 +9,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from images import class_folders
 
 import thriftnet as tn
+from images import class_folders
 from thriftnet.cli import main
 
-KEYS = {"run", "top1", "top5", "loss", "params", "world_size", "steps", "weights_sha256", "seconds", "resumed_from", "notes", "facts"}
+KEYS = {
+    "run",
+    "top1",
+    "top5",
+    "loss",
+    "params",
+    "world_size",
+    "steps",
+    "weights_sha256",
+    "seconds",
+    "resumed_from",
+    "notes",
+    "facts",
+}
 SHORT = ["--data", "digits", "--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--batch-size", "64"]
 
 

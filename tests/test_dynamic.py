@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import thriftnet as tn
-from benchmark_forms import MaskedNetwork
 from laws import assert_close
 from networks import NETWORKS, perturb, randomise_norms
+from thriftnet.benchmarks.masked import MaskedNetwork
 from thriftnet.models.dynamic import DynamicNetwork, cheapest_cost
 from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
 

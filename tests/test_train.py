@@ -13,17 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training import Net, in_children, kill_at, metrics, source
 
 import thriftnet as tn
-from thriftnet.cli import main
-from thriftnet.errors import CheckpointError, ConfigError
+from thriftnet.errors import CheckpointError
 from thriftnet.train.engine import DivergedError, Progress
 from thriftnet.train.job import Outcome
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.sequence import train
 from thriftnet.train.state import damage
 from thriftnet.train.stop import Interrupted
+from training import Net, in_children, kill_at, metrics, source
 
 FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
 
@@ -186,7 +185,7 @@ def test_when_no_checkpoint_is_whole_it_says_so(tmp_path: Path):
     run(tmp_path / "run")
     for place in (tmp_path / "run" / "checkpoints").iterdir():
         (place / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="none of the checkpoints .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is whole"):
         run(tmp_path / "run")
     assert damage(tmp_path / "nothing") == "it has no manifest.json"
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import dsnet_by_hand
 import thriftnet as tn
-from benchmark_forms import MaskedNetwork
 from golden_rules import golden_input
 from laws import assert_close
 from networks import perturb, randomise_norms
+from thriftnet.benchmarks.masked import MaskedNetwork
 from thriftnet.core.verbs import count_params
 from thriftnet.core.width import Slim, width, widths
 from thriftnet.interop.authors.dsnet import dsnet_layout

@@ -19,6 +19,8 @@ TOPICS = {
     "soft-sharing": "thriftnet.benchmarks.soft_sharing",
     "filter-basis": "thriftnet.benchmarks.filter_basis",
     "weight-sharing": "thriftnet.benchmarks.weight_sharing",
+    "slimmable": "thriftnet.benchmarks.slimmable",
+    "data": "thriftnet.benchmarks.data",
     "train": "thriftnet.benchmarks.train",
 }
 

@@ -13,7 +13,7 @@ _PLACES = {
     "train": "thriftnet.train.sequence",
 }
 
-__all__ = sorted(_PLACES)
+__all__ = ["Outcome", "Recipe", "list_recipes", "load_recipe", "train"]
 
 if TYPE_CHECKING:
     from thriftnet.train.job import Outcome

@@ -14,15 +14,16 @@ from thriftnet.core.gate import gate_of
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import replace
-from thriftnet.core.width import Width, position, set_width, widths
+from thriftnet.core.width import Slim, Width, WidthAware, position, set_width, widths
+from thriftnet.errors import IncompatibleModelError
 
 
 class Choice:
-    """Which widths run for each image of the batch: (N, K) one-hot rows, or None before the decision was made."""
+    """Which widths run for each image of the batch: (N, K) one-hot rows."""
 
     def __init__(self, indices: Sequence[int]) -> None:
         self.indices = tuple(indices)
-        self.rows: Tensor | None = None
+        self.rows = torch.empty(0)
 
 
 class MaskedNetwork(nn.Module):
@@ -49,11 +50,11 @@ class MaskedNetwork(nn.Module):
         set_width(network, possible[self.choice.indices[0]])
         table: dict[int, nn.Module] = {}
         for module in network.modules():
-            if isinstance(module, PlainConv2d) and self._varies(module.slim.ins, module.slim.outs):
+            if isinstance(module, PlainConv2d) and self._varies(slim_of(module).ins, slim_of(module).outs):
                 table[id(module)] = MaskedConv2d(module, self.choice)
-            elif isinstance(module, PlainBatchNorm2d) and self._varies(module.slim.outs):
+            elif isinstance(module, PlainBatchNorm2d) and self._varies(slim_of(module).outs):
                 table[id(module)] = MaskedBatchNorm2d(module, self.choice)
-            elif isinstance(module, PlainLinear) and self._varies(module.slim.ins):
+            elif isinstance(module, PlainLinear) and self._varies(slim_of(module).ins):
                 table[id(module)] = MaskedLinear(module, self.choice)
         self.network = replace(network, table)
 
@@ -62,7 +63,19 @@ class MaskedNetwork(nn.Module):
 
     def forward(self, images: Tensor, rows: Tensor) -> Tensor:
         self.choice.rows = rows
-        return self.network(images)
+        out: Tensor = self.network(images)
+        return out
+
+
+def slim_of(layer: WidthAware) -> Slim:
+    """The widths of a layer of a slimmable network.
+
+    Raises:
+        IncompatibleModelError: It has one width.
+    """
+    if layer.slim is None:
+        raise IncompatibleModelError(f"{type(layer).__name__} has one width: only slimmable networks can be masked")
+    return layer.slim
 
 
 def masked(x: Tensor, rows: Tensor, channels: Sequence[int]) -> Tensor:
@@ -83,9 +96,9 @@ class MaskedConv2d(nn.Module):
     def __init__(self, conv: PlainConv2d, choice: Choice) -> None:
         super().__init__()
         self.conv, self.choice = conv, choice
-        self.ins = [conv.slim.ins[index] for index in choice.indices]
-        self.outs = [conv.slim.outs[index] for index in choice.indices]
-        self.full = max(conv.slim.outs)
+        self.ins = [slim_of(conv).ins[index] for index in choice.indices]
+        self.outs = [slim_of(conv).outs[index] for index in choice.indices]
+        self.full = max(slim_of(conv).outs)
 
     def forward(self, x: Tensor) -> Tensor:
         conv, weight, bias = self.conv, self.conv.weight, self.conv.bias
@@ -107,7 +120,7 @@ class MaskedBatchNorm2d(nn.Module):
     def __init__(self, norm: PlainBatchNorm2d, choice: Choice) -> None:
         super().__init__()
         self.norm, self.choice = norm, choice
-        self.outs = [norm.slim.outs[index] for index in choice.indices]
+        self.outs = [slim_of(norm).outs[index] for index in choice.indices]
 
     def forward(self, x: Tensor) -> Tensor:
         norm, rows = self.norm, self.choice.rows
@@ -115,8 +128,10 @@ class MaskedBatchNorm2d(nn.Module):
         for place, (index, count) in enumerate(zip(self.choice.indices, self.outs, strict=True)):
             norm.set_width_index(index)
             held = norm.statistics()
-            means[place, :count] += held["running_mean"][:count]
-            variances[place, :count] += held["running_var"][:count]
+            for into, name in ((means, "running_mean"), (variances, "running_var")):
+                statistic = held[name]
+                if statistic is not None:
+                    into[place, :count] += statistic[:count]
         mean, variance = ((rows @ each)[..., None, None].expand_as(x) for each in (means, variances))
         x = (x - mean) / torch.sqrt(variance + norm.eps)
         x = x * norm.weight[:, None, None].expand_as(x) + norm.bias[:, None, None].expand_as(x)
