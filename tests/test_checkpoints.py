@@ -552,3 +552,25 @@ def test_a_file_is_opened_by_the_importer(tmp_path: Path, monkeypatch: pytest.Mo
 def test_names_that_lead_nowhere(tmp_path: Path):
     with pytest.raises(ConfigError, match="no folder or file"):
         open_model(str(tmp_path / "nothing"))
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="working directory"):
+        tn.save(tn.create_model("resnet20"), ".")
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize("place", [None, b"bytes", "a\0b"])
+def test_what_is_no_path_is_refused(place: Any):
+    with pytest.raises(CheckpointError, match="no path"):
+        tn.save(tn.create_model("resnet20"), place)
+    with pytest.raises(CheckpointError, match="no path"):
+        tn.load(place)
+
+
+def test_what_is_no_network_is_refused(tmp_path: Path):
+    with pytest.raises(tn.ConfigError, match="got a dict"):
+        tn.save({"a": 1}, tmp_path / "m")  # type: ignore[arg-type]
+    with pytest.raises(tn.ConfigError, match="'resnet20'"):
+        tn.load(tn.save(tn.create_model("resnet20"), tmp_path / "m"), model="resnet20")  # type: ignore[arg-type]

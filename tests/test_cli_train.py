@@ -142,3 +142,72 @@ def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.Cap
     assert "3.png" in refused(capsys, *options, "--output", str(tmp_path / "run"))
     result = train(capsys, *options, "--output", str(tmp_path / "other"), "--on-corrupt", "skip")
     assert any("3.png" in str(note) for note in result["notes"])  # type: ignore[union-attr]
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from thriftnet.train.lock import locked
+
+    place = tmp_path / "run"
+    with locked(place, active=True):
+        line = refused(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
+    assert f"another training runs in {place} (process {os.getpid()})" in line
+    assert not (place / "run.json").exists()
+    train(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
+
+
+def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path: Path):
+    """Files of at most 700 KiB: the first checkpoint cannot be written; without the limit the same command goes through."""
+    command = f"{sys.executable} -m thriftnet train --output {tmp_path / 'run'} --max-steps 4 --checkpoint-every 2 {' '.join(SHORT)}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    full = subprocess.run(
+        ["sh", "-c", f"ulimit -f 700; {command}"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert full.returncode == 2, full.stderr[-2000:]
+    lines = [line for line in full.stderr.splitlines() if line.startswith("thriftnet train:")]
+    assert len(lines) == 1
+    assert "cannot write" in lines[0]
+    assert "Last good checkpoint: none" in lines[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    again = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+
+
+def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train(capsys, *SHORT, "--output", str(tmp_path), "--max-steps", "3")
+    assert "trained for 3 steps already, and 2 are asked for" in refused(
+        capsys, *SHORT, "--output", str(tmp_path), "--max-steps", "2"
+    )
+
+
+def test_skipped_steps_are_said_and_the_result_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--output", str(tmp_path), "--max-steps", "4", "--lr", "1e30", "--on-nan", "skip"]
+    result = train(capsys, *SHORT, *options)
+    assert any("steps were skipped" in str(note) for note in result["notes"])  # type: ignore[union-attr]
+
+
+def test_a_run_is_a_network_for_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = str(tmp_path / "run")
+    train(capsys, *SHORT, "--output", place, "--max-steps", "1", "--technique", "shift")
+    for arguments in (
+        ["count", place, "--input-size", "1,8,8"],
+        ["fold", place, "--output", str(tmp_path / "folded"), "--input-size", "1,8,8"],
+        ["plan", place, "--technique", "weight-sharing"],
+        ["train", "--model", place, "--teacher", place, *SHORT, "--output", str(tmp_path / "next"), "--max-steps", "1"],
+    ):
+        assert main(arguments) == 0, arguments
+
+
+def test_a_network_of_ones_own_is_evaluated_with_its_plain_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "own_networks.py").write_text(
+        "from torch import nn\n\n\ndef small():\n"
+        "    convs = [nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)]\n"
+        "    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    place = str(tmp_path / "run")
+    options = ["--model", "own_networks:small", "--technique", "soft-sharing(templates=1)", "--max-steps", "1"]
+    trained = train(capsys, *SHORT, "--output", place, *options)
+    assert main(["evaluate", place, "--data", "digits", "--plain", "own_networks:small", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(trained["top1"])

@@ -128,7 +128,7 @@ def test_failures_put_the_statistics_back(widths: tuple[float, ...]) -> None:
     model = network(*widths).train()
     before = state(model)
     for loader, error, message in (
-        ([], tn.DataError, "recalibrate got a loader without batches: the statistics are unchanged"),
+        ([], tn.DataError, "recalibrate got a loader without images: the statistics are unchanged"),
         (failing(), OSError, "the disk is gone"),
         ([torch.zeros(2, 5, 8, 8)], (RuntimeError, tn.ConfigError), "channels"),
     ):
@@ -154,3 +154,21 @@ def test_statistics_inside_of_bases_are_made_anew() -> None:
     tn.recalibrate(model, batches())
     assert not torch.equal(model.convs[0].norm.running_mean, before)
     assert model.convs[0].norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize(
+    ("loader", "kwargs", "expected"),
+    [
+        ([torch.zeros(0, 3, 8, 8)], {}, "without images"),
+        ([torch.full((4, 3, 8, 8), float("nan"))], {}, "no numbers"),
+        (None, {}, "NoneType for a loader"),
+        ([torch.zeros(4, 3, 8, 8)], {"widths": []}, "at least one"),
+    ],
+)
+def test_what_gives_no_statistics_is_refused_and_changes_none(loader: object, kwargs: dict[str, object], expected: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(tn.ThriftnetError, match=expected):
+        tn.recalibrate(model, loader, **kwargs)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

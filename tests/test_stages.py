@@ -292,6 +292,9 @@ def test_the_network_of_a_slimmable_recipe_has_fresh_statistics(tmp_path: Path) 
     assert outcome.loss == pytest.approx(F.cross_entropy(outputs, images.labels).item(), rel=1e-4)
     before = tn.load(tmp_path / "1-supernet" / "model", model=Net()).eval()
     assert not torch.equal(before((images.resident().float() / 255 - 0.5) / 0.25), outputs)
+    other = how.replace(stages=[how.stages[0], {"recalibrate": {"momentum": 0.1}}])
+    with pytest.raises(ConfigError, match=r"recalibrate was \{\}, is \{'momentum': 0.1\}"):
+        train(other, source(), tmp_path, model=slim(), device="cpu")
 
 
 def test_options_hold_for_all_stages_or_for_one() -> None:

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.core.width import set_width
     from thriftnet.data.sources import open_data
 
-    model, facts = network_of(options.model, kwargs)
+    model, facts = network_of(options.model, kwargs, options.plain)
     if options.width is not None:
         set_width(model, literal(options.width))
     source = open_data(options.data, on_corrupt=options.on_corrupt)

@@ -26,6 +26,11 @@ def add_image_options(parser: ArgumentParser) -> None:
     """Options on data and on how images become inputs."""
     add = parser.add_argument
     add("--data", metavar="D", required=True, help="digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR")
+    add(
+        "--plain",
+        metavar="MODEL",
+        help="the plain form of a saved network that is not in the zoo, as package.module:callable",
+    )
     add("--batch-size", type=int, default=256)
     add("--device", help="left out: a GPU where there is one")
     add("--mean", metavar="M,M,M", help="of each channel, in [0, 1]; left out, what the folder says, else the data's")
@@ -37,8 +42,12 @@ def add_image_options(parser: ArgumentParser) -> None:
     add("--on-corrupt", choices=["error", "skip"], default="error", help="what to do about images that cannot be decoded")
 
 
-def network_of(place: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network, and what its folder or file says about its images: mean, std, input_size, class_names."""
+def network_of(place: str, kwargs: Mapping[str, Any], plain: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network, and what its folder or file says about its images: mean, std, input_size, class_names.
+
+    Args:
+        plain: The plain form of a saved network that is not in the zoo.
+    """
     path = Path(place)
     if path.is_file() and not kwargs:
         from thriftnet.interop.importer import import_checkpoint
@@ -48,10 +57,11 @@ def network_of(place: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[s
     if (path / "run.json").is_file():
         path = path / "model"
     if path.is_dir():
-        from thriftnet.interop.checkpoints import read_config
+        from thriftnet.interop.checkpoints import load, read_config
 
         config = read_config(path)
-        return open_network(str(path), kwargs), _facts(config["metadata"] | config)
+        network = open_network(str(path), kwargs) if plain is None else load(path, model=open_network(plain, kwargs))
+        return network, _facts(config["metadata"] | config)
     return open_network(place, kwargs), {}
 
 

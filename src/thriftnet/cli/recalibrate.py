@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.data.sources import open_data
     from thriftnet.interop.checkpoints import save
 
-    model, facts = network_of(options.model, kwargs)
+    model, facts = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     images = limited(source.split(options.split), options.limit)
     augmentation = augmentation_of(options, facts, source, images, model)
@@ -44,6 +44,7 @@ def run(arguments: Sequence[str]) -> None:
         augmentation=augmentation,
         train=False,
         shuffle=True,
+        drop_last=len(images) > options.batch_size,  # every batch counts alike
         seed=options.seed,
         device=options.device or "cpu",
         workers=options.workers,

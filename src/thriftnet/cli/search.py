@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.train.evaluate import evaluate
     from thriftnet.train.search import Evolution, search
 
-    model, facts = network_of(options.model, kwargs)
+    model, facts = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     images = source.split("train")
     augmentation = augmentation_of(options, facts, source, images, model)

@@ -28,9 +28,10 @@ def recalibrate(
 ) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
-    Weights, modes, the selected width and the random state are left as they were; only statistics change. If the
-    loader fails, the old statistics are put back. Under `torch.distributed` they are averaged over all processes, each of
-    which reads its own loader.
+    It is the cumulative average of `torch.nn.BatchNorm2d`, in which every batch counts alike: give batches of equal size.
+    Weights, modes, the selected width and the random state are left as they were; only statistics change. If the loader
+    fails, the old statistics are put back. Under `torch.distributed` they are averaged over all processes, each of which
+    reads its own loader.
 
     Args:
         model: Any network with batch norms.
@@ -40,11 +41,13 @@ def recalibrate(
         batches: Read no more than this many; left out, all.
 
     Raises:
-        ConfigError: A ``momentum`` outside of (0, 1], or less than one batch.
+        ConfigError: A ``momentum`` outside of (0, 1], less than one batch, or no width.
         IncompatibleModelError: No batch norm keeps statistics.
-        DataError: The loader yields no batch, or something else than tensors.
+        DataError: The loader yields no images, something else than tensors, or images that make statistics infinite.
     """
     _check_options(momentum, batches)
+    if not isinstance(loader, Iterable):
+        raise DataError(f"recalibrate got a {type(loader).__name__} for a loader: give batches of training images")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
         folded = any("freeze" in step.values() for step in getattr(model, "thriftnet_history", []))
@@ -55,6 +58,8 @@ def recalibrate(
     if isinstance(widths, float | int | str):
         widths = (widths,)
     chosen: Sequence[float | int | str | None] = widths if widths is not None else (widths_of(model) or (None,))
+    if not chosen:
+        raise ConfigError(f"widths={widths!r}: give at least one, or leave it out for all")
     like = next(p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     with _only_norms_train(model, norms, momentum), _restored_on_failure(norms):
         for each in chosen:
@@ -62,18 +67,12 @@ def recalibrate(
             for norm in norms:
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
-        seen = 0
-        for batch in itertools.islice(loader, batches):
-            seen += 1
-            images = batch[0] if isinstance(batch, list | tuple) else batch
-            if not isinstance(images, Tensor):
-                raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
-            for each in chosen:
-                _choose(model, each)
-                model(images.to(like))
+        seen = _pass(model, itertools.islice(loader, batches), chosen, like)
         if not seen:
-            raise DataError("recalibrate got a loader without batches: the statistics are unchanged. Give it training data")
+            raise DataError("recalibrate got a loader without images: the statistics are unchanged. Give it training data")
         _average_over_processes(model, norms, chosen)
+        if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
+            raise DataError("recalibrate got images that make statistics infinite or no numbers: they are unchanged")
 
 
 def _check_options(momentum: float | None, batches: int | None) -> None:
@@ -81,6 +80,25 @@ def _check_options(momentum: float | None, batches: int | None) -> None:
         raise ConfigError(f"momentum={momentum!r}: possible is a number in (0, 1], or None for exact averages")
     if batches is not None:
         check_whole_number("batches", batches, 1)
+
+
+def _pass(
+    model: nn.Module,
+    loader: Iterable[Any],
+    chosen: Sequence[float | int | str | None],
+    like: Tensor,
+) -> int:
+    """Let the norms see every batch at every width; gives the number of images."""
+    seen = 0
+    for batch in loader:
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(images, Tensor):
+            raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
+        for each in chosen if len(images) else ():
+            _choose(model, each)
+            model(images.to(like))
+        seen += len(images)
+    return seen
 
 
 def _average_over_processes(

@@ -51,6 +51,9 @@ ATTEMPTS = 100  # of reading a folder that others replace meanwhile
 HUB = "hf-hub:"
 
 
+RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
+
+
 def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load` gives it back bit by bit, at the width it has now.
 
@@ -71,7 +74,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         CheckpointError: The place holds something that is not a model folder, or cannot be written.
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
-    place = Path(folder)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"save needs a network (nn.Module), got a {type(model).__name__}")
+    place = place_of(folder)
+    if place.resolve() == Path.cwd():
+        raise CheckpointError(
+            f"{folder} is the working directory, which cannot be replaced: give the name of a folder in it"
+        )
     _check_replaceable(place)
     model = _unwrapped(model)
     tensors = _separate(unique_tensors(model))
@@ -95,7 +104,7 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     that another process may replace the folder meanwhile.
 
     Args:
-        folder: A model folder, or ``hf-hub:owner/name`` with an optional ``@revision``.
+        folder: A model folder, the folder of a training, or ``hf-hub:owner/name`` with an optional ``@revision``.
         model: The plain network, for one that is not in the zoo: what was done to the saved one is done to a copy of it.
 
     Raises:
@@ -105,7 +114,11 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         from thriftnet.interop.hub import from_pretrained
 
         return from_pretrained(folder, model=model)
-    place = Path(folder)
+    if not (model is None or isinstance(model, nn.Module)):
+        raise ConfigError(f"model={model!r}: possible is the plain network, an nn.Module")
+    place = place_of(folder)
+    if (place / RUN).is_file() and not (place / CONFIG).exists():
+        place = place / RUN_MODEL
     config, stored = _read(place)
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), place)
     try:
@@ -125,11 +138,22 @@ def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     return rebuilt.eval()
 
 
+def place_of(folder: str | os.PathLike[str]) -> Path:
+    """A folder's path.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
+        raise CheckpointError(f"{folder!r} is no path of a folder: give text or a pathlib.Path")
+    return Path(folder)
+
+
 def open_model(source: str, **kwargs: Any) -> nn.Module:
     """The network that the user names.
 
     Args:
-        source: A folder written by `save`, ``hf-hub:owner/name[@revision]``, a file of the authors' formats, or what
+        source: A folder written by `save` or by a training, ``hf-hub:owner/name[@revision]``, a file of the authors' formats, or what
             `sources.build` knows.
         kwargs: For the function that builds it.
 

@@ -110,6 +110,7 @@ def explain(model: nn.Module, input: Tensor) -> Explanation:
     device are those that each layer meets.
 
     Example:
+        >>> import torch
         >>> print(explain(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8)))
         no layer of this network runs a kernel that has several forms
     """

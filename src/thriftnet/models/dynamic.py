@@ -73,6 +73,8 @@ class DynamicNetwork(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise IncompatibleModelError(f"DynamicNetwork needs a network with a gate, got a {type(model).__name__}")
         name, gate = gate_of(model)
         holder = name.rpartition(".")[0]
         cut, self.reads = _join(holder, gate.cut), _join(holder, gate.reads)

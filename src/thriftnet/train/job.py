@@ -9,6 +9,7 @@ run/checkpoints/         what a resumed training needs
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,16 +27,17 @@ from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.errors import ConfigError
-from thriftnet.interop.checkpoints import open_model
+from thriftnet.interop.checkpoints import RUN, open_model
+from thriftnet.interop.checkpoints import RUN_MODEL as MODEL
 from thriftnet.train import prepare
 from thriftnet.train.engine import Hooks, Loop, Progress
 from thriftnet.train.evaluate import evaluate
+from thriftnet.train.lock import locked
 from thriftnet.train.memory_format import faster_format
 from thriftnet.train.processes import Processes
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import Stage, make_stage
 
-RUN, MODEL = "run.json", "model"
 CALIBRATION = 2048  # training images on which a stage may find what it needs for measuring
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,7 +76,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self) | {"notes": list(self.notes)}
+        return asdict(self) | {"notes": list(self.notes), "loss": self.loss if math.isfinite(self.loss) else None}
 
 
 def train_once(
@@ -92,7 +94,8 @@ def train_once(
     start = time.perf_counter()
     processes = Processes(device, recipe.precision)
     job = Job(recipe, processes, Path(output), start)
-    return job.run(data, model, teacher, resume, watch or (lambda progress: None))
+    with locked(Path(output), processes.is_main):
+        return job.run(data, model, teacher, resume, watch or (lambda progress: None))
 
 
 class Job:
@@ -252,6 +255,11 @@ class Job:
     def _resume(self, loop: Loop, resume: str) -> str | None:
         place, problems = loop.resume(None if resume in ("auto", "none") else Path(resume))
         self.notes += problems
+        if loop.position.step > loop.steps:
+            raise ConfigError(
+                f"{self.folder} has been trained for {loop.position.step} steps already, and {loop.steps} are asked for: give more, "
+                "or another --output"
+            )
         return None if place is None else str(place)
 
     def _start_trackers(self) -> None:
@@ -278,6 +286,10 @@ class Job:
         """Measure the network that was kept, which the caller's becomes."""
         stage = loop.stage
         digest = prepare.weights_hash(stage.saved(loop.result()))
+        if loop.position.skipped:
+            self.notes.append(
+                f"{loop.position.skipped} of {loop.position.step} steps were skipped: their loss was not finite"
+            )
         self.processes.wait()
         kept = stage.saved(loop.plain)
         prepare.load_kept(kept, self.folder / MODEL)

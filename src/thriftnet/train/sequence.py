@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.errors import ConfigError, unknown
+from thriftnet.interop.checkpoints import RUN
+from thriftnet.interop.checkpoints import RUN_MODEL as MODEL
 from thriftnet.models.dynamic import DynamicNetwork
 from thriftnet.train import prepare
 from thriftnet.train.engine import Progress
 from thriftnet.train.evaluate import evaluate
-from thriftnet.train.job import MODEL, Outcome, train_once
+from thriftnet.train.job import Outcome, train_once
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import GateStage, make_stage
 
@@ -138,6 +141,10 @@ def _processes() -> tuple[int, int]:
 
 def _recalibrated(model: nn.Module, recipe: Recipe, source: DataSource, place: Path, options: dict[str, Any]) -> str:
     """Give a network fresh statistics, or those that an earlier start gave it; says so."""
+    wanted = {"recipe": recipe.to_dict(), "data": source.spec, "recalibrate": options}
+    stored = prepare.read_run(place / RUN)
+    if stored is not None:
+        prepare.compare_runs(stored, wanted, place)
     if (place / MODEL).is_dir():
         prepare.load_kept(model, place / MODEL)
         return f"{place.name}: taken from {place}"
@@ -154,10 +161,12 @@ def _recalibrated(model: nn.Module, recipe: Recipe, source: DataSource, place: P
         world_size=world_size,
         workers=recipe.workers,
         resident=recipe.resident,
-        drop_last=recipe.drop_last,
+        drop_last=True,  # every batch counts alike
     )
     recalibrate(model, loader, **options)
     if rank == 0:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / RUN).write_text(json.dumps(wanted, indent=1) + "\n")
         prepare.save_trained(model, place / MODEL, source, augmentation, prepare.input_size(augmentation, source), {})
     if world_size > 1:
         dist.barrier()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from thriftnet.errors import CheckpointError
@@ -92,7 +93,7 @@ class Checkpoints:
                 self.position.write(draft / POSITION)
                 if self.average is not None:
                     torch.save(self.average.state_dict(), draft / AVERAGE)
-        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError where it cannot write
+        except (OSError, RuntimeError, SafetensorError) as problem:  # torch raises RuntimeError where it cannot write
             error = str(problem) or type(problem).__name__
         self._agree(error, place, draft)
         self._on_main(lambda: _complete(draft, place), place, draft)
@@ -134,7 +135,7 @@ class Checkpoints:
             self.position.read(place / POSITION)
             if self.average is not None:
                 self.average.load_state_dict(torch.load(place / AVERAGE, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
             raise CheckpointError(f"{place} does not fit this training: {' '.join(str(error).split())[:300]}") from error
 
     def _remove_old(self) -> None:
