@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -37,16 +38,17 @@ def test_unequal_forms_are_not_timed() -> None:
 
 
 def test_ratios_are_medians_over_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"one": iter([1.0, 2.0, 30.0]), "two": iter([1.0, 1.0, 10.0])}
+    seconds = {"one": iter([1.0, 1.0, 2.0, 30.0]), "two": iter([1.0, 1.0, 1.0, 10.0])}  # the first to warm up
     x = torch.ones(1)
     forms = {name: (lambda name=name: x) for name in seconds}
-    monkeypatch.setattr(measuring, "cpu_seconds", lambda run: next(seconds[run.__defaults__[0]]))
+    monkeypatch.setattr(measuring, "cpu_seconds", lambda run, calls=1: next(seconds[run.__defaults__[0]]))
     found = measure(a_case(forms=forms), Settings())
     assert found.ratios[0][1].median == 2.0
     assert found.ms["one"].median == 2000.0
 
 
-def test_every_form_runs_once_per_round_in_changing_order() -> None:
+def test_every_form_has_one_turn_per_round_in_changing_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "TURN", 0.0)
     order: list[str] = []
     x = torch.ones(1)
     forms = {name: (lambda name=name: (order.append(name), x)[1]) for name in ("a", "b", "c")}
@@ -54,6 +56,21 @@ def test_every_form_runs_once_per_round_in_changing_order() -> None:
     rounds = [order[6:][start : start + 3] for start in range(0, 60, 3)]  # after the check and the warm-up
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 2
+
+
+def test_a_turn_of_a_short_form_is_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"short": 0.005, "long": 1.0, "tiny": 1e-9}
+    turns: dict[str, set[int]] = {name: set() for name in spent}
+
+    def seconds(run: Any, calls: int = 1) -> float:
+        turns[run.__defaults__[0]].add(calls)
+        return spent[run.__defaults__[0]]
+
+    monkeypatch.setattr(measuring, "cpu_seconds", seconds)
+    x = torch.ones(1)
+    forms = {name: (lambda name=name: x) for name in spent}
+    measure(a_case(forms=forms, ratios=[]), Settings())
+    assert turns == {"short": {1, 4}, "long": {1}, "tiny": {1, 50}}  # once to warm up
 
 
 def test_targets() -> None:

@@ -20,7 +20,13 @@ from thriftnet.kernels.orthogonality import BlockPenalty, penalty
 from thriftnet.kernels.shift import choose
 from thriftnet.techniques.filter_basis import BasisConv2d
 
-CPU_FORMS = [(kernel, form) for kernel, forms in FORMS.items() for form in forms if form not in ("triton", "fused")]
+PACKED = ("convolution",)  # of packed networks, which nothing is converted in: tests/test_pack.py forces it
+CPU_FORMS = [
+    (kernel, form)
+    for kernel, forms in FORMS.items()
+    for form in forms
+    if form not in ("triton", "fused") and kernel not in PACKED
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 USING = {
     "shift": ("shift",),

@@ -27,6 +27,7 @@ _PLACES = {
     "thriftnet.interop.checkpoints": ("load", "save"),
     "thriftnet.interop.hub": ("from_pretrained", "push_to_hub"),
     "thriftnet.interop.importer": ("ImportedCheckpoint", "import_checkpoint"),
+    "thriftnet.kernels.pack": ("pack",),
     "thriftnet.measure": ("Report", "inspect"),
     "thriftnet.models": ("create_model", "list_models"),
     "thriftnet.models.dynamic": ("DynamicNetwork",),
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from thriftnet.interop.checkpoints import load, save
     from thriftnet.interop.hub import from_pretrained, push_to_hub
     from thriftnet.interop.importer import ImportedCheckpoint, import_checkpoint
+    from thriftnet.kernels.pack import pack
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
     from thriftnet.models.dynamic import DynamicNetwork

@@ -22,6 +22,7 @@ TOPICS = {
     "slimmable": "thriftnet.benchmarks.slimmable",
     "data": "thriftnet.benchmarks.data",
     "train": "thriftnet.benchmarks.train",
+    "deploy": "thriftnet.benchmarks.deploy",
 }
 
 

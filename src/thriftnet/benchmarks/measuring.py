@@ -1,7 +1,8 @@
 """Timing forms of one computation against each other, so that their ratios can be trusted.
 
-All forms of a case are first checked to give the same numbers. Then each runs once per round, in an order drawn anew for
-each round, since what ran before a form decides how much memory it finds warm. A ratio is the median over the rounds of
+All forms of a case are first checked to give the same numbers. Then each has its turn once per round, in an order drawn anew for
+each round, since what ran before a form decides how much memory it finds warm. A turn is one call or, of a form that takes
+less than 20 ms, as many as take that long, of which the mean counts. A ratio is the median over the rounds of
 (time of one form / time of the other in that round), with the quartiles beside it. On a CPU, times are CPU times of this
 process, so that other processes disturb them little; on a GPU they are taken between two events. Absolute times depend
 on the machine and on what else it does.
@@ -9,6 +10,7 @@ on the machine and on what else it does.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -24,6 +26,7 @@ from thriftnet.errors import ThriftnetError
 Run = Callable[[], object]
 
 SHORT, REPEATS = 2e-3, 20  # seconds of a call on a GPU below which so many are timed together
+TURN, MOST = 20e-3, 50  # seconds that a form's turn on a CPU takes at least, and calls that it has at most
 
 
 class UnequalError(ThriftnetError):
@@ -171,14 +174,15 @@ def measure(case: Case, settings: Settings) -> Measured:
         UnequalError: Two forms give different numbers.
     """
     check_equal(case)
-    timed = gpu_seconds if settings.device.startswith("cuda") else cpu_seconds
+    gpu = settings.device.startswith("cuda")
     seconds: dict[str, list[float]] = {name: [] for name in case.forms}
     order = random.Random(0)
-    for run in case.forms.values():
-        run()  # warm up, the second time after the check
+    warm = {name: cpu_seconds(run) for name, run in case.forms.items()}  # the second time, after the check
+    calls = {name: max(1, min(MOST, math.ceil(TURN / max(spent, 1e-6)))) for name, spent in warm.items()}
     for _ in range(settings.rounds(case.rounds)):
         for name in order.sample(list(case.forms), len(case.forms)):
-            seconds[name].append(timed(case.forms[name]))
+            run = case.forms[name]
+            seconds[name].append(gpu_seconds(run) if gpu else cpu_seconds(run, 1 if settings.quick else calls[name]))
     ratios = [
         (ratio, Spread.of([a / b for a, b in zip(seconds[ratio.of], seconds[ratio.to], strict=True)]))
         for ratio in case.ratios
@@ -215,11 +219,12 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).abs().max().item()) / largest
 
 
-def cpu_seconds(run: Run) -> float:
-    """CPU time of one call; what it returns is freed within."""
+def cpu_seconds(run: Run, calls: int = 1) -> float:
+    """CPU time of one call, as the mean of several; what they return is freed within."""
     start = time.process_time()
-    run()
-    return time.process_time() - start
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls
 
 
 def gpu_seconds(run: Run) -> float:

@@ -14,6 +14,7 @@ from thriftnet.benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from thriftnet.benchmarks.networks import batch, settled, trained_step
 from thriftnet.interop.checkpoints import save
 from thriftnet.kernels import force
+from thriftnet.kernels.pack import pack
 from thriftnet.models import create_model
 
 TOPIC = "weight-sharing"
@@ -65,11 +66,13 @@ def forward_case(sizes: dict[str, int], images: int, side: int) -> Case:
     forms = {
         "eager, separate norms": eager(model, x, "separate"),
         "thriftnet, eager": eager(model, x, "in place"),
+        "thriftnet, packed": eager(pack(model, input_size=(3, side, side)), x, "in place"),
         "thriftnet, compiled and frozen": compiled,
         "thriftnet, eager bf16": eager(half, small, "in place"),
     }
     ratios = [
         Ratio("eager, separate norms", "thriftnet, eager"),
+        Ratio("eager, separate norms", "thriftnet, packed"),
         Ratio("eager, separate norms", "thriftnet, compiled and frozen", P4),
         Ratio("eager, separate norms", "thriftnet, eager bf16"),
     ]

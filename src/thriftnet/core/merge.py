@@ -71,24 +71,44 @@ def overwrite(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
         model: A network that no gradient is taken of.
         run: Runs a copy of it on the meta device once.
     """
+    for name in followers(model, run, ACTIVATIONS)[0]:
+        setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
+
+
+def followers(
+    model: nn.Module, run: Callable[[nn.Module], object], kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Activations that read nothing but outputs of convolutions and norms which nothing else reads.
+
+    Args:
+        model: Any network.
+        run: Runs a copy of it on the meta device once.
+        kinds: Of activations.
+
+    Returns:
+        The name of each, with the layer whose output it read in each of its calls; and how often each layer ran.
+    """
     ghost = on_meta(model)
-    made: set[int] = set()
+    made_by: dict[int, str] = {}
     reads: dict[str, list[int]] = {}
 
-    def layer_ran(output: Tensor) -> None:
-        made.add(id(output))
+    def layer_ran(name: str, output: Tensor) -> None:
+        made_by[id(output)] = name
         uses.kept.append(output)
 
     for name, module in ghost.named_modules():
-        if isinstance(module, ACTIVATIONS):
+        if isinstance(module, kinds):
             module.register_forward_pre_hook(lambda _, args, name=name: reads.setdefault(name, []).append(id(args[0])))
         elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.register_forward_hook(lambda _, args, output: layer_ran(output))
+            module.register_forward_hook(lambda _, args, output, name=name: layer_ran(name, output))
     with torch.no_grad(), _Uses() as uses:
         run(ghost)
-    for name, given in reads.items():
-        if all(each in made and uses.counts[each] == 1 for each in given):
-            setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
+    found = {
+        name: [made_by[each] for each in given]
+        for name, given in reads.items()
+        if all(each in made_by and uses.counts[each] == 1 for each in given)
+    }
+    return found, Counter(made_by.values())
 
 
 def _pairs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

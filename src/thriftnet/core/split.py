@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.merge import ACTIVATIONS
 from thriftnet.core.probe import Call, Size, calls, failure, on_meta
 from thriftnet.core.sites import replace
 from thriftnet.errors import IncompatibleModelError, unknown
@@ -154,6 +155,20 @@ class Replay(nn.Module):
         return self.value
 
 
+class Passing(nn.Module):
+    """An activation that runs on both sides: in the tail, what stands for a value of the front passes it untouched.
+
+    Shape: as ``body``, which keeps shapes.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.is_meta else self.body(x)
+
+
 class Front(nn.Module):
     """A network up to where it is divided. It takes the network over.
 
@@ -181,9 +196,8 @@ class Front(nn.Module):
         with contextlib.suppress(Stop):
             self.network(images)
         found = [capture.value for capture in self.captures]
-        for module in self.modules():
-            if isinstance(module, Capture):
-                module.value = None
+        for capture in self.captures:
+            capture.value = None
         return [value for value in found if value is not None]
 
 
@@ -199,6 +213,9 @@ class Tail(nn.Module):
         later = {id(m) for name, m in network.named_modules() if name and not _within(name, split.front)}
         table: dict[int, nn.Module] = {id(network.get_submodule(name)): nn.Identity() for name in split.front}
         table |= {id(network.get_submodule(name)): replay for name, replay in replays.items()}
+        shared = [network.get_submodule(name) for name in split.both]
+        later -= {id(module) for module in shared if isinstance(module, ACTIVATIONS)}
+        table |= {id(module): Passing(module) for module in shared if isinstance(module, ACTIVATIONS)}
         self.network = replace(network, {key: new for key, new in table.items() if key not in later})
         self.replays = list(replays.values())
 

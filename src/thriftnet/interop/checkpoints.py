@@ -43,6 +43,7 @@ from thriftnet.interop.config import (
     read_config,
 )
 from thriftnet.interop.sources import build
+from thriftnet.kernels.pack import pack
 from thriftnet.techniques import convert
 
 __all__ = ["FORMAT", "load", "open_model", "read_config", "replay", "save", "steps", "unique_tensors"]
@@ -199,8 +200,10 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
             model = verbs.freeze(model, step["width"])
         elif verb == "tie":
             model = verbs.tie(model, step["groups"])
+        elif verb == "pack":
+            model = pack(model, input_size=step["input_size"])
         else:
-            raise ConfigError(f"unknown step {verb!r} in its history; possible are convert, fold, freeze and tie")
+            raise ConfigError(f"unknown step {verb!r} in its history; possible are convert, fold, freeze, pack and tie")
         model = model.eval()
     return model
 

@@ -67,6 +67,8 @@ def _is_step(value: object) -> bool:
         return _is_width(value.get("width"))
     if verb == "tie":
         return _is_list_of(lambda names: _is_list_of(_is_text, names), value.get("groups"))
+    if verb == "pack":
+        return _is_size(value.get("input_size"))
     return isinstance(verb, str)
 
 

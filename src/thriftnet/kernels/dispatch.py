@@ -22,6 +22,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "bank": ("together", "alone"),
     "fusion": ("once", "each"),
     "act-norm": ("in place", "separate"),
+    "convolution": ("packed", "plain"),
 }
 
 _FORCED: ContextVar[dict[str, str] | None] = ContextVar("thriftnet_forced_forms", default=None)

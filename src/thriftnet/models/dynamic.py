@@ -9,6 +9,7 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3. The author
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.gate import Gate, decide, gate_of, gumbel_choice
-from thriftnet.core.merge import merge_norms, overwrite
+from thriftnet.core.merge import merge_norms
 from thriftnet.core.norm import PlainBatchNorm2d
+from thriftnet.core.pieces import InPieces
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import sites
 from thriftnet.core.split import Front, Split, Tail, split_at
@@ -25,6 +27,7 @@ from thriftnet.core.verbs import freeze
 from thriftnet.core.width import Width, WidthAware, in_words, position
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
+from thriftnet.kernels.pack import pack_layers
 from thriftnet.measure import inspect
 
 
@@ -87,16 +90,14 @@ class DynamicNetwork(nn.Module):
         self.cost = float(gate.cost) if cost is None else cost
         self.image_channels = size[0]
         own = [inspect(network, size).macs for network in frozen]
+        made = Making(fold_norms, compile)
         self.kept = tuple(dict.fromkeys((*split.cuts, self.reads)))
-        self.front = _front(freeze(model, gate.widths[0]), split, self.kept, size, fold_norms)
-        self.tails = nn.ModuleList(_tail(network, split, size, fold_norms, self.front) for network in frozen)
+        self.front = _front(freeze(model, gate.widths[0]), split, self.kept, size, made)
+        self.tails = nn.ModuleList(_tail(network, split, size, made, self.front) for network in frozen)
         self.cuts = [self.kept.index(name) for name in split.cuts]
         spent = inspect(gate, self._read_shape(size)).macs
         self.register_buffer("macs", torch.tensor([macs + spent for macs in own], dtype=torch.float64), persistent=False)
         self.register_buffer("counts", torch.zeros(len(own), dtype=torch.int64), persistent=False)
-        parts = [self.front, *self.tails]
-        runs: list[Callable[..., Any]] = [_compiled(part) for part in parts] if compile else [*parts]
-        self.run_front, self.run_tails = runs[0], runs[1:]
         self.train(model.training)
         self._follow(next(gate.parameters()))
 
@@ -156,7 +157,7 @@ class DynamicNetwork(nn.Module):
             what = "a batch of zero images" if images.ndim == 4 and not len(images) else f"{tuple(images.shape)}"
             raise DataError(f"a dynamic network reads (N, {self.image_channels}, H, W) with N of at least 1, got {what}")
         with torch.no_grad():
-            found = self.run_front(images)
+            found = self.front(images)
         logits: Tensor = self.gate(found[self.kept.index(self.reads)])
         return [found[place] for place in self.cuts], logits
 
@@ -169,35 +170,30 @@ class DynamicNetwork(nn.Module):
             decisions: A position in ``widths`` for each image, (N,).
             shape: Of an image.
         """
-        counts = torch.bincount(decisions, minlength=len(self.widths))
-        self.counts += counts
-        if int(counts.max()) == len(decisions):
-            return self.run_tails[int(counts.argmax())](features, shape)  # type: ignore[no-any-return]
-        outputs: Tensor | None = None
-        for choice, members in enumerate(counts.tolist()):
-            if members:
-                rows = (decisions == choice).nonzero().flatten()
-                out = self.run_tails[choice]([feature.index_select(0, rows) for feature in features], shape)
-                outputs = out.new_empty(len(decisions), *out.shape[1:]) if outputs is None else outputs
-                outputs.index_copy_(0, rows, out)
-        if outputs is None:
-            raise DataError("no image was decided on")
-        return outputs
+        chosen = decisions.tolist()
+        counts = [chosen.count(choice) for choice in range(len(self.widths))]
+        self.counts += torch.tensor(counts, device=self.counts.device)
+        used = [choice for choice, count in enumerate(counts) if count]
+        if len(used) == 1:
+            return self.tails[used[0]](features, shape)  # type: ignore[no-any-return]
+        rows = [(decisions == choice).nonzero().flatten() for choice in used]
+        groups = [[feature.index_select(0, members) for feature in features] for members in rows]
+        outputs = torch.cat([self.tails[choice](group, shape) for choice, group in zip(used, groups, strict=True)])
+        return outputs.index_select(0, torch.cat(rows).argsort())
 
     def forced(self, images: Tensor, decisions: Tensor) -> Tensor:
         """As `forward` in eval mode, with decisions from outside: (N,) positions in ``widths``."""
         features, _ = self._looked_at(images)
-        if decisions.shape != images.shape[:1] or decisions.min() < 0 or decisions.max() >= len(self.widths):
-            raise ConfigError(
-                f"decisions {decisions.tolist()}: possible are {len(images)} positions, 0 to {len(self.widths) - 1}"
-            )
+        chosen = decisions.tolist()
+        if decisions.shape != images.shape[:1] or not all(0 <= choice < len(self.widths) for choice in chosen):
+            raise ConfigError(f"decisions {chosen}: possible are {len(images)} positions, 0 to {len(self.widths) - 1}")
         return self.route(features, decisions, tuple(images.shape[1:]))
 
     def every(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the gate says, (N, choices), and what every tail gives, (choices, N, classes). Gradients reach the gate only."""
         features, logits = self._looked_at(images)
         with torch.no_grad():
-            outputs = torch.stack([tail(features, tuple(images.shape[1:])) for tail in self.run_tails])
+            outputs = torch.stack([tail(features, tuple(images.shape[1:])) for tail in self.tails])
         return logits, outputs
 
     @property
@@ -291,34 +287,41 @@ def _join(holder: str, relative: str) -> str:
     return ".".join(part for part in (holder, relative) if part)
 
 
-def _front(network: nn.Module, split: Split, kept: tuple[str, ...], size: tuple[int, int, int], fold_norms: bool) -> Front:
-    front = Front(network, split, kept)
-    _streamline(front, lambda ghost: [torch.empty(2, *size, device="meta", dtype=_dtype(ghost))], fold_norms)
-    return front
-
-
-def _tail(network: nn.Module, split: Split, size: tuple[int, int, int], fold_norms: bool, front: Front) -> Tail:
-    tail = Tail(network, split)
-    shapes = [tuple(feature.shape[1:]) for feature in _features(front, size)][: len(split.cuts)]
-    _streamline(
-        tail, lambda ghost: [[torch.empty(2, *s, device="meta", dtype=_dtype(ghost)) for s in shapes], size], fold_norms
+def _front(network: nn.Module, split: Split, kept: tuple[str, ...], size: tuple[int, int, int], made: Making) -> InPieces:
+    return made.streamlined(
+        Front(network, split, kept), lambda ghost: [torch.empty(2, *size, device="meta", dtype=_dtype(ghost))]
     )
-    return tail
 
 
-def _streamline(part: nn.Module, inputs: Callable[[nn.Module], list[Any]], fold_norms: bool) -> None:
-    """Fewer layers and fewer tensors for the same function."""
+def _tail(network: nn.Module, split: Split, size: tuple[int, int, int], made: Making, front: InPieces) -> InPieces:
+    shapes = [tuple(feature.shape[1:]) for feature in _features(front, size)][: len(split.cuts)]
+    return made.streamlined(
+        Tail(network, split),
+        lambda ghost: [[torch.empty(2, *s, device="meta", dtype=_dtype(ghost)) for s in shapes], size],
+    )
 
-    def run(ghost: nn.Module) -> None:
-        ghost(*inputs(ghost))
 
-    if fold_norms:
-        merge_norms(part, run)
-    overwrite(part, run)
+@dataclass(frozen=True)
+class Making:
+    """How front and tails are made ready."""
+
+    fold_norms: bool
+    compile: bool
+
+    def streamlined(self, part: nn.Module, inputs: Callable[[nn.Module], list[Any]]) -> InPieces:
+        """Fewer layers and fewer tensors for the same function."""
+
+        def run(ghost: nn.Module) -> None:
+            ghost(*inputs(ghost))
+
+        if self.fold_norms:
+            merge_norms(part, run)
+        pack_layers(part, run)
+        return InPieces(part, run, _compiled(part) if self.compile else None)
 
 
 @torch.no_grad()
-def _features(front: Front, size: tuple[int, int, int]) -> list[Tensor]:
+def _features(front: InPieces, size: tuple[int, int, int]) -> list[Tensor]:
     like = next(front.parameters())
     outputs: list[Tensor] = front(torch.zeros(1, *size, dtype=like.dtype, device=like.device))
     return outputs

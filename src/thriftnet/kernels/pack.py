@@ -1,0 +1,106 @@
+"""A network made ready to run on a CPU by eager torch: nothing computed that could have been computed before.
+
+Batch norms go into the convolutions before them, activations run within the convolution they follow or overwrite what nothing else
+reads, and weights lie as oneDNN's kernels read them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from thriftnet.core.merge import ACTIVATIONS, followers, merge_norms, overwrite
+from thriftnet.core.probe import images
+from thriftnet.core.probe import input_size as size_of
+from thriftnet.core.sites import replace
+from thriftnet.core.verbs import HISTORY, fold, history, is_foldable
+from thriftnet.errors import IncompatibleModelError
+from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack
+
+
+def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Module:
+    """A copy of a trained network for inference on a CPU: folded, norms merged, activations and convolutions in one pass.
+
+    It computes what ``model`` does, to rounding, at its selected width. It is a network of `torch.nn` layers to torch's
+    compiler and exporters, on a GPU and with gradients; only there its convolutions run as usual. It can be saved, but
+    no longer converted. Weights lie twice in memory once it has run: as they are saved, and as they are read.
+
+    Args:
+        model: The network, in eval mode.
+        input_size: Channels, height and width of an image, for finding out which layers follow each other. Left out, as the network
+            says or as is found by trying.
+
+    Raises:
+        IncompatibleModelError: The network is in training mode, where the function depends on the batch.
+
+    Example:
+        >>> import torch
+        >>> from thriftnet.models import create_model
+        >>> model = create_model("resnet20").eval()
+        >>> packed = pack(model)
+        >>> with torch.no_grad():
+        ...     torch.allclose(packed(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)), atol=1e-5)
+        True
+    """
+    if model.training:
+        raise IncompatibleModelError(
+            f"{type(model).__name__} is in training mode, where norms depend on the batch. Call model.eval() first"
+        )
+    size = size_of(model, input_size)
+    plain = copy.deepcopy(model)
+    if any(is_foldable(module) for module in plain.modules()):
+        plain = fold(plain, inplace=True)
+    past = history(plain)
+
+    def run(ghost: nn.Module) -> None:
+        ghost(images(size).to(next(ghost.parameters()).dtype))
+
+    packed = pack_layers(merge_norms(plain, run), run)
+    setattr(packed, HISTORY, [*past, {"verb": "pack", "input_size": list(size)}])
+    return packed
+
+
+def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
+    """Pack the convolutions of ``model``, changed in place, and let activations run within them or overwrite their input.
+
+    Args:
+        model: A network of plain layers that no gradient is taken of.
+        run: Runs a copy of it on the meta device once.
+    """
+    within = _absorbed(model, run)
+    table: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and can_pack(module):
+            activations = within.get(name, [])
+            table[id(module)] = PackedConv2d(module, model.get_submodule(activations[0]) if activations else None)
+    table |= {id(model.get_submodule(name)): nn.Identity() for names in within.values() for name in names}
+    packed = replace(model, table)
+    overwrite(packed, run)
+    return packed
+
+
+def _absorbed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, list[str]]:
+    """Convolutions that can take over the activations after them, with those.
+
+    Every output of such a convolution goes to an activation of one kind, and such an activation reads nothing else.
+    """
+    readers, ran = followers(model, run, (*ACTIVATIONS, nn.GELU))
+    kinds = {name: activation_of(model.get_submodule(name)) for name in readers}
+    while True:
+        after: dict[str, list[str]] = {}
+        for name, makers in readers.items():
+            for maker in makers:
+                after.setdefault(maker, []).append(name)
+        fit = {
+            maker
+            for maker, names in after.items()
+            if len(names) == ran[maker]
+            and len({kinds[name] for name in names}) == 1
+            and can_pack(model.get_submodule(maker))
+        }
+        kept = {name: makers for name, makers in readers.items() if fit.issuperset(makers) and kinds[name] is not None}
+        if len(kept) == len(readers):
+            return after
+        readers = kept

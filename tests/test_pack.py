@@ -1,0 +1,206 @@
+"""Packed networks compute what they were packed from, in whatever way they are run."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import thriftnet as tn
+from thriftnet.core.pieces import InPieces, bytes_per_image
+from thriftnet.errors import IncompatibleModelError
+from thriftnet.kernels.packed import PackedConv2d
+
+NETWORKS = ("resnet20", "shiftresnet20_e3", "ds_digits", "convmixer", "cifar_mobilenetv2_shared", "preact")
+
+
+class Preactivated(nn.Module):
+    """A shortcut that reads what an activation must not overwrite, an activation used twice, and one layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.act, self.gelu = nn.BatchNorm2d(8), nn.SiLU(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        y = self.act(self.norm(x))
+        y = self.gelu(self.two(self.act(self.two(y))))
+        return x + y
+
+
+def network(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    torch.manual_seed(0)
+    size = (3, 32, 32)
+    if name == "preact":
+        model: nn.Module = Preactivated()
+    elif name == "ds_digits":
+        stages = [[[8, 16], 1, 3, 1, "ds", False], [[16, 24], 2, 3, 2, "ds", True]]
+        model = tn.create_model("dsnet", stem=[8, 12], stages=stages, num_classes=10)
+    elif name == "convmixer":
+        model = tn.create_model("ws_convmixer", dim=32, depth=4, kernel_size=5, patch_size=4, num_classes=10)
+    else:
+        model = tn.create_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    return model.eval(), size
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 3e-6) -> bool:
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_computes_what_it_was_packed_from(name: str) -> None:
+    model, size = network(name)
+    packed = tn.pack(model, input_size=size)
+    assert any(isinstance(module, PackedConv2d) for module in packed.modules())
+    images = torch.randn(3, *size)
+    with torch.no_grad():
+        wanted = model(images)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for form in ("packed", "plain"):
+                with tn.kernels.force(convolution=form):
+                    assert close(packed(images.contiguous(memory_format=layout)), wanted)
+            assert close(packed(images.contiguous(memory_format=layout)), wanted)
+    assert not any(isinstance(module, PackedConv2d) for module in model.modules())
+
+
+def test_takes_activations_along_only_where_nothing_else_reads() -> None:
+    model, size = network("preact")
+    packed = tn.pack(model, input_size=size)
+    assert packed.one.activation is None  # its output is read by the norm and the sum
+    assert packed.two.activation is None  # it runs before two kinds of activations
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.Tanh()).eval()
+    packed = tn.pack(plain, input_size=(3, 8, 8))
+    assert isinstance(packed[0].activation, nn.ReLU6)
+    assert [type(module) for module in packed][1:3] == [nn.Identity, nn.Identity]
+    assert packed[3].activation is None
+    images = torch.randn(2, 3, 8, 8) * 10
+    with torch.no_grad():
+        assert close(packed(images), plain(images))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh")])
+def test_every_activation(activation: nn.Module) -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), activation).eval()
+    packed = tn.pack(plain, input_size=(4, 9, 9))
+    assert packed[0].activation is not None
+    images = torch.randn(5, 4, 9, 9) * 5
+    with torch.no_grad(), tn.kernels.force(convolution="packed"):
+        assert close(packed(images), plain(images))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_leaves_layers_that_pad_otherwise(padding: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 4, padding=padding), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")).eval()
+    packed = tn.pack(plain, input_size=(3, 9, 9))
+    assert all(type(layer) is nn.Conv2d for layer in packed)
+
+
+def test_weights_and_sizes_may_change() -> None:
+    packed = tn.pack(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).eval(), input_size=(16, 16, 16))
+    layer = packed[0]
+    with torch.no_grad(), tn.kernels.force(convolution="packed"):
+        for size in (16, 8, 16):
+            images = torch.randn(2, 16, size, size)
+            assert close(packed(images), nn.functional.conv2d(images, layer.weight, layer.bias, padding=1))
+        layer.weight.mul_(2)
+        assert close(packed(images), nn.functional.conv2d(images, layer.weight, layer.bias, padding=1))
+        packed.load_state_dict({name: torch.ones_like(value) for name, value in packed.state_dict().items()})
+        assert close(packed(images), nn.functional.conv2d(images, torch.ones(16, 16, 3, 3), torch.ones(16), padding=1))
+        other = copy.deepcopy(packed)
+        other[0].weight.zero_()
+        assert torch.equal(other(images), torch.ones(2, 16, 16, 16))
+        assert not torch.equal(packed(images), other(images))
+
+
+def test_gradients_types_and_transforms() -> None:
+    """Wherever the fast form does not apply, the layer is a convolution and its activation."""
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval()
+    packed = tn.pack(plain, input_size=(16, 8, 8))
+    images = torch.randn(2, 16, 8, 8, requires_grad=True)
+    grads = [torch.autograd.grad(model(images).square().sum(), images)[0] for model in (plain, packed)]
+    assert close(grads[1], grads[0])
+    with torch.no_grad():
+        assert close(torch.func.vmap(packed)(images[None])[0], plain(images))
+        assert close(torch.compile(packed, backend="eager", fullgraph=True)(images), plain(images))
+        assert close(torch.jit.trace(packed, images)(images * 2), plain(images * 2))
+        assert close(packed.double()(images.double()).float(), plain(images))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed.float()(images).dtype is torch.bfloat16
+    exported = torch.export.export(packed.float(), (images.detach(),))
+    assert "mkldnn" not in str(exported.graph)
+    assert close(exported.module()(images.detach()), plain(images))
+
+
+def test_bfloat16() -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16")
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.SiLU()).eval().bfloat16()
+    packed = tn.pack(plain, input_size=(16, 8, 8))
+    images = torch.randn(2, 16, 8, 8).bfloat16()
+    with torch.no_grad():
+        assert tn.kernels.explain(packed, images).rows[0][1].form == "packed"
+        assert close(packed(images).float(), plain(images).float(), 1e-2)
+
+
+def test_explains_what_runs() -> None:
+    packed = tn.pack(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval(), input_size=(64, 32, 32))
+    with torch.no_grad():
+        assert tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32)).rows[0][1].form == "packed"
+        assert "longer than such little work" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 2, 2)))
+    assert "with gradients" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32, requires_grad=True)))
+
+
+@pytest.mark.parametrize(
+    "technique", ["soft-sharing", "filter-basis", "weight-sharing", "shift", "slimmable(widths=(0.5, 1.0))"]
+)
+def test_converted_networks_are_folded_saved_and_counted(technique: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tn.convert(tn.create_model("resnet20"), technique).eval()
+    if "slimmable" in technique:
+        tn.set_width(model, 0.5)
+    packed = tn.pack(model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert close(packed(images), model(images))
+        loaded = tn.load(tn.save(packed, tmp_path / "packed"))
+        assert close(loaded(images), model(images))
+    assert any(isinstance(module, PackedConv2d) for module in loaded.modules())
+    assert tn.inspect(packed).macs == tn.inspect(tn.fold(model)).macs
+
+
+def test_refusals() -> None:
+    model = tn.create_model("resnet20")
+    with pytest.raises(IncompatibleModelError, match="training mode"):
+        tn.pack(model)
+    packed = tn.pack(model.eval())
+    with pytest.raises(IncompatibleModelError, match="packed from"):
+        tn.convert(packed, "soft-sharing")
+    with pytest.raises(RuntimeError, match="channels"):
+        packed.conv1(torch.zeros(1, 4, 32, 32))
+
+
+def test_large_batches_run_in_pieces() -> None:
+    """As many images at a time as keep the largest tensor small; the outputs are those of all at once."""
+    part = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    size = (3, 64, 64)
+
+    def run(ghost: nn.Module) -> None:
+        ghost(torch.empty(2, *size, device="meta"))
+
+    assert bytes_per_image(part, run) == 16 * 64 * 64 * 4
+    pieces = InPieces(part, run)
+    assert pieces.most == 63
+    seen: list[int] = []
+    part[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    images = torch.randn(130, *size)
+    with torch.no_grad():
+        assert close(pieces(images), part(images))
+    assert seen == [44, 43, 43, 130]
