@@ -178,6 +178,33 @@ def test_threads() -> None:
     assert allocator()
 
 
+@pytest.mark.parametrize("verb", ["train", "evaluate", "recalibrate", "search", "demo", "bench"])
+def test_long_jobs_take_threads_and_allocator(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main([verb, "--help"])
+    helped = capsys.readouterr().out
+    assert "--threads" in helped
+    assert "--fast-malloc" in helped
+    words = {"train": ["--data", "digits", "--output", str(tmp_path / "run")], "demo": ["--output", str(tmp_path)], "bench": []}
+    images = ["resnet20", "--data", "digits", "--output", str(tmp_path), "--macs", "1M"]
+    given = words.get(verb, images[: {"evaluate": 3, "recalibrate": 5}.get(verb, 7)])
+    assert main([verb, *given, "--threads", "0"]) == 2
+    assert "--threads 0: possible is a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_single_images_run_on_one_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    arguments = ["evaluate", "resnet20", "--in-chans", "1", "--data", "digits", "--limit", "3", "--json"]
+    try:
+        torch.set_num_threads(2)
+        assert main([*arguments, "--batch-size", "3"]) == 0
+        assert torch.get_num_threads() == 2
+        assert main([*arguments, "--batch-size", "1"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_fast_malloc_in_a_process_of_its_own() -> None:
     import subprocess
     import sys

@@ -15,6 +15,7 @@ from networks import NETWORKS, Block, perturb
 from thriftnet.core.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
 from thriftnet.core.verbs import count_params, history
 from thriftnet.core.width import set_width, widths
+from thriftnet.models.dynamic import cheapest_cost, mixture
 from thriftnet.techniques.gate import (
     GateObjective,
     budget_loss,
@@ -24,6 +25,8 @@ from thriftnet.techniques.gate import (
     original_sparsification_loss,
     sparsification_loss,
     sparsification_targets,
+    value_loss,
+    width_losses,
 )
 
 WIDTHS = (0.25, 0.5, 1.0)
@@ -261,6 +264,87 @@ def test_the_objective_adds_up() -> None:
     assert GateObjective()(decision_of(logits.detach()), output, labels, labels, macs).macs == 0
     theirs = GateObjective(original=True)(decision, output, labels, labels, macs)
     assert theirs.macs.item() == pytest.approx(original_macs_loss(decision.choice, macs).item())
+
+
+def test_the_loss_of_values_by_hand() -> None:
+    every = torch.tensor(
+        [[[0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0]], [[50.0, 0.0, 0.0], [0.0, 0.0, 0.0]]], dtype=torch.float64
+    )
+    losses = width_losses(every, torch.tensor([0, 0]))
+    wanted = torch.tensor([[math.log(3), 0.0], [math.log(2), math.log(3)]], dtype=torch.float64)
+    assert_close(losses, wanted, 1e-12, "losses")
+    logits, losses = torch.tensor([[0.0, 1.0], [5.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    assert value_loss(logits, losses).item() == pytest.approx((2 * 0.5**2 + 2 * 1.0**2) / 2)
+    shared = torch.tensor([[7.0], [-3.0]])
+    assert value_loss(shared - losses, losses).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_values_are_all_that_is_learned_from_losses() -> None:
+    """Neither the task nor a budget moves them, so that one gate serves every budget."""
+    every, labels = outputs()
+    logits, macs = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.tensor([1e8, 2e8, 6e8])
+    decision = decision_of(logits, noise=False)
+    grads = []
+    for budget in (None, 1e8, 6e8):
+        objective = GateObjective(targets="losses", budget=budget, sparsification_weight=2.0)
+        loss = objective(decision, mixture(decision.choice, every), labels, objective.wanted(every, labels), macs)
+        assert loss.total.item() == loss.sparsification.item()
+        assert loss.total.item() == pytest.approx(2 * value_loss(logits, width_losses(every, labels)).item())
+        assert (loss.task, loss.macs) == (0, 0)
+        grads.append(torch.autograd.grad(loss.total, logits, retain_graph=True)[0])
+    assert grads[0].abs().max() > 0
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+    assert GateObjective().wanted(every, labels).tolist() == [0, 2, 2, 2]
+    assert GateObjective(hard="narrowest").wanted(every, labels).tolist() == [0, 2, 0, 0]
+
+
+KINDS = torch.tensor(
+    [[1, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool
+)  # easy, hard, hopeless: which of three widths is right
+
+
+def images_of_three_kinds(count: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features that show the kind through noise, what each width gives, and labels."""
+    kinds, labels = torch.randint(3, (count,), generator=random), torch.randint(4, (count,), generator=random)
+    features = nn.functional.one_hot(kinds, 8) + 0.2 * torch.randn(count, 8, generator=random)
+    said = torch.where(KINDS[kinds].T, labels, (labels + 1) % 4)
+    return features, 3.0 * nn.functional.one_hot(said, 4), labels
+
+
+@pytest.mark.parametrize(("targets", "least", "most"), [("losses", 0.64, 0.68), ("sandwich", 0.4, 0.58)])
+def test_decisions_beat_chance_where_features_tell(targets: str, least: float, most: float) -> None:
+    """A third of the images can be wide. Only losses tell those that this helps from the hopeless; chance gets 4/9 right."""
+    random = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    gate = SqueezeGate(8, WIDTHS, torch.empty(0)).requires_grad_(True)
+    optimizer = torch.optim.SGD(gate.parameters(), 0.05, momentum=0.9)
+    objective, macs = GateObjective(targets=targets), torch.tensor([1e6, 2e6, 4e6], dtype=torch.float64)
+    for _ in range(300):
+        features, every, labels = images_of_three_kinds(64, random)
+        decision = decision_of(gate(features), random=random)
+        loss = objective(decision, mixture(decision.choice, every), labels, objective.wanted(every, labels), macs)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+    features, every, labels = images_of_three_kinds(3000, random)
+    with torch.no_grad():
+        logits = gate(features).double()
+    chosen = decide(logits, macs, cheapest_cost(logits, macs, 2e6)[0])
+    right = (every.argmax(2) == labels).T
+    assert macs[chosen].mean().item() == pytest.approx(2e6, rel=0.01)
+    found = right.gather(1, chosen[:, None]).double().mean().item()
+    assert least < found < most
+    shares = torch.bincount(chosen, minlength=3).double() / 3000
+    if targets == "losses":
+        assert found > float(shares @ right.double().mean(0)) + 0.15
+
+
+def test_targets_that_are_refused() -> None:
+    with pytest.raises(tn.ConfigError, match=r"targets='loss'.*sandwich.*losses"):
+        GateObjective(targets="loss")
+    with pytest.raises(tn.ConfigError, match="original=True is for targets='sandwich', got 'losses'"):
+        GateObjective(targets="losses", original=True)
 
 
 def test_budgets_out_of_reach() -> None:

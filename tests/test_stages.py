@@ -174,6 +174,24 @@ def test_only_the_gate_learns_in_its_stage(tmp_path: Path) -> None:
     assert outcome.facts["macs"] > 0
 
 
+def test_one_gate_that_learns_losses_serves_every_budget(tmp_path: Path) -> None:
+    """What it learns is the same at each; the cost of its decisions, found on training images, is not."""
+    macs = tn.DynamicNetwork(gated(), input_size=(3, 8, 8)).macs
+    trained = []
+    for share in (0.1, 0.9):
+        budget = float(macs.min() + share * (macs.max() - macs.min()))
+        options = {"targets": "losses", "budget": budget}
+        how = recipe(stage="gate", stage_options=options, select_on="last", validation=0.0, epochs=4, lr=0.2)
+        outcome = train(how, source(), tmp_path / str(share), model=(net := gated()), device="cpu")
+        assert outcome.facts["macs"] == pytest.approx(budget, rel=0.1)
+        trained.append(tn.core.gate.gate_of(net)[1].state_dict())
+    frugal, lavish = trained
+    assert frugal.pop("cost") > lavish.pop("cost")
+    assert all(torch.equal(frugal[name], lavish[name]) for name in frugal)
+    start = tn.core.gate.gate_of(gated())[1].state_dict()
+    assert not any(torch.equal(frugal[name], start[name]) for name in frugal)
+
+
 def test_three_stages_after_each_other_resume_between_and_inside(tmp_path: Path) -> None:
     how = recipe(stages=PARTS, checkpoint_every=2)
 
@@ -230,6 +248,7 @@ MISTAKES = {
     "unknown option": ({"stage": "supernet", "stage_options": {"draws": 1}}, slim, "draws"),
     "no gate": ({"stage": "gate"}, slim, "no gate.*gate=True"),
     "unknown gate option": ({"stage": "gate", "stage_options": {"budgets": 1}}, gated, "budgets.*budget"),
+    "unknown targets": ({"stage": "gate", "stage_options": {"targets": "loss"}}, gated, "targets='loss'.*sandwich.*losses"),
     "budget out of reach": (
         {"stage": "gate", "stage_options": {"budget": 1e12}},
         gated,

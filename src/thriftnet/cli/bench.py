@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.benchmarks import TOPICS
-from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.common import add_machine_options, emit, new_parser, parse, use_machine
 from thriftnet.errors import unknown
 from thriftnet.text import table
 
@@ -28,8 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     add("--quick", action="store_true", help="small sizes, three rounds: shows that everything runs, proves nothing")
     add("--check", action="store_true", help="exit with 1 when a target is missed")
     add("--sweep", action="store_true", help="time against size instead of targets, for --svg")
-    add("--threads", type=int, help="threads within an operation (1)")
-    add("--fast-malloc", action="store_true", help="let glibc keep freed memory (Linux); some targets are for this only")
+    add_machine_options(parser)
     add("--svg", metavar="FILE", help="draw the ratios beside their targets, or the sweep")
     add("--floors", metavar="FILE", help="draw each case as multiples of its floor, an SVG")
     options = parse(parser, arguments)
@@ -50,10 +49,8 @@ def _measured(topics: Sequence[str], options: Any) -> Results:
     from thriftnet.benchmarks import cases
     from thriftnet.benchmarks.measuring import Case, Settings, measure
     from thriftnet.benchmarks.report import Results, conditions
-    from thriftnet.runtime_options import allocator, use_fast_malloc, use_threads
 
-    memory = use_fast_malloc() if options.fast_malloc else allocator()
-    use_threads(1, options.threads)
+    memory = use_machine(options, batch_size=1)
     torch.manual_seed(0)
     settings = Settings(quick=options.quick, sweep=options.sweep)
     results = Results(conditions(memory, options.quick), fast_malloc=options.fast_malloc)

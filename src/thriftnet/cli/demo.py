@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
-from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.common import add_machine_options, emit, new_parser, parse, use_machine
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
     parser.add_argument("--epochs", type=int, help="per technique (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
+    add_machine_options(parser)
     options = parse(parser, arguments)
 
     from thriftnet.report.page import write_page
     from thriftnet.train.demo import SHOWN, compare, demo_recipe
 
     recipe = demo_recipe(options.epochs, options.seed)
+    use_machine(options, recipe.batch_size)
     output = Path(options.output)
     start = time.perf_counter()
     with Bars(1 + len(SHOWN)) as bars:

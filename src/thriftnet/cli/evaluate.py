@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
+from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs, use_machine
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers, processes
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table
@@ -37,6 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.core.width import set_width
     from thriftnet.data.sources import open_data
 
+    use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
     if options.width is not None:
         set_width(model, literal(options.width))

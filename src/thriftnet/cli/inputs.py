@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import open_network
+from thriftnet.cli.common import add_machine_options, open_network
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_image_options(parser: ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only N images, evenly spread over the split")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images")
     add("--on-corrupt", choices=["error", "skip"], default="error", help="what to do about images that cannot be decoded")
+    add_machine_options(parser)
 
 
 def network_of(place: str, kwargs: Mapping[str, Any], plain: str | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
+from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs, use_machine
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.errors import ConfigError
 
@@ -33,6 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.data.sources import open_data
     from thriftnet.interop.checkpoints import save
 
+    use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     images = limited(source.split(options.split), options.limit)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, quantity
+from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, quantity, use_machine
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.errors import ConfigError
 
@@ -32,6 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.train.evaluate import evaluate
     from thriftnet.train.search import Evolution, search
 
+    use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     augmentation = augmentation_of(options, facts, source, source.split("train"), model)

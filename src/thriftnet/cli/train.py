@@ -6,7 +6,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, MODEL_HELP, emit, new_parser, parse_with_kwargs, quantity
+from thriftnet.cli.common import (
+    KWARGS_HELP,
+    MODEL_HELP,
+    add_machine_options,
+    emit,
+    new_parser,
+    parse_with_kwargs,
+    quantity,
+    use_machine,
+)
 from thriftnet.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -40,6 +49,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--resume", metavar="auto|none|PATH", default="auto", help="take up what the folder holds (default)")
     parser.add_argument("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
     parser.add_argument("--budget", metavar="MACS", help="what an image may cost on average, for the stage gate, as 300M")
+    add_machine_options(parser)
     for option, text in FIELDS.items():
         action: Any = {"action": "append"} if option == "--technique" else {}
         parser.add_argument(option, metavar=option[2].upper(), help=text, **action)
@@ -57,6 +67,7 @@ def run(arguments: Sequence[str]) -> None:
             raise ConfigError(
                 f"the recipe {options.recipe} starts from a trained network: give --{name} FOLDER, as RUN/model"
             )
+    use_machine(options, recipe.batch_size)
     with Bar() as bar:
         outcome = train(
             recipe,

@@ -20,6 +20,7 @@ from thriftnet.core.spec import check_choice, check_number
 from thriftnet.errors import ConfigError
 
 HARD = ("widest", "narrowest")
+TARGETS = ("sandwich", "losses")
 
 
 class Decision(NamedTuple):
@@ -41,7 +42,10 @@ class GateLoss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GateObjective:
-    """Cross-entropy of the chosen outputs + sandwich gate sparsification + distance from the budget.
+    """Cross-entropy of the chosen outputs + sandwich gate sparsification + distance from the budget; or, ours, the widths' losses.
+
+    With ``targets="losses"`` the logits learn what each width loses on an image, and nothing else, see `value_loss`: such a gate
+    serves every budget, which enters by the cost of decisions only.
 
     Args:
         budget: Multiply-accumulates that images should spend on average; None for no budget.
@@ -49,10 +53,12 @@ class GateObjective:
         sparsification_weight: Of the cross-entropy between the gate and its targets.
         label_smoothing: In both cross-entropies.
         hard: Where images belong that no width gets right: to the "widest" or the "narrowest".
+        targets: What the logits learn: "sandwich", the narrowest width where it is right, else the widest, as in the paper; or
+            "losses", what each width loses, which is ours.
         original: The authors' forms: a second softmax in the sparsification, and ``(mean MACs / 1e9) ** 2 / 2`` instead of a
             budget.
 
-    Source: Li et al., section 3.3; the budget is ours.
+    Source: Li et al., section 3.3; the budget and ``targets="losses"`` are ours.
     """
 
     budget: float | None = None
@@ -60,14 +66,18 @@ class GateObjective:
     sparsification_weight: float = 1.0
     label_smoothing: float = 0.1
     hard: str = "widest"
+    targets: str = "sandwich"
     original: bool = False
 
     def __post_init__(self) -> None:
         check_choice("hard", self.hard, HARD)
+        check_choice("targets", self.targets, TARGETS)
         if self.budget is not None:
             check_number("budget", self.budget, 0)
         if self.original and self.budget is not None:
             raise ConfigError("original=True has no budget, it has a weight of its own: leave budget out")
+        if self.original and self.targets != "sandwich":
+            raise ConfigError(f"original=True is for targets='sandwich', got {self.targets!r}: leave one of them out")
 
     def check_budget(self, macs: Tensor) -> None:
         """Raise where no choice of the gate could meet the budget.
@@ -81,6 +91,17 @@ class GateObjective:
                 f"a budget of {self.budget:,} multiply-accumulates is out of reach: possible are {least:,.0f} to {most:,.0f}"
             )
 
+    def wanted(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What the logits learn: (K, N, classes) and (N,) -> (N,) of the sandwich, (N, K) of losses.
+
+        Args:
+            outputs: What each width gives, narrowest first.
+            labels: Right classes.
+        """
+        return (
+            width_losses(outputs, labels) if self.targets == "losses" else sparsification_targets(outputs, labels, self.hard)
+        )
+
     def __call__(self, decision: Decision, output: Tensor, labels: Tensor, targets: Tensor, macs: Tensor) -> GateLoss:
         """The loss of one batch.
 
@@ -88,9 +109,12 @@ class GateObjective:
             decision: What the gate decided.
             output: What the network gives at these choices, (N, classes), with the choices' gradient.
             labels: Right classes, (N,).
-            targets: From `sparsification_targets`, (N,).
+            targets: From `wanted`.
             macs: Multiply-accumulates of each width, (K,).
         """
+        if self.targets == "losses":
+            values = value_loss(decision.logits, targets) * self.sparsification_weight
+            return GateLoss(values, values.new_zeros(()), values, values.new_zeros(()))
         task = F.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
         if self.original:
             sparsification = original_sparsification_loss(decision.soft, targets, self.label_smoothing)
@@ -128,6 +152,27 @@ def sparsification_targets(outputs: Tensor, labels: Tensor, hard: str = "widest"
     if hard == "narrowest":
         easy = easy | (outputs[-1].argmax(1) != labels)
     return torch.where(easy, 0, len(outputs) - 1)
+
+
+def width_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each width on each image: (K, N, classes) and (N,) -> (N, K)."""
+    return torch.stack([F.cross_entropy(output, labels, reduction="none") for output in outputs], 1)
+
+
+def value_loss(logits: Tensor, losses: Tensor) -> Tensor:
+    """Squared distance of the logits from the losses' opposites, each less its mean over the widths.
+
+    It is least where the logits are, up to a number that all widths of an image share, what can be expected of each. `decide`
+    adds what multiply-accumulates cost, so its choice is the best that the features allow, at every cost and so at every budget.
+
+    Shape: twice (N, K) -> a scalar.
+
+    Args:
+        logits: What the gate says, before noise.
+        losses: From `width_losses`.
+    """
+    distance = logits + losses
+    return (distance - distance.mean(1, keepdim=True)).square().sum(1).mean()
 
 
 def sparsification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from thriftnet.core.width import Width, set_width, widths
 from thriftnet.errors import ConfigError, unknown
 from thriftnet.models.dynamic import DynamicNetwork, mixture
-from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
+from thriftnet.techniques.gate import GateObjective, decision_of
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
@@ -215,7 +215,7 @@ class GateTraining(nn.Module):
         logits, outputs = dynamic.every(images)
         decision = decision_of(logits, self.temperature)
         mixed = mixture(decision.choice, outputs)
-        targets = sparsification_targets(outputs, labels, self.objective.hard)
+        targets = self.objective.wanted(outputs, labels)
         return self.objective(decision, mixed, labels, targets, dynamic.macs).total
 
 
