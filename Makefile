@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench faults docs clean
+.PHONY: help setup demo test check bench performance faults docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install thriftnet with all its tools
 
@@ -28,6 +28,9 @@ check: $(STAMP) ## lint, formatting, types, and which room imports which
 
 bench: $(STAMP) ## time every technique against its floor; ARGS='--check shift' for one topic and an exit code
 	$(BIN)/thriftnet bench $(ARGS)
+
+performance: $(STAMP) ## measure everything, a quarter of an hour on a quiet core; writes docs/performance.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/page.py $(ARGS)
 
 faults: $(STAMP) ## kill, fill, damage and attack; writes docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults --page docs/reliability.md $(ARGS)

@@ -9,7 +9,7 @@ mixture  the best that chance can do: the two fixed widths around, mixed
 fixed    the best fixed width within the budget
 oracle   the best assignment, which only labels can tell
 
-    python benchmarks/gates.py --cifar parquet:../shared/data/cifar10-jpeg --output runs/gates --write docs/results
+    python benchmarks/gates.py --cifar parquet:cifar10-jpeg --weights resnet20-12fca82f.th --write docs/results
 
 Trainings in the output folder are taken up again, so a second start only measures.
 """
@@ -22,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from thriftnet.core.gate import decide
 from thriftnet.data.dataset import DataSource, Subset
 from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.data.transforms import Augmentation
 from thriftnet.models.dynamic import DynamicNetwork, cheapest_cost
 from thriftnet.report.plots import accuracy_against_macs
 from thriftnet.techniques.gate import TARGETS
 from thriftnet.train.job import CALIBRATION
-from thriftnet.train.prepare import prepare_model
+from thriftnet.train.prepare import augmentation_from, input_size, prepare_model
 from thriftnet.train.recipe import Recipe, load_recipe
 from thriftnet.train.sequence import single, train
 
@@ -48,13 +47,17 @@ SHARES = (0.25, 0.5, 0.75)  # of the reachable range, for the table
 SWEEP = tuple(i / 12 for i in range(13))  # for the picture
 COLUMNS = ("network", "targets", "budget", "gate", "chance", "mixture", "fixed", "oracle", "over chance", "over the mixture")
 RESNET: dict[str, Any] = {
-    "technique": ("slimmable(widths=(0.125, 0.25, 0.5, 1.0), gate=True)",),
     "total_batch_size": None,
     "batch_size": 64,
     "precision": "fp32",
     "memory_format": "contiguous",
     "trackers": (),
 }
+
+
+GATE = {"lr": 0.05, "weight_decay": 0.0001, "warmup_epochs": 0}
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the trained network
+SLICE = 10_000  # training images of CIFAR-10; all of its test images are taken
 
 
 @dataclass(frozen=True)
@@ -101,26 +104,33 @@ def ds_net(seed: int) -> Recipe:
 
 
 def resnet_digits(seed: int) -> Recipe:
+    """From random weights, for so short that the widths differ."""
     fields = {**RESNET, "warmup_epochs": 1.0, "augmentation": {"crop_padding": 1}, "epochs": 6, "seed": seed}
-    recipe = load_recipe("slimmable-resnet-cifar", **fields)
-    gate = {"stage": "gate", "epochs": 8, "lr": 0.05, "weight_decay": 0.0, "warmup_epochs": 0}
-    return recipe.replace(stages=(*recipe.stages, gate))
+    recipe = load_recipe("slimmable-resnet-cifar", **fields, technique=(slimmable(0.125, 0.25, 0.5, 1.0),))
+    return recipe.replace(stages=(*recipe.stages, {"stage": "gate", "epochs": 24, **GATE}))
 
 
 def resnet_cifar(seed: int) -> Recipe:
+    """From a trained network; its narrow widths learn for some minutes."""
     stages = (
-        {"stage": "widths"},
+        {"stage": "widths", "max_steps": 200},
         {"recalibrate": {"batches": 30}},
-        {"stage": "gate", "max_steps": 400, "lr": 0.05, "weight_decay": 0.0, "warmup_epochs": 0},
+        {"stage": "gate", "max_steps": 300, **GATE},
     )
-    fields = {**RESNET, "warmup_epochs": 0.05, "max_steps": 800, "evaluate_every": 100, "seed": seed}
-    return load_recipe("slimmable-resnet-cifar", **fields).replace(stages=stages)
+    augmentation = {"crop_padding": 4, "flip": True, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    fields = {**RESNET, "warmup_epochs": 0.05, "evaluate_every": 100, "lr": 0.02, "seed": seed, "augmentation": augmentation}
+    recipe = load_recipe("slimmable-resnet-cifar", **fields, technique=(slimmable(0.25, 0.5, 1.0),))
+    return recipe.replace(stages=stages)
+
+
+def slimmable(*widths: float) -> str:
+    return f"slimmable(widths={widths}, gate=True)"
 
 
 CASES: dict[str, Case] = {
     "digits-dsnet": Case("digits, DS-Net of ds-net-digits, 14 widths", "digits", 5, ds_net),
     "digits-resnet": Case("digits, ResNet-20 at 4 widths", "digits", 5, resnet_digits),
-    "cifar-resnet": Case("CIFAR-10 (JPEG), ResNet-20 at 4 widths", None, 3, resnet_cifar),
+    "cifar-resnet": Case("CIFAR-10 (JPEG), trained ResNet-20 at 3 widths", None, 3, resnet_cifar),
 }
 
 
@@ -130,27 +140,37 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in options.cases:
         case, start = CASES[name], time.process_time()
-        spec = case.data or options.cifar
-        if spec is None:
-            print(f"{name}: left out, --cifar does not say where the images are")
+        if case.data is None and not (options.cifar and options.weights):
+            print(f"{name}: left out, it needs --cifar and --weights")
             continue
-        source, runs = open_data(spec), []
+        source, runs = open_data(case.data) if case.data else part_of(open_data(options.cifar)), []
         for seed in range(options.seeds or case.seeds):
-            runs.append(one_seed(case.recipe(seed), source, Path(options.output) / f"{name}-{seed}"))
+            recipe = case.recipe(seed) if case.data else case.recipe(seed).replace(model=options.weights)
+            runs.append(one_seed(recipe, source, Path(options.output) / f"{name}-{seed}"))
             print(f"{name}, seed {seed}: {time.process_time() - start:.0f} s CPU", flush=True)
-        found[name] = {"title": case.title, "seeds": len(runs), "runs": runs}
-    print(report(found))
+        found[name] = {"title": case.title, "runs": runs}
+        print(report({name: found[name]}), flush=True)
     if options.write:
         write(found, Path(options.write))
+
+
+def part_of(source: DataSource) -> DataSource:
+    """The same with fewer training images."""
+    training = source.split("train")
+    few = Subset(training, torch.linspace(0, len(training) - 1, SLICE).long())
+    return replace(source, splits={"train": few, "test": source.split("test")})
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train gates; compare their decisions with as many by chance.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which; all unless given")
     parser.add_argument("--cifar", metavar="DATA", help="CIFAR-10, as --data takes it; left out, without")
+    parser.add_argument("--weights", metavar="FILE", help="a ResNet-20 trained on it, as --model takes it")
     parser.add_argument("--seeds", type=int, help="how many; 5 on the digits and 3 on CIFAR-10 unless given")
     parser.add_argument("--output", default="runs/gates", metavar="DIR", help="where trainings go")
-    parser.add_argument("--write", metavar="DIR", help="write DATE-gates.json there, and pictures to ../images beside it")
+    parser.add_argument(
+        "--write", metavar="DIR", help="write DATE-gates-CASE.json there, and pictures to ../images beside it"
+    )
     options = parser.parse_args()
     if options.seeds is not None and options.seeds < 1:
         parser.error("--seeds must be at least 1")
@@ -171,8 +191,8 @@ def one_seed(recipe: Recipe, source: DataSource, place: Path) -> dict[str, Any]:
         how = single(recipe, {**gate, "stage_options": asked})
         model = copy.deepcopy(base)
         train(how, source, place / targets, model=model, device="cpu")
-        points[targets] = measured(DynamicNetwork(model, input_size=source.input_size).eval(), source)
-    alone = said(DynamicNetwork(base, input_size=source.input_size), loader_of(source, "test")).right
+        points[targets] = measured(DynamicNetwork(model, input_size=source.input_size).eval(), source, recipe)
+    alone = said(DynamicNetwork(base, input_size=source.input_size), loader_of(source, recipe, "test")).right
     widths = [[float(cost), 100 * float(top1)] for cost, top1 in zip(macs, alone.double().mean(0), strict=True)]
     return {"widths": widths, **{name: [asdict(point) for point in each] for name, each in points.items()}}
 
@@ -180,15 +200,16 @@ def one_seed(recipe: Recipe, source: DataSource, place: Path) -> dict[str, Any]:
 def network(recipe: Recipe, source: DataSource) -> nn.Module:
     """A new network for the data, with the widths and the gate of the recipe."""
     torch.manual_seed(recipe.seed)
-    return prepare_model(recipe, source, source.input_size, None)
+    return prepare_model(recipe, source, input_size(augmentation_from(recipe.augmentation).for_source(source), source), None)
 
 
-def loader_of(source: DataSource, split: str, most: int | None = None) -> Loader:
+def loader_of(source: DataSource, recipe: Recipe, split: str, most: int | None = None) -> Loader:
     """Images without augmentation; of many, some evenly spread."""
     images = source.split(split)
     if most is not None:
         images = Subset(images, torch.linspace(0, len(images) - 1, min(len(images), most)).long())
-    return make_loader(images, 256, augmentation=Augmentation().for_source(source), train=False, device="cpu", workers=0)
+    augmentation = augmentation_from(recipe.augmentation).for_source(source)
+    return make_loader(images, 256, augmentation=augmentation, train=False, device="cpu", workers=0)
 
 
 @torch.no_grad()
@@ -202,9 +223,12 @@ def said(dynamic: DynamicNetwork, loader: Loader) -> Said:
     return Said(torch.cat(logits), torch.cat(right))
 
 
-def measured(dynamic: DynamicNetwork, source: DataSource) -> list[Point]:
+def measured(dynamic: DynamicNetwork, source: DataSource, recipe: Recipe) -> list[Point]:
     """The gate at all budgets: the cost of each is found on training images."""
-    known, test = said(dynamic, loader_of(source, "train", CALIBRATION)), said(dynamic, loader_of(source, "test"))
+    known, test = (
+        said(dynamic, loader_of(source, recipe, "train", CALIBRATION)),
+        said(dynamic, loader_of(source, recipe, "test")),
+    )
     least, most = float(dynamic.macs.min()), float(dynamic.macs.max())
     points = []
     for share in sorted({*SHARES, *SWEEP}):
@@ -219,16 +243,9 @@ def point(chosen: Tensor, right: Tensor, macs: Tensor, share: float, budget: flo
     alone, spent = right.double().mean(0), float(macs[chosen].mean())
     shares = torch.bincount(chosen, minlength=len(macs)).double() / len(chosen)
     within = alone[macs <= max(budget, float(macs.min()))]
-    return Point(
-        share,
-        budget,
-        spent,
-        100 * float(right.gather(1, chosen[:, None]).double().mean()),
-        100 * float(shares @ alone),
-        100 * mixture(spent, macs, alone),
-        100 * float(within.max()),
-        100 * oracle(spent, macs, right),
-    )
+    found = float(right.gather(1, chosen[:, None]).double().mean())
+    others = (float(shares @ alone), mixture(spent, macs, alone), float(within.max()), oracle(spent, macs, right))
+    return Point(share, budget, round(spent), *(round(100 * top1, 3) for top1 in (found, *others)))
 
 
 def mixture(spent: float, macs: Tensor, alone: Tensor) -> float:
@@ -256,7 +273,7 @@ def report(found: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:" + "|--:" * (len(COLUMNS) - 3) + "|"]
     for each in found.values():
         rows = [row(each["runs"], targets, share) for targets in TARGETS for share in SHARES]
-        lines += [f"| {each['title']} | {' | '.join(cells)} |" for cells in rows]
+        lines += [f"| {each['title']}, {len(each['runs'])} seeds | {' | '.join(cells)} |" for cells in rows]
     return "\n".join(lines)
 
 
@@ -275,12 +292,12 @@ def gain(values: Sequence[float]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """The numbers of all runs, and a picture for each case."""
+    """The numbers of all runs and a picture, for each case."""
     versions = {"thriftnet": thriftnet.__version__, "torch": torch.__version__}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"date": str(date.today()), "versions": versions, "cases": found}, indent=1)
-    (folder / f"{date.today()}-gates.json").write_text(text + "\n")
     for name, each in found.items():
+        text = json.dumps({"date": str(date.today()), "versions": versions, **each})
+        (folder / f"{date.today()}-gates-{name}.json").write_text(text + "\n")
         (folder.parent / "images" / f"gates-{name}.svg").write_text(accuracy_against_macs(curves(each["runs"])))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,3 +52,4 @@ def _work(rank: int, folder: str) -> None:
         found[config] = gradients(parallel, work["x"][half], work["target"][half])
     torch.save(found, place / f"gradients-{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself: thriftnet/__main__.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -48,3 +49,4 @@ def _work(rank: int, counts: tuple[int, ...], folder: str) -> None:
         torch.save(results, Path(folder) / f"results-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself: thriftnet/__main__.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -42,3 +43,4 @@ def _work(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(found, place / "gathered.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself: thriftnet/__main__.py

@@ -180,12 +180,16 @@ def test_threads() -> None:
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "recalibrate", "search", "demo", "bench"])
 def test_long_jobs_take_threads_and_allocator(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([verb, "--help"])
     helped = capsys.readouterr().out
     assert "--threads" in helped
     assert "--fast-malloc" in helped
-    words = {"train": ["--data", "digits", "--output", str(tmp_path / "run")], "demo": ["--output", str(tmp_path)], "bench": []}
+    words = {
+        "train": ["--data", "digits", "--output", str(tmp_path / "run")],
+        "demo": ["--output", str(tmp_path)],
+        "bench": [],
+    }
     images = ["resnet20", "--data", "digits", "--output", str(tmp_path), "--macs", "1M"]
     given = words.get(verb, images[: {"evaluate": 3, "recalibrate": 5}.get(verb, 7)])
     assert main([verb, *given, "--threads", "0"]) == 2

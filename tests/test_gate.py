@@ -312,7 +312,7 @@ def images_of_three_kinds(count: int, random: torch.Generator) -> tuple[torch.Te
     return features, 3.0 * nn.functional.one_hot(said, 4), labels
 
 
-@pytest.mark.parametrize(("targets", "least", "most"), [("losses", 0.64, 0.68), ("sandwich", 0.4, 0.58)])
+@pytest.mark.parametrize(("targets", "least", "most"), [("losses", 0.64, 0.68), ("sandwich", 0.4, 0.62)])
 def test_decisions_beat_chance_where_features_tell(targets: str, least: float, most: float) -> None:
     """A third of the images can be wide. Only losses tell those that this helps from the hopeless; chance gets 4/9 right."""
     random = torch.Generator().manual_seed(0)
@@ -341,7 +341,7 @@ def test_decisions_beat_chance_where_features_tell(targets: str, least: float, m
 
 
 def test_targets_that_are_refused() -> None:
-    with pytest.raises(tn.ConfigError, match=r"targets='loss'.*sandwich.*losses"):
+    with pytest.raises(tn.ConfigError, match="unknown targets 'loss': did you mean 'losses'"):
         GateObjective(targets="loss")
     with pytest.raises(tn.ConfigError, match="original=True is for targets='sandwich', got 'losses'"):
         GateObjective(targets="losses", original=True)

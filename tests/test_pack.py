@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,70 @@ def test_gradients_types_and_transforms() -> None:
     exported = torch.export.export(packed.float(), (images.detach(),))
     assert "mkldnn" not in str(exported.graph)
     assert close(exported.module()(images.detach()), plain(images))
+
+
+@pytest.mark.parametrize("view", ["expanded", "every second channel", "transposed", "last channels"])
+def test_views_are_read_right(view: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 3, (5, 2), padding=(2, 0)), nn.GELU("tanh")).eval()
+    packed = tn.pack(plain, input_size=(4, 14, 3))
+    images = {
+        "expanded": torch.randn(1, 1, 1, 1).expand(2, 4, 14, 3),
+        "every second channel": torch.randn(2, 8, 14, 3)[:, ::2],
+        "transposed": torch.randn(2, 4, 3, 14).transpose(2, 3),
+        "last channels": torch.randn(2, 8, 14, 3).contiguous(memory_format=torch.channels_last)[:, 4:],
+    }[view]
+    with torch.no_grad(), tn.kernels.force(convolution="packed"):
+        assert close(packed(images), plain(images))
+
+
+ODD = {
+    "one channel": nn.Conv2d(1, 3, (5, 2), padding=(2, 0)),
+    "unequal strides": nn.Conv2d(4, 3, 3, stride=(1, 2)),
+    "dilation": nn.Conv2d(4, 3, 3, padding=2, dilation=2),
+    "more padding than kernel": nn.Conv2d(4, 3, (3, 1), padding=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_leaves_odd_geometries_alone(name: str) -> None:
+    """In some of them oneDNN's packed form gives wrong values or crashes, depending on the version."""
+    assert type(tn.pack(nn.Sequential(ODD[name]).eval(), input_size=(ODD[name].in_channels, 9, 9))[0]) is nn.Conv2d
+
+
+def test_many_geometries() -> None:
+    chance = random.Random(0)
+    tried = 0
+    while tried < 300:
+        groups = chance.choice([1, 1, 2, 3, 6])
+        ins, outs = chance.choice([2, 6, 12, 18, 48]), chance.choice([6, 12, 48])
+        kernel = chance.choice([1, 2, 3, 5]), chance.choice([1, 2, 3, 5])
+        padding = chance.randrange(kernel[0]), chance.randrange(kernel[1])
+        size = chance.choice([1, 2, 5, 7, 14]), chance.choice([1, 3, 8, 9])
+        if ins % groups or any(s + 2 * p < k for s, p, k in zip(size, padding, kernel, strict=True)):
+            continue
+        conv = nn.Conv2d(ins, outs, kernel, chance.choice([1, 2, 3]), padding, 1, groups, bias=chance.random() < 0.5)
+        layer = PackedConv2d(conv, chance.choice([None, nn.ReLU(), nn.SiLU()]))
+        images = torch.randn(chance.choice([1, 2, 4]), ins, *size)
+        if chance.random() < 0.5:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            with tn.kernels.force(convolution="packed"):
+                found = layer(images)
+            with tn.kernels.force(convolution="plain"):
+                assert close(found, layer(images), 1e-5), f"{layer} on {tuple(images.shape)}"
+        tried += 1
+
+
+def test_hooks_are_kept() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
+    seen: list[str] = []
+    plain[0].register_forward_hook(lambda *_: seen.append("convolution"))
+    plain[3].register_forward_hook(lambda *_: seen.append("activation"))
+    packed = tn.pack(plain, input_size=(3, 8, 8))
+    seen.clear()
+    with torch.no_grad():
+        packed(torch.randn(1, 3, 8, 8))
+    assert seen == ["convolution", "activation"]
 
 
 def test_bfloat16() -> None:

@@ -248,7 +248,7 @@ MISTAKES = {
     "unknown option": ({"stage": "supernet", "stage_options": {"draws": 1}}, slim, "draws"),
     "no gate": ({"stage": "gate"}, slim, "no gate.*gate=True"),
     "unknown gate option": ({"stage": "gate", "stage_options": {"budgets": 1}}, gated, "budgets.*budget"),
-    "unknown targets": ({"stage": "gate", "stage_options": {"targets": "loss"}}, gated, "targets='loss'.*sandwich.*losses"),
+    "unknown targets": ({"stage": "gate", "stage_options": {"targets": "loss"}}, gated, "'loss': did you mean 'losses'"),
     "budget out of reach": (
         {"stage": "gate", "stage_options": {"budget": 1e12}},
         gated,
@@ -323,7 +323,7 @@ def test_options_hold_for_all_stages_or_for_one() -> None:
     assert (supernet.max_steps, gate.max_steps) == (7, 7)
     assert (supernet.lr, gate.lr) == (0.3, 0.3)
     assert (supernet.weight_decay, gate.weight_decay) == (0.0001, 0.5)
-    assert parts.stages[2]["stage_options"] == {"hard": "narrowest"}
+    assert parts.stages[2]["stage_options"] == {"targets": "losses", "hard": "narrowest"}
     assert single(load_recipe("ds-net-digits", epochs=2), load_recipe("ds-net-digits", epochs=2).stages[2]).epochs == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from thriftnet.benchmarks.measuring import Case, Fact, Ratio, Settings
 from thriftnet.benchmarks.networks import forward, settled
@@ -26,6 +27,7 @@ MANY = 64
 def cases(settings: Settings) -> Iterator[Case | Fact]:
     """The topic's cases."""
     if settings.sweep:
+        yield from (layer_case(channels) for channels in (16, 32, 64, 128, 256, 512, 1024))
         return
     torch.manual_seed(0)
     for name in list(NETWORKS)[:2] if settings.quick else NETWORKS:
@@ -41,3 +43,19 @@ def forward_case(name: str, batch: int) -> Case:
     forms = {form: forward(network, images) for form, network in networks.items()}
     ratios = [Ratio("eager", "folded"), Ratio("eager", "packed")]
     return Case(TOPIC, f"{NETWORKS[name]}, batch {batch}", forms, ratios, 25 if batch == 1 else 9, tolerance=1e-4)
+
+
+def layer_case(channels: int) -> Case:
+    """One 1 x 1 convolution and its activation. What must be read and written at least is the floor."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(channels, channels, 1)
+    layer = nn.Sequential(convolution, nn.ReLU()).eval()
+    images = torch.randn(1, channels, 14, 14).contiguous(memory_format=torch.channels_last)
+    forms = {
+        "copies of maps and weight": lambda: (images.clone(), convolution.weight.detach().clone()),
+        "torch": forward(layer, images),
+        "thriftnet, packed": forward(pack(layer, input_size=(channels, 14, 14)), images),
+    }
+    ratios = [Ratio(name, "copies of maps and weight") for name in list(forms)[1:]]
+    apart = frozenset({"copies of maps and weight"})
+    return Case(TOPIC, f"1 x 1 convolution, {channels} channels", forms, ratios, 9, apart, 1e-4, size=channels)

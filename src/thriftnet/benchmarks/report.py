@@ -192,9 +192,13 @@ def _sweep(results: Results) -> str:
     for measured in results.measured:
         layout = next((name for name in ("NCHW", "channels_last") if measured.name.endswith(name)), "")
         groups.setdefault(f"{measured.topic} {layout}".strip(), []).append(measured)
-    with figure(4.6 * len(groups), 3.8) as drawn:
-        panels = drawn.subplots(1, len(groups), squeeze=False)[0]
-        for axes, (title, found) in zip(panels, groups.items(), strict=True):
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    with figure(4.6 * columns, 3.7 * lines) as drawn:
+        panels = list(drawn.subplots(lines, columns, squeeze=False).flat)
+        for axes in panels[len(groups) :]:
+            axes.set_axis_off()
+        for axes, (title, found) in zip(panels, groups.items(), strict=False):
             for number, name in enumerate(found[0].ms):
                 is_floor = name == found[0].ratios[0][0].to
                 axes.plot(
@@ -220,6 +224,8 @@ SWEPT = {
     "shift": "height and width of 144 maps, 32 images",
     "soft-sharing": "layers and templates of 160 x 160 x 3 x 3",
     "filter-basis": "channels, 16 images of 32 x 32",
+    "weight-sharing": "channels of a weight for 2 layers, from 4",
+    "deploy": "channels of a 1 x 1 convolution, 14 x 14",
 }
 
 

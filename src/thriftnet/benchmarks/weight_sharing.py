@@ -14,6 +14,7 @@ from thriftnet.benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from thriftnet.benchmarks.networks import batch, settled, trained_step
 from thriftnet.interop.checkpoints import save
 from thriftnet.kernels import force
+from thriftnet.kernels.fusion import Fuser
 from thriftnet.kernels.pack import pack
 from thriftnet.models import create_model
 
@@ -25,6 +26,7 @@ P4S = Target("P4s", "file of the shared ConvMixer-768/32 against the dense one",
 def cases(settings: Settings) -> Iterator[Case | Fact]:
     """The topic's cases."""
     if settings.sweep:
+        yield from (fused_weight_case(channels) for channels in (64, 128, 256, 512, 1024))
         return
     sizes = {"dim": 32, "depth": 4} if settings.quick else {"dim": 768, "depth": 32}
     yield file_size(sizes)
@@ -120,3 +122,29 @@ def fusing_case(sizes: dict[str, int], side: int) -> Case:
     ratios = [Ratio(name, "shared, nothing to fuse") for name in list(forms)[1:]]
     name = f"ConvMixer-{sizes['dim']}/{sizes['depth']} training step with fusion, batch 2"
     return Case(TOPIC, name, forms, ratios, 7, frozenset({"shared, nothing to fuse"}), tolerance=1e-4)
+
+
+def fused_weight_case(channels: int) -> Case:
+    """The weight of two layers as the mean of four, forward and backward. Copies of the members and their gradients are the floor."""
+    torch.manual_seed(0)
+    members = nn.Parameter(torch.randn(4, channels, channels))
+    scales = nn.Parameter(torch.rand(4, channels))
+    grad = torch.randn(channels, channels)
+
+    def in_form(form: str) -> Callable[[], object]:
+        def run() -> object:
+            fuser = Fuser()
+            with force(fusion=form):
+                used = fuser.weight(members, scales) + fuser.weight(members, scales)
+            return used.detach(), torch.autograd.grad(used, [members, scales], grad)
+
+        return run
+
+    forms = {
+        "copies of the members, twice": lambda: (members.detach().clone(), members.detach().clone()),
+        "thriftnet, fused once": in_form("once"),
+        "fused for each use": in_form("each"),
+    }
+    ratios = [Ratio(name, "copies of the members, twice") for name in list(forms)[1:]]
+    apart = frozenset({"copies of the members, twice"})
+    return Case(TOPIC, f"weight of 2 layers from 4, {channels} channels", forms, ratios, 9, apart, 1e-4, size=channels)

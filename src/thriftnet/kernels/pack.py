@@ -17,7 +17,7 @@ from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import replace
 from thriftnet.core.verbs import HISTORY, fold, history, is_foldable
 from thriftnet.errors import IncompatibleModelError
-from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack
+from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack, has_hooks
 
 
 def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Module:
@@ -87,6 +87,8 @@ def _absorbed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     Every output of such a convolution goes to an activation of one kind, and such an activation reads nothing else.
     """
     readers, ran = followers(model, run, (*ACTIVATIONS, nn.GELU))
+    watched = {name for name in readers if has_hooks(model.get_submodule(name))}
+    readers = {name: makers for name, makers in readers.items() if name not in watched}
     kinds = {name: activation_of(model.get_submodule(name)) for name in readers}
     while True:
         after: dict[str, list[str]] = {}

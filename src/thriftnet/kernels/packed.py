@@ -19,7 +19,7 @@ from thriftnet.kernels.versions import Version, version
 
 Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, its numbers, and how it is computed
 
-LITTLE, LITTLE_FOR_VECTORS = 300_000, 1_000_000  # multiply-accumulates
+LITTLE, LITTLE_FOR_PRODUCTS = 300_000, 1_000_000  # multiply-accumulates
 NONE: Activation = ("none", (), "")
 
 
@@ -56,6 +56,7 @@ class PackedConv2d(nn.Conv2d):
         self.weight, self.bias = like.weight, like.bias
         self.activation = activation
         self.attribute = (NONE if activation is None else activation_of(activation)) or NONE
+        self.train(like.training)
         self._packed: tuple[Version, torch.Size, Tensor] | None = None
 
     def kernel_choice(self, x: Tensor) -> Choice:
@@ -77,12 +78,12 @@ class PackedConv2d(nn.Conv2d):
         return not self._is_little_work(x) if wanted is None else wanted.form == "packed"
 
     def _is_little_work(self, x: Tensor) -> bool:
-        """Calling oneDNN takes as long as some 300,000 multiply-accumulates; for the matrix products of single values,
-        which wait for memory, a million."""
-        values = x.shape[2] * x.shape[3]
-        work = values * len(x) * self.in_channels * self.out_channels * self.kernel_size[0] * self.kernel_size[1]
-        most = LITTLE if values > 1 else LITTLE_FOR_VECTORS
-        return self.groups == 1 and x.dtype is torch.float32 and work < most * self.stride[0] * self.stride[1]
+        """Calling oneDNN takes as long as eager torch takes for some multiply-accumulates; for matrix products for more."""
+        if self.groups > 1 or x.dtype is not torch.float32:
+            return False
+        area, steps = self.kernel_size[0] * self.kernel_size[1], self.stride[0] * self.stride[1]
+        work = x.numel() * self.out_channels * area // steps
+        return work < (LITTLE if area > 1 else LITTLE_FOR_PRODUCTS)
 
     def _obstacle(self, x: Tensor) -> str:
         weight = self.weight
@@ -96,6 +97,8 @@ class PackedConv2d(nn.Conv2d):
             return "with gradients"
         if torch.is_autocast_enabled("cpu"):
             return "autocast"
+        if weight.is_inference():
+            return "a weight of inference mode, whose changes cannot be seen"
         if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
             return "inside a transform, or watched"
         return ""
@@ -131,8 +134,20 @@ _HELD_BY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def can_pack(conv: nn.Module) -> bool:
-    """Whether a layer is a convolution that `PackedConv2d` can stand for."""
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    """Whether a layer is a convolution that `PackedConv2d` can stand for.
+
+    One with hooks would lose them. Odd geometries are left alone: in some of them oneDNN's packed form gives wrong values (a single
+    channel, steps of 1 and 2, one column left; torch 2.15) or crashes (dilation with more padding than the kernel needs; torch 2.11).
+    """
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or has_hooks(conv):
+        return False
+    is_padded_within = all(padding < side for padding, side in zip(conv.padding, conv.kernel_size, strict=True))
+    return conv.in_channels > 1 and conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1) and is_padded_within
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 @cache
