@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
 import time
@@ -90,7 +91,9 @@ def test_memory_and_hangs_and_crashes_are_noticed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(watch, "LONGEST", 0.5)
 
     def large(path: Path) -> torch.nn.Module:
-        torch.ones(watch.CONSTANT // 4 + (2 << 20))  # floats: 8 MiB more than may be taken
+        fresh = mmap.mmap(-1, watch.CONSTANT + (8 << 20))  # what is allocated may lie in memory that the parent had freed
+        for start in range(0, len(fresh), mmap.PAGESIZE):
+            fresh[start] = 1
         return torch.nn.Linear(2, 2)
 
     ways = [large, lambda path: time.sleep(30), lambda path: torch.nn.Linear(2, 2), lambda path: sys.exit(3)]
