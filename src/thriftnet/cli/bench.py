@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +56,18 @@ def _measured(topics: Sequence[str], options: Any) -> Results:
     torch.manual_seed(0)
     settings = Settings(quick=options.quick, sweep=options.sweep)
     results = Results(conditions(memory, options.quick), fast_malloc=options.fast_malloc)
-    for topic in topics:
-        for item in cases(topic, settings):
-            if isinstance(item, Case):
-                results.measured.append(measure(item, settings))
-            else:
-                results.facts.append(item)
+    if len(topics) > 1:  # what a topic leaves in memory would change the times of the next
+        for topic in topics:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                found = process.submit(_measured, [topic], options).result()
+            results.measured += found.measured
+            results.facts += found.facts
+        return results
+    for item in cases(topics[0], settings):
+        if isinstance(item, Case):
+            results.measured.append(measure(item, settings))
+        else:
+            results.facts.append(item)
     return results
 
 

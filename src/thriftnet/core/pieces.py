@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from thriftnet.core.probe import on_meta
+from thriftnet.core.probe import Alone, on_meta
 
 LARGEST = 16 << 20  # bytes: half of what the dynamic mmap threshold of glibc grows to on 64-bit systems
 
@@ -64,6 +64,6 @@ def bytes_per_image(part: nn.Module, run: Callable[[nn.Module], object]) -> int:
 
     for module in ghost.modules():
         module.register_forward_hook(lambda _, args, output: note(output))
-    with torch.no_grad():
+    with torch.no_grad(), Alone():
         run(ghost)
     return largest // 2

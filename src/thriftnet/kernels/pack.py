@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from thriftnet.core.merge import ACTIVATIONS, followers, merge_norms, overwrite
-from thriftnet.core.probe import images
+from thriftnet.core.probe import Alone, images, on_meta
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import replace
 from thriftnet.core.verbs import HISTORY, fold, history, is_foldable
@@ -69,19 +70,37 @@ def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modu
         model: A network of plain layers that no gradient is taken of.
         run: Runs a copy of it on the meta device once.
     """
-    within = _absorbed(model, run)
+    packable = _packable(model, run)
+    within = _absorbed(model, run, set(packable))
     table: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and can_pack(module):
-            activations = within.get(name, [])
-            table[id(module)] = PackedConv2d(module, model.get_submodule(activations[0]) if activations else None)
+    for name, module in packable.items():
+        activations = within.get(name, [])
+        table[id(module)] = PackedConv2d(module, model.get_submodule(activations[0]) if activations else None)
     table |= {id(model.get_submodule(name)): nn.Identity() for names in within.values() for name in names}
     packed = replace(model, table)
     overwrite(packed, run)
     return packed
 
 
-def _absorbed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, list[str]]:
+def _packable(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, nn.Conv2d]:
+    """Convolutions that pay off, by name: on maps of a single value, as in channel attention, there is too little to do."""
+    ghost = on_meta(model)
+    large: set[str] = set()
+
+    def note(name: str, x: Tensor) -> None:
+        if x.shape[-2] * x.shape[-1] > 1:
+            large.add(name)
+
+    for name, module in ghost.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+    with torch.no_grad(), Alone():
+        run(ghost)
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and can_pack(module)}
+    return {name: conv for name, conv in convs.items() if name in large}
+
+
+def _absorbed(model: nn.Module, run: Callable[[nn.Module], object], packable: set[str]) -> dict[str, list[str]]:
     """Convolutions that can take over the activations after them, with those.
 
     Every output of such a convolution goes to an activation of one kind, and such an activation reads nothing else.
@@ -98,9 +117,7 @@ def _absorbed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
         fit = {
             maker
             for maker, names in after.items()
-            if len(names) == ran[maker]
-            and len({kinds[name] for name in names}) == 1
-            and can_pack(model.get_submodule(maker))
+            if len(names) == ran[maker] and len({kinds[name] for name in names}) == 1 and maker in packable
         }
         kept = {name: makers for name, makers in readers.items() if fit.issuperset(makers) and kinds[name] is not None}
         if len(kept) == len(readers):

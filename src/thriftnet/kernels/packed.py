@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class PackedConv2d(nn.Conv2d):
     def __init__(self, like: nn.Conv2d, activation: nn.Module | None = None) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: value for name, value in like.__dict__.items() if name not in _HELD_BY_MODULE})
+        self.register_parameter("bias", None)
         self.weight, self.bias = like.weight, like.bias
         self.activation = activation
         self.attribute = (NONE if activation is None else activation_of(activation)) or NONE
@@ -86,7 +87,7 @@ class PackedConv2d(nn.Conv2d):
         return work < (LITTLE if area > 1 else LITTLE_FOR_PRODUCTS)
 
     def _obstacle(self, x: Tensor) -> str:
-        weight = self.weight
+        weight = cast(Tensor, self._parameters["weight"])  # the attribute takes longer, and this runs in every call
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             return "in a graph that is fused anyway"
         if type(x) is not Tensor or x.ndim != 4 or x.shape[1] != self.in_channels or not x.numel():
@@ -108,7 +109,7 @@ class PackedConv2d(nn.Conv2d):
             name, numbers, algorithm = self.attribute
             run: Callable[..., Tensor] = torch.ops.mkldnn._convolution_pointwise
             geometry = (self.padding, self.stride, self.dilation, self.groups)
-            return run(x, self._laid_out(x), self.bias, *geometry, name, list(numbers), algorithm)
+            return run(x, self._laid_out(x), self._parameters["bias"], *geometry, name, list(numbers), algorithm)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return out if self.activation is None else self.activation(out)
 
@@ -117,12 +118,12 @@ class PackedConv2d(nn.Conv2d):
 
         Which layout is right depends on height and width; with another one each call would lay the weight out again.
         """
-        held = self._packed
-        if held is None or held[1] != x.shape[2:] or not held[0].holds(self.weight):
+        held, weight = self._packed, cast(Tensor, self._parameters["weight"])
+        if held is None or held[1] != x.shape[2:] or not held[0].holds(weight):
             lay_out: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
             geometry = (self.padding, self.stride, self.dilation, self.groups)
-            weight = lay_out(self.weight.detach().contiguous(), *geometry, list(x.shape))
-            held = self._packed = version(self.weight), x.shape[2:], weight
+            packed = lay_out(weight.detach().contiguous(), *geometry, list(x.shape))
+            held = self._packed = version(weight), x.shape[2:], packed
         return held[2]
 
     def __getstate__(self) -> dict[str, Any]:
