@@ -94,7 +94,9 @@ def name_of(first: dict[str, Any] | None, second: dict[str, Any] | None) -> str:
 def bound(first: dict[str, Any] | None, second: dict[str, Any] | None) -> str:
     """What the ratio should be; both where it depends on the allocator."""
     found = [
-        f"{'>=' if row['target']['kind'] == 'at least' else '<='} {row['target']['bound']:g}" if row and row["target"] else ""
+        f"{'>=' if row['target']['kind'] == 'at least' else '<='} {row['target']['bound']:g}"
+        if row and row["target"]
+        else ""
         for row in (first, second)
     ]
     if found[0] == found[1] or not found[1]:
