@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import unknown
@@ -72,8 +73,14 @@ def check_forms(forms: dict[str, str]) -> None:
 
 def forced(kernel: str) -> Choice | None:
     """What `force` says about a kernel here; None where it says nothing."""
-    form = (_FORCED.get() or {}).get(kernel)
+    form = _forced_form(kernel)
     return None if form is None else Choice(kernel, form, "forced")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _forced_form(kernel: str) -> str | None:
+    """Looked up while a graph is compiled: the compiler of torch 2.11 does not read context variables."""
+    return (_FORCED.get() or {}).get(kernel)
 
 
 class Explained(Protocol):
