@@ -191,12 +191,13 @@ class Front(nn.Module):
         running = {id(m) for name, m in network.named_modules() if _within(name, needed) or _holds(name, needed)}
         table |= {id(m): nn.Identity() for m in network.modules() if id(m) not in running}
         self.network, self.captures = replace(network, table), [captures[name] for name in keeps]
+        self.every = list(captures.values())
 
     def forward(self, images: Tensor) -> list[Tensor]:
         with contextlib.suppress(Stop):
             self.network(images)
         found = [capture.value for capture in self.captures]
-        for capture in self.captures:
+        for capture in self.every:
             capture.value = None
         return [value for value in found if value is not None]
 

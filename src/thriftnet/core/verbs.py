@@ -93,9 +93,7 @@ def history(model: nn.Module) -> list[dict[str, Any]]:
 def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
     """Convert ``model`` in place; the new network and the plan that was carried out."""
     if any(step["verb"] == "pack" for step in history(model)):
-        raise IncompatibleModelError(
-            f"{type(model).__name__} was packed to run fast; it is no longer made of plain layers. Convert what it was packed from"
-        )
+        raise IncompatibleModelError("a packed network is no longer made of plain layers: convert what it was packed from")
     if isinstance(technique, Plan):
         if select is not None:
             raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
