@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 import thriftnet
-from thriftnet.core.gate import decide
 from thriftnet.data.dataset import DataSource, Subset
 from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.models.dynamic import DynamicNetwork, cheapest_cost
+from thriftnet.dynamic.gate import decide
+from thriftnet.dynamic.network import DynamicNetwork, cheapest_cost
+from thriftnet.dynamic.objective import TARGETS
 from thriftnet.report.plots import accuracy_against_macs
-from thriftnet.techniques.gate import TARGETS
 from thriftnet.train.job import CALIBRATION
 from thriftnet.train.prepare import augmentation_from, input_size, prepare_model
 from thriftnet.train.recipe import Recipe, load_recipe

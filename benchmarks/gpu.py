@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.benchmarks.baselines import with_original_mixing
-from thriftnet.benchmarks.measuring import Case, Ratio, Settings, Target, measure
-from thriftnet.benchmarks.networks import batch, forward_backward, trained_step
-from thriftnet.benchmarks.report import Results, conditions
+from benchmarks.baselines import with_original_mixing
+from benchmarks.measuring import Case, Ratio, Settings, Target, measure
+from benchmarks.networks import batch, forward_backward, trained_step
+from benchmarks.report import Results, conditions
 from thriftnet.kernels import force
 from thriftnet.kernels.shift import moved_channels
 from thriftnet.kernels.triton_pointwise import fused

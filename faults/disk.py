@@ -21,7 +21,7 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.config import read_config
+from thriftnet.store.config import read_config
 
 KIB = 1024
 NO_MOUNT = "File systems of their own were not tried: this user may not mount any."

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftnet.interop.checkpoints import unique_tensors
+from thriftnet.core.tied import unique_tensors
 
 SHOWN = 30  # failures that are printed of each figure
 

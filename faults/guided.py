@@ -52,8 +52,8 @@ def fuzz(results: Path, arguments: list[str]) -> None:
     """Judge what atheris makes; does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["thriftnet.interop"]):
-        import thriftnet.interop.importer
+    with atheris.instrument_imports(include=["thriftnet.importing"]):
+        import thriftnet.importing.importer
     import torch
 
     from faults.mutants import return_memory
@@ -65,7 +65,7 @@ def fuzz(results: Path, arguments: list[str]) -> None:
     folder = results.parent / "work"
     folder.mkdir()
     for sound in sorted(Path(arguments[0]).iterdir()):
-        thriftnet.interop.importer.import_checkpoint(sound)  # whatever is loaded on first use is there now
+        thriftnet.importing.importer.import_checkpoint(sound)  # whatever is loaded on first use is there now
     empty = Sample("made by atheris", "torch and safetensors", b"")
     file = results.open("w", buffering=1)
 

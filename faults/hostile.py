@@ -113,8 +113,8 @@ def ways(kind: str) -> dict[str, Callable[[Path], object]]:
     import thriftnet as tn
     from thriftnet.cli import main
     from thriftnet.errors import CheckpointError
-    from thriftnet.interop.checkpoints import open_model
-    from thriftnet.interop.config import read_config
+    from thriftnet.resolve import open_model
+    from thriftnet.store.config import read_config
 
     def command(*arguments: str) -> None:
         said = io.StringIO()

@@ -18,8 +18,8 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, killed_after, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.interop import atomic
-from thriftnet.interop.config import read_config
+from thriftnet.store import atomic
+from thriftnet.store.config import read_config
 
 NOTHING = "nothing"
 VALUES = (1.0, 2.0)  # of all parameters of the old and the new network

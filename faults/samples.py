@@ -20,13 +20,13 @@ from faults import ROOT
 from pickle_bytes import call, dict_of, integer, legacy, list_of, name, text2, tuple_of
 from pickle_bytes import saved as torch_saved
 from test_importer import SMALL, SUPERNET, stirred, theirs
-from thriftnet.interop.authors.dsnet import dsnet_layout
-from thriftnet.interop.authors.netrl2_resnet import resnet_layout
-from thriftnet.interop.authors.shiftresnet import shiftresnet_layout
-from thriftnet.interop.authors.softsharing import swrn_layout
-from thriftnet.interop.authors.spin import convmixer_layout
-from thriftnet.interop.config import CONFIG, WEIGHTS
-from thriftnet.interop.importer import open_file
+from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing.filter_basis_resnet import resnet_layout
+from thriftnet.importing.importer import open_file
+from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
+from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.weight_sharing_layout import convmixer_layout
+from thriftnet.store.config import CONFIG, WEIGHTS
 
 SHARED = ROOT.parent / "shared" / "checkpoints"
 SHARED_FILES = (

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from faults.samples import Sample, without_checksums
 from pickle_bytes import Entry, archive, saved
-from thriftnet.interop.config import CONFIG
-from thriftnet.interop.files import read_file
+from thriftnet.importing.files import read_file
+from thriftnet.store.config import CONFIG
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from faults.figure import Figure, ended, forked, killed_after
-from thriftnet.train.job import Outcome
+from thriftnet.train.job import TrainResult
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.sequence import train
 from training import Net, source
@@ -69,7 +69,7 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
     return figure
 
 
-def _train(folder: Path) -> Outcome:
+def _train(folder: Path) -> TrainResult:
     torch.manual_seed(0)
     return train(Recipe().replace(**RECIPE), source(), folder, model=Net(dropout=0.3), device="cpu")
 
@@ -81,7 +81,7 @@ def _train_and_wait(folder: Path, report: int) -> None:
     signal.pause()
 
 
-def _timed(folder: Path) -> tuple[Outcome, float]:
+def _timed(folder: Path) -> tuple[TrainResult, float]:
     """The training undisturbed, and how long it takes in a process as those that are killed."""
     wanted = _train(folder / "whole")
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any
 from faults.figure import Bits, bits, ended, forked
 from faults.samples import Sample
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.inert import FREE_BYTES
+from thriftnet.importing.inert import FREE_BYTES
 
 LONGEST = 10  # seconds
 TIMES, CONSTANT = 3, FREE_BYTES + (8 << 20)  # memory: times the file, plus what any file may use and the network's own

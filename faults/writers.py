@@ -9,7 +9,7 @@ from faults.figure import Figure, bits, ended, forked, names_in
 from faults.kills import no_exchange
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.config import read_config
+from thriftnet.store.config import read_config
 
 
 def measure(folder: Path, seed: int, quick: bool) -> Figure:

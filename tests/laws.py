@@ -23,11 +23,11 @@ import reference
 import thriftnet as tn
 from networks import perturb
 from thriftnet.core.conv import GeneratedConv2d
-from thriftnet.core.gate import Cut, gates
 from thriftnet.core.spec import format_spec, to_dict
 from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import count_params, history, is_foldable
 from thriftnet.core.width import WidthAware, set_width, widths
+from thriftnet.dynamic.gate import SplitPoint, gates
 from thriftnet.techniques import resolve
 from thriftnet.techniques.filter_basis import SharedBasis, SharedConv2d
 
@@ -186,7 +186,7 @@ def law_no_dense_leftover(model: nn.Module, technique: Any, *, convert: Verb = t
 
 def _before_cut(name: str, model: nn.Module) -> str:
     """The name that a layer had before the end of the front was put around it."""
-    for cut in (name for name, module in model.named_modules() if isinstance(module, Cut)):
+    for cut in (name for name, module in model.named_modules() if isinstance(module, SplitPoint)):
         if name == f"{cut}.body" or name.startswith(f"{cut}.body."):
             return cut + name.removeprefix(f"{cut}.body")
     return name

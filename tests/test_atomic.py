@@ -17,8 +17,8 @@ import torch
 import thriftnet as tn
 from saver import network, value_in, value_of
 from thriftnet.errors import CheckpointError
-from thriftnet.interop import atomic
-from thriftnet.interop.atomic import recover, replace_folder
+from thriftnet.store import atomic
+from thriftnet.store.atomic import recover, replace_folder
 
 SAVER = Path(__file__).parent / "saver.py"
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from benchmarks import baselines
 from torch import Tensor, nn
 
 import thriftnet as tn
 from laws import assert_close
 from networks import NETWORKS, perturb
-from thriftnet.benchmarks import baselines
 from thriftnet.techniques.filter_basis import SharedBasis
 
 

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from benchmarks import cases, measuring
+from benchmarks.measuring import Case, Fact, Measured, Ratio, Settings, Spread, Target, UnequalError, measure
+from benchmarks.report import Results, conditions, floors, picture
 
 import thriftnet as tn
-from thriftnet.benchmarks import cases, measuring
-from thriftnet.benchmarks.measuring import Case, Fact, Measured, Ratio, Settings, Spread, Target, UnequalError, measure
-from thriftnet.benchmarks.report import Results, conditions, floors, picture
 from thriftnet.cli import main
 from thriftnet.runtime_options import allocator, use_threads
 

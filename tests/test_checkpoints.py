@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import thriftnet as tn
+from thriftnet import resolve
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.interop import atomic
-from thriftnet.interop.checkpoints import open_model
-from thriftnet.interop.config import FIELDS, FORMAT, MIGRATIONS, read_config
+from thriftnet.resolve import open_model
+from thriftnet.store import atomic
+from thriftnet.store.config import FIELDS, FORMAT, MIGRATIONS, read_config
 
 STEPS = [
     ["weight-sharing(rate=2)"],
@@ -540,10 +542,11 @@ def test_every_older_format_has_a_migration():
 
 
 def test_a_file_is_opened_by_the_importer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    importer = pytest.importorskip("thriftnet.interop.importer")
     expected, path = tn.create_model("resnet20"), tmp_path / "theirs.pth"
     path.write_bytes(b"")
-    monkeypatch.setattr(importer, "open_file", lambda given: expected if Path(given) == path else None)
+    monkeypatch.setattr(
+        resolve, "import_checkpoint", lambda given: SimpleNamespace(model=expected) if Path(given) == path else None
+    )
     assert open_model(str(path)) is expected
     with pytest.raises(ConfigError, match="no further arguments"):
         open_model(str(path), num_classes=5)

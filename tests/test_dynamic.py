@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.masked import MaskedNetwork
 from torch import Tensor, nn
 
 import thriftnet as tn
 from laws import assert_close
 from networks import NETWORKS, perturb, randomise_norms
-from thriftnet.benchmarks.masked import MaskedNetwork
-from thriftnet.models.dynamic import DynamicNetwork, cheapest_cost
-from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
+from thriftnet.dynamic.network import DynamicNetwork, cheapest_cost
+from thriftnet.dynamic.objective import GateObjective, decision_of, sparsification_targets
 
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ds", False))
 WIDTHS = (0.25, 0.5, 1.0)

@@ -188,7 +188,7 @@ def test_pipes_and_endless_files_in_a_folder_are_not_waited_for(tmp_path: Path) 
 
 
 def test_a_workspace_that_another_writer_sweeps_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from thriftnet.interop import atomic
+    from thriftnet.store import atomic
 
     flock, calls = atomic._flock, []
 
@@ -205,7 +205,7 @@ def test_a_workspace_that_another_writer_sweeps_away_is_made_again(tmp_path: Pat
 
 
 def test_a_folder_that_comes_back_meanwhile_is_replaced_by_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from thriftnet.interop import atomic
+    from thriftnet.store import atomic
 
     place = atomic.replace_folder(tmp_path / "m", lambda folder: (folder / "old").touch())
     exists, looks = Path.exists, []

@@ -14,8 +14,8 @@ from torch import nn
 import thriftnet as tn
 from laws import assert_close, output
 from networks import NETWORKS, perturb, randomise_norms
-from thriftnet.core.places import groups, places
 from thriftnet.core.verbs import history
+from thriftnet.core.width_slots import groups, width_slots
 
 WIDTHS = (0.25, 0.5, 1.0)
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ir", False))
@@ -102,7 +102,7 @@ def test_parts_of_a_network() -> None:
     padded = tn.convert(tn.create_model("resnet20"), tn.Slimmable(widths=(0.5, 1.0)))
     assert [len(part) for part in groups(padded, (3, 32, 32))] == [1] * 9 + [10]
     assert groups(ds_net(), (3, 32, 32)) == [("stem",), ("stages.0",), ("stages.1",), ("stages.2",)]
-    assert places(ds_net())["stages.1"] == [12, 16, 24, 24]
+    assert width_slots(ds_net())["stages.1"] == [12, 16, 24, 24]
 
 
 def test_widths_by_name_written_out() -> None:

@@ -12,11 +12,11 @@ from torch import nn
 import thriftnet as tn
 from laws import assert_close, output
 from networks import NETWORKS, Block, perturb
-from thriftnet.core.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
 from thriftnet.core.verbs import count_params, history
 from thriftnet.core.width import set_width, widths
-from thriftnet.models.dynamic import cheapest_cost, mixture
-from thriftnet.techniques.gate import (
+from thriftnet.dynamic.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
+from thriftnet.dynamic.network import cheapest_cost, mixture
+from thriftnet.dynamic.objective import (
     GateObjective,
     budget_loss,
     decision_of,
@@ -45,10 +45,10 @@ def gated(name: str = "residual", **kwargs: Any) -> nn.Module:
     ],
 )
 def test_the_front_is_found(model: str, gate: str, front: tuple[str, ...]) -> None:
-    slim = tn.convert(tn.create_model(model), tn.Slimmable(widths=(0.5, 1.0), gate=True))
-    config = history(slim)[-1]["plan"]["technique"]
+    width_spec = tn.convert(tn.create_model(model), tn.Slimmable(widths=(0.5, 1.0), gate=True))
+    config = history(width_spec)[-1]["plan"]["technique"]
     assert (config["gate"], tuple(config["front"])) == (gate, front)
-    assert gate_of(slim)[0] == f"{gate}.gate"
+    assert gate_of(width_spec)[0] == f"{gate}.gate"
 
 
 def test_the_front_is_whole_at_every_width_and_the_rest_narrows() -> None:

@@ -15,7 +15,7 @@ import hub_stub
 import thriftnet as tn
 from thriftnet.cli.common import open_network
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.interop.hub import parse_name
+from thriftnet.store.hub import parse_name
 
 
 @pytest.fixture

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from golden_rules import digest, fill_value, golden_input
-from thriftnet.interop.authors.contents import contents
-from thriftnet.interop.authors.dsnet import dsnet_layout
-from thriftnet.interop.authors.layout import read
-from thriftnet.interop.authors.netrl2_others import mobilenetv2_layout
-from thriftnet.interop.authors.netrl2_resnet import resnet_layout
-from thriftnet.interop.authors.shiftresnet import shiftresnet_layout
-from thriftnet.interop.authors.softsharing import swrn_layout
-from thriftnet.interop.authors.spin import convmixer_layout
-from thriftnet.interop.authors.systems import recognise
-from thriftnet.interop.checkpoints import unique_tensors
-from thriftnet.interop.importer import build, import_checkpoint
+from thriftnet.core.tied import unique_tensors
+from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing.extract import contents
+from thriftnet.importing.filter_basis_others import mobilenetv2_layout
+from thriftnet.importing.filter_basis_resnet import resnet_layout
+from thriftnet.importing.importer import build, import_checkpoint
+from thriftnet.importing.layout import read
+from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
+from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.systems import recognise
+from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models.entry import IDENTITY
 from zoo_golden import facts
 

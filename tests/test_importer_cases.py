@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from test_importer import SMALL, SUPERNET, stirred, theirs
+from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.interop.authors.dsnet import dsnet_layout
-from thriftnet.interop.authors.layout import read
-from thriftnet.interop.authors.netrl2_others import densenet_layout
-from thriftnet.interop.authors.netrl2_resnet import resnet_layout
-from thriftnet.interop.authors.shiftresnet import shiftresnet_layout
-from thriftnet.interop.authors.softsharing import swrn_layout
-from thriftnet.interop.authors.spin import convmixer_layout
-from thriftnet.interop.authors.systems import recognise
-from thriftnet.interop.checkpoints import unique_tensors
-from thriftnet.interop.importer import build, import_checkpoint, open_file
+from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing.filter_basis_others import densenet_layout
+from thriftnet.importing.filter_basis_resnet import resnet_layout
+from thriftnet.importing.importer import build, import_checkpoint
+from thriftnet.importing.layout import read
+from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
+from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.systems import recognise
+from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models.entry import IDENTITY
 
 
@@ -245,4 +245,4 @@ def test_whole_networks_are_walked_as_data(tmp_path: Path) -> None:
     assert imported.metadata["net"]["class"] == "thriftnet.models.wrn.WideResNet"
     assert torch.equal(imported.model.fc.weight, model.classifier.weight)
     torch.save(nn.DataParallel(model), path)
-    assert torch.equal(open_file(path).fc.weight, model.classifier.weight)
+    assert torch.equal(import_checkpoint(path).model.fc.weight, model.classifier.weight)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import thriftnet as tn
 from test_importer import SMALL, stirred, theirs
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.interop.authors.shiftresnet import shiftresnet_layout
-from thriftnet.interop.authors.softsharing import swrn_layout
-from thriftnet.interop.authors.spin import convmixer_layout
-from thriftnet.interop.authors.systems import recognise
-from thriftnet.interop.importer import build, import_checkpoint
+from thriftnet.importing.importer import build, import_checkpoint
+from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
+from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.systems import recognise
+from thriftnet.importing.weight_sharing_layout import convmixer_layout
 
 
 def test_numbers_in_names_are_bounded_by_the_tensors_present() -> None:
@@ -190,8 +190,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_modules_that_hold_themselves_end() -> None:
-    from thriftnet.interop.authors.contents import contents
-    from thriftnet.interop.unpickle import StandIn
+    from thriftnet.importing.extract import contents
+    from thriftnet.importing.unpickle import StandIn
 
     module = StandIn("models.resnet.ResNet")
     module.state = {"_modules": {"a": module, "b": module}, "_parameters": {}, "_buffers": {}}

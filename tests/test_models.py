@@ -12,7 +12,7 @@ import thriftnet as tn
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.facts.backbones import BACKBONES
-from thriftnet.models.table import NAMES, normal
+from thriftnet.models.table import NAMES, normalize_name
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -23,12 +23,12 @@ def test_stored_facts_are_what_is_counted(name: str):
 
 
 def test_names_are_unambiguous_and_listed():
-    spelled = [normal(alias) for name, entry in MODELS.items() for alias in (name, *entry.aliases)]
+    spelled = [normalize_name(alias) for name, entry in MODELS.items() for alias in (name, *entry.aliases)]
     assert len(set(spelled)) == len(NAMES)
     owners: dict[str, set[str]] = {}
     for name, entry in MODELS.items():
         for alias in (name, *entry.aliases):
-            owners.setdefault(normal(alias), set()).add(name)
+            owners.setdefault(normalize_name(alias), set()).add(name)
     assert [key for key, names in owners.items() if len(names) > 1] == []
     assert tn.list_models() == sorted(MODELS)
     assert tn.list_models("wrn*") == sorted(name for name in MODELS if name.startswith("wrn"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import thriftnet as tn
-from thriftnet.core.pieces import InPieces, bytes_per_image
+from thriftnet.dynamic.micro_batch import MicroBatched, bytes_per_image
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.packed import PackedConv2d
 
@@ -261,7 +261,7 @@ def test_large_batches_run_in_pieces() -> None:
         ghost(torch.empty(2, *size, device="meta"))
 
     assert bytes_per_image(part, run) == 16 * 64 * 64 * 4
-    pieces = InPieces(part, run)
+    pieces = MicroBatched(part, run)
     assert pieces.most == 63
     seen: list[int] = []
     part[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))

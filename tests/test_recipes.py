@@ -21,9 +21,9 @@ from thriftnet.cli.train import make_recipe
 from thriftnet.core.verbs import count_params
 from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.errors import ConfigError
-from thriftnet.interop.checkpoints import open_model
 from thriftnet.models import MODELS, model_kwargs
-from thriftnet.models.table import NAMES, normal
+from thriftnet.models.table import NAMES, normalize_name
+from thriftnet.resolve import open_model
 from thriftnet.techniques import convert
 from thriftnet.train.optim import decay_groups
 from thriftnet.train.prepare import augmentation_from
@@ -99,9 +99,11 @@ def test_each_recipe_states_where_it_comes_from_and_what_to_expect(name: str):
 def test_each_option_that_a_recipe_names_is_one(name: str):
     recipe = load_recipe(name)
     known = {field.name for field in dataclasses.fields(Recipe)} | {"teacher", "data", "output", "budget"}
-    if normal(recipe.model) in NAMES:
+    if normalize_name(recipe.model) in NAMES:
         known |= set(model_kwargs(recipe.model))
-        double = {normal(row["options"].split()[1]) for row in recipe.about.get("rows", ()) if "--model" in row["options"]}
+        double = {
+            normalize_name(row["options"].split()[1]) for row in recipe.about.get("rows", ()) if "--model" in row["options"]
+        }
         known |= {kwarg for model in double for kwarg in model_kwargs(NAMES[model])}
     for text in recipe.about.values():
         for option in re.findall(r"--([a-z][a-z0-9-]*)", str(text)):
@@ -126,7 +128,7 @@ def test_each_row_of_a_table_is_the_network_that_was_published(name: str, row: d
     assert count_params(network(recipe, CLASSES[data])) == row["params"]
     if row["top1"] == "not stated":
         return
-    published = MODELS[NAMES[normal(recipe.model)]].published
+    published = MODELS[NAMES[normalize_name(recipe.model)]].published
     defaults = {key: model_kwargs(recipe.model)[key] for key in recipe.model_kwargs}
     if recipe.model_kwargs == defaults and data in published.top1:
         assert published.top1[data] == row["top1"]
@@ -270,7 +272,7 @@ def test_constants_and_augmentation_are_those_of_the_papers(name: str):
         assert (augmentation.interpolation, augmentation.eval_interpolation) == ("random", "bicubic")
 
 
-SPARED = {  # who has no weight decay, by name
+NO_DECAY_KINDS = {  # who has no weight decay, by name
     r"(shift|depthwise)?resnet-.*|filter-basis-.*": r"$^",
     r"swrn-.*": r".*\.coefficients",
     r".*convmixer-imagenet": r"(.*\.)?norm\d?\.(weight|bias)",
@@ -291,7 +293,7 @@ def test_who_is_spared_weight_decay(name: str):
     found = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(names) == len(found)
     for key, decay in found.items():
-        assert decay == (0.0 if re.fullmatch(matching(SPARED, name), key) else recipe.weight_decay), key
+        assert decay == (0.0 if re.fullmatch(matching(NO_DECAY_KINDS, name), key) else recipe.weight_decay), key
 
 
 # --- defects of the originals, corrected unless asked for

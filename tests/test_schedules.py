@@ -10,7 +10,7 @@ from torch import nn
 
 import thriftnet as tn
 from thriftnet.cli.train import make_recipe
-from thriftnet.core.gate import gates
+from thriftnet.dynamic.gate import gates
 from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
 from thriftnet.train.schedules import make_schedule
 from thriftnet.train.sequence import single

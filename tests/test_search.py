@@ -14,7 +14,7 @@ import thriftnet as tn
 from laws import output
 from networks import NETWORKS, perturb
 from thriftnet.core.verbs import history
-from thriftnet.train.search import Candidate, Evolution, SearchResult, search
+from thriftnet.dynamic.search import Candidate, Evolution, SearchResult, search
 
 WIDTHS = (0.5, 1.0)
 SIZE = (3, 8, 8)

@@ -15,7 +15,7 @@ from networks import NETWORKS, perturb, randomise_norms
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
 from thriftnet.core.verbs import history
-from thriftnet.core.width import Slim, exact_share, width, widths
+from thriftnet.core.width import WidthSpec, exact_share, width, widths
 
 FOUR = (0.25, 0.5, 0.75, 1.0)
 
@@ -158,7 +158,7 @@ def test_training_statistics_equal_those_of_a_plain_norm(momentum: float | None)
 def test_norms_without_affine_or_statistics(affine: bool, track: bool) -> None:
     plain = nn.BatchNorm2d(6, affine=affine, track_running_stats=track).double().eval()
     ours = PlainBatchNorm2d(plain).eval()
-    ours.set_slim(Slim((0.5, 1.0), (3, 6), (3, 6)))
+    ours.set_width_spec(WidthSpec((0.5, 1.0), (3, 6), (3, 6)))
     x = torch.randn(4, 6, 3, 3, dtype=torch.float64)
     assert torch.equal(ours(x), plain(x))
     assert torch.equal(ours.fold()(x), plain(x))
@@ -172,9 +172,9 @@ def test_other_norms_narrow(affine: bool) -> None:
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     group = PlainGroupNorm(randomise_norms(nn.GroupNorm(4, 8, affine=affine).double()))
     layer = PlainLayerNorm(randomise_norms(nn.LayerNorm(8, elementwise_affine=affine).double()))
-    slim = Slim((0.5, 1.0), (4, 8), (4, 8))
+    width_spec = WidthSpec((0.5, 1.0), (4, 8), (4, 8))
     for norm, full in ((group, x), (layer, x.transpose(1, -1))):
-        norm.set_slim(slim)
+        norm.set_width_spec(width_spec)
         narrow = full[:, :4] if norm is group else full[..., :4]
         for index, given_input in ((0, narrow), (1, full)):
             norm.set_width_index(index)
@@ -187,7 +187,7 @@ def test_other_norms_narrow(affine: bool) -> None:
 
 def test_linear_layers_narrow() -> None:
     linear = PlainLinear(nn.Linear(8, 6).double())
-    linear.set_slim(Slim((0.5, 1.0), (4, 8), (3, 6)))
+    linear.set_width_spec(WidthSpec((0.5, 1.0), (4, 8), (3, 6)))
     linear.set_width_index(0)
     x = torch.randn(2, 4, dtype=torch.float64)
     assert torch.equal(linear(x), F.linear(x, linear.weight[:3, :4], linear.bias[:3]))
@@ -252,9 +252,9 @@ def test_layers_it_cannot_narrow_are_refused_by_name() -> None:
         tn.IncompatibleModelError, match=r"must take every layer, but select leaves out 'stem'\. Leave select out"
     ):
         tn.convert(NETWORKS["chain"].make(), tn.Slimmable(widths=(0.5, 1.0)), select="convs")
-    slim = slim_chain()
+    width_spec = slim_chain()
     with pytest.raises(tn.IncompatibleModelError, match=r"layer 'stem' is .*each with one width"):
-        tn.convert(slim, tn.Slimmable(widths=(0.5, 1.0)))
+        tn.convert(width_spec, tn.Slimmable(widths=(0.5, 1.0)))
 
 
 def test_a_parameter_outside_of_layers_is_refused() -> None:

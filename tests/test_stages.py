@@ -25,7 +25,7 @@ from thriftnet.cli.train import make_recipe, with_budget
 from thriftnet.core.width import Width
 from thriftnet.data.sources import open_data
 from thriftnet.errors import ConfigError
-from thriftnet.interop.authors.layout import read
+from thriftnet.importing.layout import read
 from thriftnet.train.engine import Progress
 from thriftnet.train.loss import Criterion
 from thriftnet.train.recipe import Recipe, load_recipe

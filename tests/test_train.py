@@ -17,7 +17,7 @@ from torch import nn
 import thriftnet as tn
 from thriftnet.errors import CheckpointError
 from thriftnet.train.engine import DivergedError, Progress
-from thriftnet.train.job import Outcome
+from thriftnet.train.job import TrainResult
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.sequence import train
 from thriftnet.train.state import damage
@@ -31,7 +31,7 @@ def recipe(**fields: object) -> Recipe:
     return Recipe().replace(**{**FAST, "epochs": 3, **fields})
 
 
-def run(folder: Path, how: Recipe | None = None, net: nn.Module | None = None, **kwargs: object) -> Outcome:
+def run(folder: Path, how: Recipe | None = None, net: nn.Module | None = None, **kwargs: object) -> TrainResult:
     return train(how or recipe(), source(), folder, model=net or seeded_net(), device="cpu", **kwargs)  # type: ignore[arg-type]
 
 

@@ -37,7 +37,7 @@ from pickle_bytes import (
     tuple_of,
     zipped,
 )
-from thriftnet.interop.unpickle import StandIn, looks_pickled, read_pickled
+from thriftnet.importing.unpickle import StandIn, looks_pickled, read_pickled
 
 SHARED = Path(__file__).parents[2] / "shared"
 FOUR = struct.pack("<4f", 1, 2, 3, 4)

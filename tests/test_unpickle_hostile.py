@@ -32,7 +32,7 @@ from pickle_bytes import (
     zipped,
 )
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.unpickle import read_pickled
+from thriftnet.importing.unpickle import read_pickled
 
 FLOATS = bytes(range(16))
 
@@ -95,7 +95,7 @@ SCRIPT = """
 import json, os, sys, warnings
 import torch
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.unpickle import read_pickled
+from thriftnet.importing.unpickle import read_pickled
 
 warnings.simplefilter("ignore")
 folder, sound, *files = sys.argv[1:]

@@ -27,7 +27,7 @@ from pickle_bytes import (
     zipped,
 )
 from thriftnet.errors import CheckpointError
-from thriftnet.interop.unpickle import read_pickled
+from thriftnet.importing.unpickle import read_pickled
 
 FOUR = struct.pack("<4f", 1, 2, 3, 4)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.masked import MaskedNetwork
 from torch import nn
 
 import dsnet_by_hand
@@ -16,17 +17,16 @@ import thriftnet as tn
 from golden_rules import golden_input
 from laws import assert_close
 from networks import perturb, randomise_norms
-from thriftnet.benchmarks.masked import MaskedNetwork
+from thriftnet.core.tied import unique_tensors
 from thriftnet.core.verbs import count_params
-from thriftnet.core.width import Slim, width, widths
-from thriftnet.interop.authors.dsnet import dsnet_layout
-from thriftnet.interop.authors.layout import fill, read
-from thriftnet.interop.checkpoints import unique_tensors
+from thriftnet.core.width import WidthSpec, width, widths
+from thriftnet.dynamic.network import DynamicNetwork, mixture
+from thriftnet.dynamic.objective import GateObjective, decision_of, sparsification_targets
+from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing.layout import fill, read
 from thriftnet.models import MODELS
 from thriftnet.models.dsnet_blocks import SqueezeExcite, WidthGate
-from thriftnet.models.dynamic import DynamicNetwork, mixture
 from thriftnet.models.facts.dsnet import SUBNETWORKS, SUPERNETS
-from thriftnet.techniques.gate import GateObjective, decision_of, sparsification_targets
 from zoo_golden import FLOAT32, FLOAT64, check_digests, check_keys, check_output, facts, gradients, their_tensors
 
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ds", False))
@@ -257,11 +257,11 @@ def test_statistics_exist_once_for_each_distinct_width(tiny: nn.Module) -> None:
 
 
 def test_stores_of_a_norm() -> None:
-    slim = Slim((0, 1, 2, "largest"), (4, 4, 4, 8), (4, 4, 4, 8), (0, 0, 0, 1))
-    assert [slim.store(index) for index in (0, 2, 3, -1)] == [0, 0, 1, 1]
-    assert slim.narrower_stores() == {0: 4}
-    assert Slim((0.5, 1.0), (2, 4), (2, 4)).narrower_stores() == {0: 2}
-    assert slim.with_outs(3).stores == slim.stores
+    width_spec = WidthSpec((0, 1, 2, "largest"), (4, 4, 4, 8), (4, 4, 4, 8), (0, 0, 0, 1))
+    assert [width_spec.bn_set(index) for index in (0, 2, 3, -1)] == [0, 0, 1, 1]
+    assert width_spec.narrower_bn_sets() == {0: 4}
+    assert WidthSpec((0.5, 1.0), (2, 4), (2, 4)).narrower_bn_sets() == {0: 2}
+    assert width_spec.with_outs(3).stores == width_spec.stores
 
 
 def test_recalibration_reaches_all_sub_networks(tiny: nn.Module) -> None:

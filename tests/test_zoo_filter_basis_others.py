@@ -13,8 +13,8 @@ import thriftnet as tn
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.verbs import history
 from thriftnet.errors import ConfigError
-from thriftnet.interop.authors.layout import Layout, fill
-from thriftnet.interop.authors.netrl2_others import densenet_layout, mobilenetv2_layout, resnext_layout
+from thriftnet.importing.filter_basis_others import densenet_layout, mobilenetv2_layout, resnext_layout
+from thriftnet.importing.layout import Layout, fill
 from thriftnet.models import MODELS, densenet, resnext
 from thriftnet.models.facts.filter_basis_others import FILTER_BASIS_OTHERS
 from thriftnet.models.mobilenetv2 import ChannelAttention

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import thriftnet as tn
 from thriftnet.core.verbs import history
 from thriftnet.errors import ConfigError
-from thriftnet.interop.authors.netrl2_resnet import resnet_layout
+from thriftnet.importing.filter_basis_resnet import resnet_layout
 from thriftnet.models.facts.filter_basis_resnets import FILTER_BASIS_RESNETS
 from thriftnet.models.table import MODELS
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d

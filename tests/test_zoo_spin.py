@@ -12,7 +12,7 @@ import thriftnet as tn
 from laws import assert_close, law_plan_is_dry
 from networks import perturb
 from thriftnet.core.verbs import count_params, history
-from thriftnet.interop.authors.spin import convmixer_layout
+from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models import MODELS
 from thriftnet.models.facts.spin import CONVMIXERS
 from thriftnet.techniques.weight_sharing import FusedConv2d, FusedLinear
@@ -301,8 +301,8 @@ def test_linear_layers_share_only_when_asked() -> None:
 
 
 def test_shared_linear_layers_keep_their_widths() -> None:
-    slim = tn.convert(TinyVision().double().eval(), tn.Slimmable(widths=(0.5, 1.0)))
-    shared = perturb(tn.convert(slim, tn.WeightSharing(linear=True, trained=True))).eval()
+    width_spec = tn.convert(TinyVision().double().eval(), tn.Slimmable(widths=(0.5, 1.0)))
+    shared = perturb(tn.convert(width_spec, tn.WeightSharing(linear=True, trained=True))).eval()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     for width in (0.5, 1.0):
         tn.set_width(shared, width)

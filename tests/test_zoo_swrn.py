@@ -12,7 +12,7 @@ from torch import nn
 import thriftnet as tn
 from thriftnet.core.verbs import history
 from thriftnet.errors import ConfigError
-from thriftnet.interop.authors.softsharing import swrn_layout
+from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.models import MODELS
 from thriftnet.models.facts.swrn import SWRNS
 from thriftnet.techniques.soft_sharing import SConv2d, TemplateBank

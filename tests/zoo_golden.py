@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from golden_rules import GOLDEN, digest, fill_value, golden_input
 from thriftnet import inspect, penalty
-from thriftnet.interop.authors.layout import Layout, fill, read
-from thriftnet.interop.checkpoints import unique_tensors
+from thriftnet.core.tied import unique_tensors
+from thriftnet.importing.layout import Layout, fill, read
 
 FLOAT64, FLOAT32 = 1e-9, 3e-6  # relative to the largest output
 

@@ -24,20 +24,20 @@ _PLACES = {
         "IncompatibleModelError",
         "ThriftnetError",
     ),
-    "thriftnet.interop.checkpoints": ("load", "save"),
-    "thriftnet.interop.hub": ("from_pretrained", "push_to_hub"),
-    "thriftnet.interop.importer": ("ImportedCheckpoint", "import_checkpoint"),
+    "thriftnet.store.model_file": ("load", "save"),
+    "thriftnet.store.hub": ("from_pretrained", "push_to_hub"),
+    "thriftnet.importing.importer": ("ImportedCheckpoint", "import_checkpoint"),
     "thriftnet.kernels.pack": ("pack",),
     "thriftnet.measure": ("Report", "inspect"),
     "thriftnet.models": ("create_model", "list_models"),
-    "thriftnet.models.dynamic": ("DynamicNetwork",),
+    "thriftnet.dynamic.network": ("DynamicNetwork",),
     "thriftnet.techniques": ("TECHNIQUES", "convert", "plan"),
     "thriftnet.techniques.filter_basis": ("BasisConv2d", "FilterBasis"),
     "thriftnet.techniques.shift": ("Shift", "Shift2d", "ShiftConv2d"),
     "thriftnet.techniques.slimmable": ("Slimmable",),
     "thriftnet.techniques.soft_sharing": ("SConv2d", "SoftSharing", "TemplateBank", "fold_recurrence", "similarity"),
     "thriftnet.techniques.weight_sharing": ("WeightSharing",),
-    "thriftnet.train.search": ("search",),
+    "thriftnet.dynamic.search": ("search",),
 }
 _WHERE = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from thriftnet.core.recalibrate import recalibrate
     from thriftnet.core.verbs import fold, freeze, param_groups, penalty
     from thriftnet.core.width import set_width
+    from thriftnet.dynamic.network import DynamicNetwork
     from thriftnet.errors import (
         CheckpointError,
         ConfigError,
@@ -58,13 +59,12 @@ if TYPE_CHECKING:
         IncompatibleModelError,
         ThriftnetError,
     )
-    from thriftnet.interop.checkpoints import load, save
-    from thriftnet.interop.hub import from_pretrained, push_to_hub
-    from thriftnet.interop.importer import ImportedCheckpoint, import_checkpoint
+    from thriftnet.importing.importer import ImportedCheckpoint, import_checkpoint
     from thriftnet.kernels.pack import pack
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
-    from thriftnet.models.dynamic import DynamicNetwork
+    from thriftnet.store.hub import from_pretrained, push_to_hub
+    from thriftnet.store.model_file import load, save
     from thriftnet.techniques import TECHNIQUES, convert, plan
     from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
     from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d

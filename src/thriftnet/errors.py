@@ -30,11 +30,11 @@ class ExportError(ThriftnetError):
     """A network that could not be exported, or an export that disagrees with it."""
 
 
-def unknown(kind: str, got: str, possible: Iterable[str]) -> ConfigError:
+def unknown_name(kind: str, got: str, possible: Iterable[str]) -> ConfigError:
     """The one error for every unknown name, with close matches first.
 
     Example:
-        >>> str(unknown("technique", "soft-sharin", ["shift", "soft-sharing"]))
+        >>> str(unknown_name("technique", "soft-sharin", ["shift", "soft-sharing"]))
         "unknown technique 'soft-sharin': did you mean 'soft-sharing'? Possible: shift, soft-sharing"
     """
     names = sorted(possible)

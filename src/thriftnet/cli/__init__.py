@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from thriftnet import __version__
-from thriftnet.errors import ThriftnetError, unknown
+from thriftnet.errors import ThriftnetError, unknown_name
 
 VERBS = {
     "demo": "train, convert with each technique, fold and compare on real images; writes report.html",
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     try:
         if verb not in VERBS:
-            raise unknown("verb", verb, VERBS)
+            raise unknown_name("verb", verb, VERBS)
         code: int | None = importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
     except ThriftnetError as error:
         sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")

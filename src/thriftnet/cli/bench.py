@@ -8,13 +8,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.benchmarks import TOPICS
+from benchmarks import TOPICS
+
 from thriftnet.cli.common import add_machine_options, emit, new_parser, parse, use_machine
-from thriftnet.errors import unknown
+from thriftnet.errors import unknown_name
 from thriftnet.text import table
 
 if TYPE_CHECKING:
-    from thriftnet.benchmarks.report import Results
+    from benchmarks.report import Results
 
 DESCRIPTION = (
     "Time every technique against its floor and against what one would write without it. Forms are first checked to compute "
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     topics = options.topics or list(TOPICS)
     for topic in topics:
         if topic not in TOPICS:
-            raise unknown("topic", topic, TOPICS)
+            raise unknown_name("topic", topic, TOPICS)
     results = _measured(topics, options)
     _draw(results, options.svg, options.floors)
     emit(_text(results), results.to_dict(), as_json=options.json)
@@ -47,10 +48,9 @@ def run(arguments: Sequence[str]) -> int:
 def _measured(topics: Sequence[str], options: Any) -> Results:
     """Everything that the topics measure."""
     import torch
-
-    from thriftnet.benchmarks import cases
-    from thriftnet.benchmarks.measuring import Case, Settings, measure
-    from thriftnet.benchmarks.report import Results, conditions
+    from benchmarks import cases
+    from benchmarks.measuring import Case, Settings, measure
+    from benchmarks.report import Results, conditions
 
     memory = use_machine(options, batch_size=1)
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def _measured(topics: Sequence[str], options: Any) -> Results:
 
 def _draw(results: Results, targets: str | None, multiples: str | None) -> None:
     """Write the pictures that were asked for."""
-    from thriftnet.benchmarks.report import floors, picture
+    from benchmarks.report import floors, picture
 
     for path, draw in ((targets, picture), (multiples, floors)):
         if path:

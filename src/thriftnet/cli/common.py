@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,7 @@ def parse_with_kwargs(
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise unknown("option", word, known)
+                raise unknown_name("option", word, known)
             value = rest.pop(0)
         kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
     return parse(parser, own), kwargs
@@ -117,7 +117,7 @@ def quantity(option: str, text: str) -> float:
 
 def open_network(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The network that a MODEL argument names."""
-    from thriftnet.interop.checkpoints import open_model
+    from thriftnet.resolve import open_model
 
     return open_model(source, **kwargs)
 

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.plan import Plan
     from thriftnet.core.verbs import count_params
-    from thriftnet.interop.checkpoints import save
+    from thriftnet.store.model_file import save
     from thriftnet.techniques import convert
 
     model = open_network(options.model, kwargs)

@@ -9,7 +9,7 @@ from thriftnet.cli.common import emit, input_size, new_parser, open_network, par
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.entry import IDENTITY
-from thriftnet.models.table import NAMES, normal
+from thriftnet.models.table import NAMES, normalize_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _given(name: str, model: nn.Module) -> tuple[str, dict[str, Any]]:
     """The network that the user compares with; one of the zoo gets the same task."""
-    if normal(name) not in NAMES:
+    if normalize_name(name) not in NAMES:
         return name, {}
     ours = getattr(model, IDENTITY, {}).get("kwargs", {})
     return name, {key: ours[key] for key in TASK if key in ours and key in model_kwargs(name)}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from thriftnet.cli.common import literal, quantity
-from thriftnet.core.width import in_words, set_width, widths
+from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.data.loaders import Loader
+from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.models.dynamic import DynamicNetwork
 from thriftnet.report import plots
 from thriftnet.text import table
 from thriftnet.train.widths import Point, as_dicts, by_budget, by_gate, decisions_by_class, every_width, one_width
@@ -64,7 +64,7 @@ def _dynamic(
         dynamic.set_budget(quantity("--budget", options.budget), calibration)
     point = by_gate(dynamic, loader)
     counts = decisions_by_class(dynamic, loader, len(classes)).tolist()
-    names = [in_words(width) for width in dynamic.widths]
+    names = [format_width(width) for width in dynamic.widths]
     _draw(options.plot, lambda: plots.decisions(counts, classes, names))
     rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
     text = f"{_text([point])}\n\nimages of each class by the width chosen:\n{table(['class', *names], rows)}"
@@ -76,7 +76,9 @@ def _sweep(model: nn.Module, loader: Loader, calibration: Loader, path: Path) ->
     """The gate at several budgets, beside the fixed widths that it chooses among."""
     dynamic = DynamicNetwork(model, input_size=_size(loader)).eval()
     budgets = by_budget(dynamic, loader, calibration)
-    fixed = [point for point in every_width(model, loader) if point.name in {in_words(width) for width in dynamic.widths}]
+    fixed = [
+        point for point in every_width(model, loader) if point.name in {format_width(width) for width in dynamic.widths}
+    ]
     curves = {"by the gate": budgets, "fixed widths": fixed}
     pairs = {name: [(point.macs, point.top1) for point in points] for name, points in curves.items()}
     _draw(path, lambda: plots.accuracy_against_macs(pairs))

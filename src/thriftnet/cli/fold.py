@@ -19,8 +19,8 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.verbs import count_params, fold, freeze, is_foldable
     from thriftnet.core.width import set_width
-    from thriftnet.interop.checkpoints import save
     from thriftnet.measure.difference import relative_difference
+    from thriftnet.store.model_file import save
 
     model = open_network(options.model, kwargs).eval()
     if not any(is_foldable(module) for module in model.modules()):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from thriftnet.cli.common import emit, new_parser, parse_with_kwargs
 
 if TYPE_CHECKING:
-    from thriftnet.interop.importer import ImportedCheckpoint
+    from thriftnet.importing.importer import ImportedCheckpoint
 
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (
@@ -28,9 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     hints = {name: _boolean(value) for name, value in hints.items()}
 
     from thriftnet.core.verbs import count_params
-    from thriftnet.interop.checkpoints import save
-    from thriftnet.interop.importer import folder_facts, import_checkpoint
+    from thriftnet.importing.importer import folder_facts, import_checkpoint
     from thriftnet.models.entry import IDENTITY
+    from thriftnet.store.model_file import save
 
     imported = import_checkpoint(options.file, **hints)
     identity = getattr(imported.model, IDENTITY, None) or {}

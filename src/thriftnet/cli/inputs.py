@@ -51,14 +51,14 @@ def network_of(place: str, kwargs: Mapping[str, Any], plain: str | None = None) 
     """
     path = Path(place)
     if path.is_file() and not kwargs:
-        from thriftnet.interop.importer import import_checkpoint
+        from thriftnet.importing.importer import import_checkpoint
 
         imported = import_checkpoint(path)
         return imported.model, _facts(imported.preprocessing)
     if (path / "run.json").is_file():
         path = path / "model"
     if path.is_dir():
-        from thriftnet.interop.checkpoints import load, read_config
+        from thriftnet.store.model_file import load, read_config
 
         config = read_config(path)
         network = open_network(str(path), kwargs) if plain is None else load(path, model=open_network(plain, kwargs))

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from thriftnet.cli.common import emit, new_parser, parse
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import MODELS, ModelEntry, list_models
-from thriftnet.models.table import NAMES, normal
+from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.text import table
 
 PLAIN = "plain"  # how a network without a technique is asked for
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str, ModelEntry]:
     """The networks asked for, by name, with numbers in names sorted as numbers."""
-    names = list_models(pattern.lower()) or [NAMES[key] for key in [normal(pattern)] if key in NAMES]
+    names = list_models(pattern.lower()) or [NAMES[key] for key in [normalize_name(pattern)] if key in NAMES]
     if not names:
         raise ConfigError(f"no model matches {pattern!r}. Possible: {', '.join(list_models())}")
     wanted = None if technique is None else _technique(technique)
@@ -59,10 +59,10 @@ def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str,
 
 def _technique(asked: str) -> str:
     """The technique's name in the table; "" for plain networks."""
-    possible = {normal(entry.technique or PLAIN): entry.technique for entry in MODELS.values()}
-    if normal(asked) not in possible:
-        raise unknown("technique", asked, (name or PLAIN for name in possible.values()))
-    return possible[normal(asked)]
+    possible = {normalize_name(entry.technique or PLAIN): entry.technique for entry in MODELS.values()}
+    if normalize_name(asked) not in possible:
+        raise unknown_name("technique", asked, (name or PLAIN for name in possible.values()))
+    return possible[normalize_name(asked)]
 
 
 def _papers(asked: str) -> set[str]:
@@ -70,7 +70,7 @@ def _papers(asked: str) -> set[str]:
     papers = {entry.paper for entry in MODELS.values()}
     found = {paper for paper in papers if asked.lower() in paper.lower() or asked.lower() in _short(paper).lower()}
     if not found:
-        raise unknown("paper", asked, map(_short, papers))
+        raise unknown_name("paper", asked, map(_short, papers))
     return found
 
 

@@ -27,11 +27,11 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError("--batch-size takes whole numbers from 1")
 
     from thriftnet.core.recalibrate import recalibrate
-    from thriftnet.core.width import in_words
+    from thriftnet.core.width import format_width
     from thriftnet.core.width import widths as widths_of
     from thriftnet.data.loaders import make_loader
     from thriftnet.data.sources import open_data
-    from thriftnet.interop.checkpoints import save
+    from thriftnet.store.model_file import save
 
     use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
     model = model.to(options.device or "cpu")
     recalibrate(model, loader, chosen, momentum=options.momentum, batches=options.batches)
     folder = save(model.cpu(), options.output, metadata=facts)
-    names = [in_words(width) for width in (chosen or widths_of(model))]
+    names = [format_width(width) for width in (chosen or widths_of(model))]
     batches = min(len(loader), options.batches or len(loader))
     result = {"model": options.model, "output": str(folder), "widths": names, "batches": batches}
     at = f" at widths {', '.join(names)}" if names else ""

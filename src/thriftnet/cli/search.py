@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource
     from thriftnet.data.loaders import Loader
     from thriftnet.data.transforms import Augmentation
-    from thriftnet.train.search import Candidate
+    from thriftnet.dynamic.search import Candidate
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,9 +28,9 @@ def run(arguments: Sequence[str]) -> None:
     budget, device = quantity("--macs", options.macs), options.device or "cpu"
 
     from thriftnet.data.sources import open_data
-    from thriftnet.interop.checkpoints import save
+    from thriftnet.dynamic.search import Evolution, search
+    from thriftnet.store.model_file import save
     from thriftnet.train.evaluate import evaluate
-    from thriftnet.train.search import Evolution, search
 
     use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)

@@ -16,11 +16,11 @@ from thriftnet.cli.common import (
     quantity,
     use_machine,
 )
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from thriftnet.train.engine import Progress
-    from thriftnet.train.job import Outcome
+    from thriftnet.train.job import TrainResult
     from thriftnet.train.recipe import Recipe
 
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR"
@@ -153,10 +153,10 @@ def with_budget(recipe: Recipe, text: str) -> Recipe:
 def _check_kwarg(model: str, key: str, fields: Mapping[str, Any]) -> None:
     """Refuse what neither the recipe nor a network of the zoo knows."""
     from thriftnet.models import model_kwargs
-    from thriftnet.models.table import NAMES, normal
+    from thriftnet.models.table import NAMES, normalize_name
 
-    if normal(model) in NAMES and key not in model_kwargs(model):
-        raise unknown(f"recipe field, nor argument of {model},", key, [*fields, *model_kwargs(model)])
+    if normalize_name(model) in NAMES and key not in model_kwargs(model):
+        raise unknown_name(f"recipe field, nor argument of {model},", key, [*fields, *model_kwargs(model)])
 
 
 class Bar:
@@ -209,7 +209,7 @@ class Bar:
         self.bars.update(self.task, completed=progress.step, epochs=progress.epochs, rate=rate, note=self.note)
 
 
-def describe(outcome: Outcome) -> str:
+def describe(outcome: TrainResult) -> str:
     """The result in words."""
     lines = [f"note: {note}" for note in outcome.notes]
     if outcome.resumed_from:

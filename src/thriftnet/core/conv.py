@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, in_words
+from thriftnet.core.width import WidthAware, format_width
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class GeneratedConv2d(Tied, WidthAware):
             setattr(self, name, getattr(like, name))
         self._adopt_bias(like)
         if isinstance(like, WidthAware):
-            self.slim, self.width_index = like.slim, like.width_index
+            self.width_spec, self.width_index = like.width_spec, like.width_index
 
     def _adopt_bias(self, like: Convolution) -> None:
         self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
@@ -68,7 +68,7 @@ class GeneratedConv2d(Tied, WidthAware):
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
         weight, bias = self.weight, self.bias
-        if self.slim is None:
+        if self.width_spec is None:
             return weight, bias, self.groups
         ins, outs = self.active_ins(self.in_channels), self.active_outs(self.out_channels)
         per_group = self.in_channels // self.groups
@@ -83,9 +83,9 @@ class GeneratedConv2d(Tied, WidthAware):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _misfit(self, x: Tensor, ins: int) -> str:
-        where = "" if self.slim is None else f" at width {in_words(self.slim.widths[self.width_index])}"
+        where = "" if self.width_spec is None else f" at width {format_width(self.width_spec.widths[self.width_index])}"
         hint = "Give images with the channels the network was made for"
-        if self.slim is not None and self.width_index != -1:
+        if self.width_spec is not None and self.width_index != -1:
             hint = "The network fixes numbers of channels outside its layers, and cannot be narrowed"
         return f"{type(self).__name__}({self.extra_repr()}) reads (N, {ins}, H, W){where}, got {tuple(x.shape)}. {hint}"
 
@@ -100,7 +100,7 @@ class GeneratedConv2d(Tied, WidthAware):
         text = f"{self.in_channels}, {self.out_channels}, kernel_size=({kh}, {kw}), stride={self.stride}"
         if self.groups != 1:
             text += f", groups={self.groups}"
-        return text + ("" if self.slim is None else f", widths={self.slim.widths}")
+        return text + ("" if self.width_spec is None else f", widths={self.width_spec.widths}")
 
 
 class PlainConv2d(GeneratedConv2d):

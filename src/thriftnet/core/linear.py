@@ -72,7 +72,7 @@ class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
         )
         self.load_state_dict(like.state_dict())
         if isinstance(like, WidthAware):
-            self.slim, self.width_index = like.slim, like.width_index
+            self.width_spec, self.width_index = like.width_spec, like.width_index
 
 
 def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import Slim, WidthAware
+from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import IncompatibleModelError
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -18,7 +18,7 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
     """A batch norm as `nn.BatchNorm2d`; in addition it may be tied and have several widths.
 
     Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own,
-    unless its `Slim` says which ones share: the widest under the usual names, narrower ones as ``running_mean_0``,
+    unless its `WidthSpec` says which ones share: the widest under the usual names, narrower ones as ``running_mean_0``,
     ``running_var_0``, ... narrowest first.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.3.
@@ -37,11 +37,11 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
         self.load_state_dict(like.state_dict())
         self.train(like.training)
 
-    def set_slim(self, slim: Slim | None) -> None:
-        super().set_slim(slim)
-        if slim is None or self.running_mean is None:
+    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
+        super().set_width_spec(width_spec)
+        if width_spec is None or self.running_mean is None:
             return
-        for store, channels in slim.narrower_stores().items():
+        for store, channels in width_spec.narrower_bn_sets().items():
             for name in STATISTICS:
                 full = self.get_buffer(name)
                 self.register_buffer(f"{name}_{store}", (full[:channels] if full.ndim else full).clone())
@@ -50,8 +50,8 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
         """Running mean, variance and batch count of the selected width."""
         if self.running_mean is None:
             return dict.fromkeys(STATISTICS)
-        widest = self.slim is None or self.slim.store(self.width_index) == self.slim.store(-1)
-        suffix = "" if self.slim is None or widest else f"_{self.slim.store(self.width_index)}"
+        widest = self.width_spec is None or self.width_spec.bn_set(self.width_index) == self.width_spec.bn_set(-1)
+        suffix = "" if self.width_spec is None or widest else f"_{self.width_spec.bn_set(self.width_index)}"
         return {name: getattr(self, name + suffix) for name in STATISTICS}
 
     def forward(self, input: Tensor) -> Tensor:

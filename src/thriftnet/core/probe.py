@@ -32,7 +32,7 @@ class Call:
     output: Any
 
 
-class Alone(TorchFunctionMode):
+class IgnoreOuterModes(TorchFunctionMode):
     """What runs in here is not seen by modes that the caller runs in, such as those that build networks without values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +63,7 @@ def failure(ghost: nn.Module, size: Size) -> Exception | None:
     """Why a network on the meta device does not run on images of this size; None where it does."""
     dtype = next((t.dtype for t in ghost.parameters() if t.is_floating_point()), torch.float32)
     try:
-        with Alone():
+        with IgnoreOuterModes():
             ghost(images(size).to(dtype))
     except Exception as error:  # what a network's own code may raise is not known
         return error

@@ -11,7 +11,7 @@ from torch import nn
 
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
@@ -132,5 +132,5 @@ def selection(model: nn.Module, select: Select) -> Want:
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:
         if name not in existing:
-            raise unknown("layer in select", name, existing - {""})
+            raise unknown_name("layer in select", name, existing - {""})
     return lambda name, module: any(name == entry or name.startswith(f"{entry}.") for entry in listed)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 
@@ -79,12 +79,12 @@ def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> 
     """Build the config called ``name``."""
     key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
     if key not in table:
-        raise unknown("technique", name, table)
+        raise unknown_name("technique", name, table)
     cls = table[key]
     possible = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for field in kwargs:
         if field not in possible:
-            raise unknown(f"field of {key}", field, possible)
+            raise unknown_name(f"field of {key}", field, possible)
     return cls(**{field: _tuples(value) for field, value in kwargs.items()})
 
 
@@ -109,5 +109,5 @@ def check_choice(name: str, value: object, possible: tuple[object, ...]) -> None
     """Raise unless ``value`` is one of ``possible``."""
     if not any(value == item and type(value) is type(item) for item in possible):
         if isinstance(value, str):
-            raise unknown(name, value, map(str, possible))
+            raise unknown_name(name, value, map(str, possible))
         raise ConfigError(f"{name}={value!r}: possible are {', '.join(map(repr, possible))}")

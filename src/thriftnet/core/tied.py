@@ -73,3 +73,19 @@ class Tied(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_written", "_loading")}
+
+
+def first_names(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict's own tensors, each once, under its first name."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once, under its first name."""
+    return {name: tensor.detach().contiguous() for name, tensor in first_names(model).items()}

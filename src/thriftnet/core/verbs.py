@@ -12,18 +12,18 @@ from torch import nn
 
 from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.fold_norms import fold_norms_of
 from thriftnet.core.linear import GeneratedLinear
-from thriftnet.core.merge import merge_norms_of
 from thriftnet.core.penalty import PenaltyTerm as PenaltyTerm
 from thriftnet.core.penalty import param_groups as param_groups
 from thriftnet.core.penalty import penalty as penalty
-from thriftnet.core.places import Choice, assign
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
 from thriftnet.core.spec import check_choice, format_spec
 from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
 from thriftnet.core.width import Width, set_width, widths
 from thriftnet.core.width import width as selected_width
+from thriftnet.core.width_slots import Choice, assign
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ def freeze(
         set_width(model, cast(Width, width))
     frozen = fold(model, inplace=True)
     if fold_norms:
-        frozen = merge_norms_of(frozen, size or ())
+        frozen = fold_norms_of(frozen, size or ())
     step = {"verb": "freeze", "width": width if uniform and not options else json.dumps({"width": width, **options})}
     setattr(frozen, HISTORY, [*history(frozen)[:-1], step])
     return frozen

@@ -17,7 +17,7 @@ Width: TypeAlias = float | int | str
 
 
 @dataclass(frozen=True)
-class Slim:
+class WidthSpec:
     """How many channels a layer reads and gives in each of the network's sub-networks, narrowest first.
 
     Args:
@@ -25,45 +25,45 @@ class Slim:
             whole network, their positions 0, 1, ..., and after them names of such as are not among these.
         ins: Channels read in each.
         outs: Channels given in each.
-        stores: Which of a norm's statistics each one uses, numbered from 0, the widest ones last. Left out, every
+        bn_sets: Which of a norm's statistics each one uses, numbered from 0, the widest ones last. Left out, every
             sub-network has its own.
-        place: Where several layers must give equally many channels, a name for them all. Left out, the layer's own name.
+        slot: Where several layers must give equally many channels, a name for them all. Left out, the layer's own name.
     """
 
     widths: tuple[Width, ...]
     ins: tuple[int, ...]
     outs: tuple[int, ...]
-    stores: tuple[int, ...] | None = None
-    place: str = field(default="", compare=False)
+    bn_sets: tuple[int, ...] | None = None
+    slot: str = field(default="", compare=False)
 
-    def with_ins(self, channels: int) -> Slim:
+    def with_ins(self, channels: int) -> WidthSpec:
         """The same widths, reading ``channels`` at each of them."""
         return replace(self, ins=(channels,) * len(self.widths))
 
-    def with_outs(self, channels: int) -> Slim:
+    def with_outs(self, channels: int) -> WidthSpec:
         """The same widths, giving ``channels`` at each of them."""
         return replace(self, outs=(channels,) * len(self.widths))
 
-    def store(self, index: int) -> int:
+    def bn_set(self, index: int) -> int:
         """Which of a norm's statistics the sub-network at position ``index`` uses."""
-        return range(len(self.widths))[index] if self.stores is None else self.stores[index]
+        return range(len(self.widths))[index] if self.bn_sets is None else self.bn_sets[index]
 
-    def narrower_stores(self) -> dict[int, int]:
+    def narrower_bn_sets(self) -> dict[int, int]:
         """Channels of each of a norm's statistics, but for the widest ones."""
-        channels = {self.store(index): outs for index, outs in enumerate(self.outs)}
+        channels = {self.bn_set(index): outs for index, outs in enumerate(self.outs)}
         widest = max(channels)
         return {store: outs for store, outs in sorted(channels.items()) if store != widest}
 
 
 class WidthAware(nn.Module):
-    """A layer that can run at several widths; until `set_slim` is called it has one."""
+    """A layer that can run at several widths; until `set_width_spec` is called it has one."""
 
-    slim: Slim | None = None
-    width_index: int = -1  # position in slim.widths; the last is the widest
+    width_spec: WidthSpec | None = None
+    width_index: int = -1  # position in width_spec.widths; the last is the widest
 
-    def set_slim(self, slim: Slim | None) -> None:
+    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
         """Give the layer its widths, and select the widest."""
-        self.slim = slim
+        self.width_spec = width_spec
         self.width_index = -1
 
     def set_width_index(self, index: int) -> None:
@@ -72,31 +72,31 @@ class WidthAware(nn.Module):
 
     def active_ins(self, full: int) -> int:
         """Channels read at the selected width, of ``full``."""
-        return full if self.slim is None else self.slim.ins[self.width_index]
+        return full if self.width_spec is None else self.width_spec.ins[self.width_index]
 
     def active_outs(self, full: int) -> int:
         """Channels given at the selected width, of ``full``."""
-        return full if self.slim is None else self.slim.outs[self.width_index]
+        return full if self.width_spec is None else self.width_spec.outs[self.width_index]
 
 
-def slim_layers(model: nn.Module) -> Iterator[WidthAware]:
+def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:
     """Every layer of ``model`` that has several widths."""
-    return (m for m in model.modules() if isinstance(m, WidthAware) and m.slim is not None)
+    return (m for m in model.modules() if isinstance(m, WidthAware) and m.width_spec is not None)
 
 
 def widths(model: nn.Module) -> tuple[Width, ...]:
     """The widths that ``model`` can run at, as `set_width` takes them, ascending; empty for a network of one width."""
-    for layer in slim_layers(model):
-        if layer.slim is not None:
-            return layer.slim.widths
+    for layer in slimmable_layers(model):
+        if layer.width_spec is not None:
+            return layer.width_spec.widths
     return ()
 
 
 def width(model: nn.Module) -> Width:
     """The width that ``model`` runs at now (1.0 for a network of one width)."""
-    for layer in slim_layers(model):
-        if layer.slim is not None:
-            return layer.slim.widths[layer.width_index]
+    for layer in slimmable_layers(model):
+        if layer.width_spec is not None:
+            return layer.width_spec.widths[layer.width_index]
     return 1.0
 
 
@@ -117,12 +117,12 @@ def set_width(model: nn.Module, width: Width) -> None:
         raise IncompatibleModelError(
             f"{type(model).__name__} has one width only. Make it slimmable first: convert(model, Slimmable(widths=(0.5, 1.0)))"
         )
-    index = position(width, possible)
-    for layer in slim_layers(model):
+    index = width_index(width, possible)
+    for layer in slimmable_layers(model):
         layer.set_width_index(index)
 
 
-def position(width: Width, possible: tuple[Width, ...]) -> int:
+def width_index(width: Width, possible: tuple[Width, ...]) -> int:
     """Where a width stands in the ascending list of a network's widths.
 
     Raises:
@@ -141,18 +141,18 @@ def position(width: Width, possible: tuple[Width, ...]) -> int:
         if isinstance(width, float) and abs(candidate - width) < 1e-9:
             return index
     named = ["'smallest'", *(repr(item) for item in possible if isinstance(item, str) and item not in names)]
-    listed = f"{', '.join(map(in_words, multipliers))} (float), " if multipliers else ""
+    listed = f"{', '.join(map(format_width, multipliers))} (float), " if multipliers else ""
     raise ConfigError(
         f"no width {width!r}: possible are {listed}0 to {len(numbered) - 1} (int, a position), "
         f"{', '.join(named)} and 'largest'"
     )
 
 
-def in_words(width: Width) -> str:
+def format_width(width: Width) -> str:
     """A width for messages.
 
     Example:
-        >>> in_words(0.5), in_words("largest")
+        >>> format_width(0.5), format_width("largest")
         ('0.5', 'largest')
     """
     return width if isinstance(width, str) else f"{width:g}"

@@ -13,7 +13,7 @@ from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.digits import digits_source
 from thriftnet.data.folder import open_folder
 from thriftnet.data.parquet import open_parquet
-from thriftnet.errors import ConfigError, DataError, unknown
+from thriftnet.errors import ConfigError, DataError, unknown_name
 
 KINDS = ("digits", "cifar10", "cifar100", "folder", "parquet")
 SPECS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR"
@@ -35,7 +35,7 @@ def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
     if on_corrupt not in ("error", "skip"):
         raise ConfigError(f"on_corrupt={on_corrupt!r}: possible are 'error' and 'skip'")
     if kind not in KINDS:
-        raise ConfigError(f"{unknown('data', spec, KINDS)}. Write one of {SPECS}")
+        raise ConfigError(f"{unknown_name('data', spec, KINDS)}. Write one of {SPECS}")
     if bool(folder) == (kind == "digits"):
         raise ConfigError(
             f"data {spec!r}: {'the digits need no folder' if folder else 'the folder is missing'}. Write {SPECS}"

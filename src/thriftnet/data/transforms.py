@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from thriftnet.data.dataset import DataSource, ImageDataset
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +84,7 @@ class Augmentation:
     def _check_names(self) -> None:
         for name, possible in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
             if getattr(self, name) not in possible:
-                raise unknown(name, str(getattr(self, name)), possible)
+                raise unknown_name(name, str(getattr(self, name)), possible)
 
     def _check_numbers(self) -> None:
         needs_size = [name for name in ("random_resized_crop", "resize") if getattr(self, name) is not None]

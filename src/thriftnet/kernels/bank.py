@@ -33,7 +33,7 @@ class User(Protocol):
 
 
 @dataclass(eq=False)
-class Round:
+class MixedWeights:
     """The weights of all layers, computed at once.
 
     Args:
@@ -71,7 +71,7 @@ class Mixer:
 
     def __init__(self) -> None:
         self._layers: dict[int, weakref.ref[User]] = {}
-        self._round: Round | None = None
+        self._round: MixedWeights | None = None
         self._arena = Arena()
 
     def join(self, layer: User) -> None:
@@ -109,13 +109,13 @@ class Mixer:
             return Choice("bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {FEWEST} on")
         return Choice("bank", "together", f"one product for {len(self._layers)} layers")
 
-    def _begin(self, layer: User, templates: nn.Parameter) -> Round:
+    def _begin(self, layer: User, templates: nn.Parameter) -> MixedWeights:
         """Compute the weights of all layers that can be computed with this one."""
         if self._round is not None:
             self._round.end()
         known = [found for ref in self._layers.values() if (found := ref()) is not None]
         layers = [other for other in known if other is layer or can_join(templates, other.coefficients)]
-        begun = Round(version(templates), {id(other): version(other.coefficients) for other in layers})
+        begun = MixedWeights(version(templates), {id(other): version(other.coefficients) for other in layers})
         weights = TogetherFunction.apply(begun, self._arena, templates, *(other.coefficients for other in layers))
         begun.waiting.update(zip(map(id, layers), weights))
         return begun
@@ -144,7 +144,7 @@ class TogetherFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, begun: Round, arena: Arena, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, begun: MixedWeights, arena: Arena, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.begun, ctx.arena = weakref.ref(begun), arena
         ctx.templates, ctx.coefficients = templates, coefficients

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from thriftnet.errors import unknown
+from thriftnet.errors import unknown_name
 from thriftnet.text import table
 
 FORMS: dict[str, tuple[str, ...]] = {
@@ -66,9 +66,9 @@ def check_forms(forms: dict[str, str]) -> None:
     """Raise for a kernel or form that does not exist."""
     for kernel, form in forms.items():
         if kernel not in FORMS:
-            raise unknown("kernel", kernel, FORMS)
+            raise unknown_name("kernel", kernel, FORMS)
         if form not in FORMS[kernel]:
-            raise unknown(f"form of kernel {kernel}", form, FORMS[kernel])
+            raise unknown_name(f"form of kernel {kernel}", form, FORMS[kernel])
 
 
 def forced(kernel: str) -> Choice | None:

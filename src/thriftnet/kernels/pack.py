@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.merge import ACTIVATIONS, followers, merge_norms, overwrite
-from thriftnet.core.probe import Alone, images, on_meta
+from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, fusable_activations, make_inplace
+from thriftnet.core.probe import IgnoreOuterModes, images, on_meta
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import replace
 from thriftnet.core.verbs import HISTORY, fold, history, is_foldable
@@ -58,7 +58,7 @@ def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Mod
     def run(ghost: nn.Module) -> None:
         ghost(images(size).to(next(ghost.parameters()).dtype))
 
-    packed = pack_layers(merge_norms(plain, run), run)
+    packed = pack_layers(fold_norms(plain, run), run)
     setattr(packed, HISTORY, [*past, {"verb": "pack", "input_size": list(size)}])
     return packed
 
@@ -78,7 +78,7 @@ def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modu
         table[id(module)] = PackedConv2d(module, model.get_submodule(activations[0]) if activations else None)
     table |= {id(model.get_submodule(name)): nn.Identity() for names in within.values() for name in names}
     packed = replace(model, table)
-    overwrite(packed, run)
+    make_inplace(packed, run)
     return packed
 
 
@@ -94,7 +94,7 @@ def _packable(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     for name, module in ghost.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-    with torch.no_grad(), Alone():
+    with torch.no_grad(), IgnoreOuterModes():
         run(ghost)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and can_pack(module)}
     return {name: conv for name, conv in convs.items() if name in large}
@@ -105,7 +105,7 @@ def _absorbed(model: nn.Module, run: Callable[[nn.Module], object], packable: se
 
     Every output of such a convolution goes to an activation of one kind, and such an activation reads nothing else.
     """
-    readers, ran = followers(model, run, (*ACTIVATIONS, nn.GELU))
+    readers, ran = fusable_activations(model, run, (*ACTIVATIONS, nn.GELU))
     watched = {name for name in readers if has_hooks(model.get_submodule(name))}
     readers = {name: makers for name, makers in readers.items() if name not in watched}
     kinds = {name: activation_of(model.get_submodule(name)) for name in readers}

@@ -23,7 +23,7 @@ from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.width import width, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.measure.layers import Tally, tallies
+from thriftnet.measure.layers import LayerCost, tallies
 from thriftnet.measure.report import LayerRow, Report
 from thriftnet.measure.untouched import untouched
 
@@ -82,7 +82,7 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, Tally]) -> dict[str, int]:
+def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, LayerCost]) -> dict[str, int]:
     """Run ``model`` once and charge each layer; returns the operations without a formula."""
     tensors = [*model.parameters(), *model.buffers()]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()] or [torch.zeros(())]
@@ -114,7 +114,7 @@ def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> 
     )
 
 
-def _row(tally: Tally) -> LayerRow:
+def _row(tally: LayerCost) -> LayerRow:
     return LayerRow(
         tuple(tally.names),
         type(tally.module).__name__,
@@ -132,14 +132,14 @@ def _row(tally: Tally) -> LayerRow:
 class _Frame:
     """A module that runs: the layer its operations are charged to, and what they are for."""
 
-    tally: Tally
+    tally: LayerCost
     purpose: Purpose
 
 
 class _Meter:
     """Hooks that charge operations, as they run, to the layer that runs."""
 
-    def __init__(self, counter: FlopCounterMode, found: dict[int, Tally], whole: Tally) -> None:
+    def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], whole: LayerCost) -> None:
         self.counter, self.found = counter, found
         self.convolutions = {op for op in counter.flop_registry if "conv" in str(op)}
         self.running = [_Frame(whole, "execution")]

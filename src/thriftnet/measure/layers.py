@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 
 @dataclass
-class Tally:
+class LayerCost:
     """What is counted for one layer.
 
     Args:
@@ -43,17 +43,17 @@ class Tally:
         return any(counts) or self.is_whole
 
 
-def tallies(model: nn.Module) -> dict[int, Tally]:
+def tallies(model: nn.Module) -> dict[int, LayerCost]:
     """One for each module of ``model`` that is not inside a whole layer, in registration order, by the module's id.
 
     Parameters are filled in, costs are zero.
     """
-    found: dict[int, Tally] = {}
+    found: dict[int, LayerCost] = {}
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        tally = found.setdefault(id(module), Tally(module, is_whole(module)))
+        tally = found.setdefault(id(module), LayerCost(module, is_whole(module)))
         tally.names.append(name)
         if tally.is_whole:
             inside = f"{name}." if name else ""
@@ -74,7 +74,7 @@ def declared_dense_params(module: nn.Module) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _count_parameters(found: dict[int, Tally]) -> None:
+def _count_parameters(found: dict[int, LayerCost]) -> None:
     """Stored parameters at the first layer that holds them; dense ones at every name.
 
     What a converted layer holds has no place in the plain network, wherever else it is registered.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from thriftnet.core.width import slim_layers
+from thriftnet.core.width import slimmable_layers
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     release of torch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    widths = [(layer, layer.width_index) for layer in slim_layers(model)]
+    widths = [(layer, layer.width_index) for layer in slimmable_layers(model)]
     fused = torch.backends.mha.get_fastpath_enabled()
     with _restored_buffers(model), _restored_random_state(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:

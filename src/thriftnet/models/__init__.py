@@ -7,9 +7,9 @@ import inspect
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models.entry import IDENTITY, ModelEntry
-from thriftnet.models.table import MODELS, NAMES, normal
+from thriftnet.models.table import MODELS, NAMES, normalize_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,13 +41,13 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     possible = model_kwargs(name)
     for key in kwargs:
         if key not in possible:
-            raise unknown(f"kwarg of {name}", key, possible)
+            raise unknown_name(f"kwarg of {name}", key, possible)
     headless = type(kwargs.get("num_classes")) is int and kwargs["num_classes"] == 0
     given = {key: value for key, value in kwargs.items() if not (headless and key == "num_classes")}
     model: Any = _function(entry)(**{**entry.kwargs, **given})
     if headless:
         model.reset_classifier(0)
-    setattr(model, IDENTITY, {"name": NAMES[normal(name)], "kwargs": kwargs})
+    setattr(model, IDENTITY, {"name": NAMES[normalize_name(name)], "kwargs": kwargs})
     built: nn.Module = model
     return built
 
@@ -76,9 +76,9 @@ def model_kwargs(name: str) -> dict[str, Any]:
 def _entry(name: str) -> ModelEntry:
     if not isinstance(name, str):
         raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
-    if normal(name) not in NAMES:
-        raise unknown("model", name, MODELS)
-    return MODELS[NAMES[normal(name)]]
+    if normalize_name(name) not in NAMES:
+        raise unknown_name("model", name, MODELS)
+    return MODELS[NAMES[normalize_name(name)]]
 
 
 def _function(entry: ModelEntry) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.compose import made_of
+from thriftnet.models.compose import apply_technique
 from thriftnet.models.imagenet_resnet import DEPTHS, imagenet_resnet
 from thriftnet.models.resnet import blocks_of_depth, resnet
 from thriftnet.techniques.filter_basis import FilterBasis
@@ -46,7 +46,7 @@ def cifar10_resnet(
         raise ConfigError(f"depth={depth}: its stages have one block, which stays plain; nearest is 14")
     technique = _basis(16, bases, shared_rank, unique_rank, lambda_r, unique_penalty=True)
     plain = resnet(depth, num_classes=num_classes, in_chans=in_chans)
-    return made_of(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
+    return apply_technique(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
 
 
 def basic_resnet(
@@ -76,7 +76,9 @@ def basic_resnet(
     """
     _check_depth(depth, bottleneck=False)
     technique = _basis(64, bases, shared_rank, unique_rank, lambda_r, unique_penalty=False)
-    return made_of(imagenet_resnet(depth, stem, num_classes, in_chans), technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
+    return apply_technique(
+        imagenet_resnet(depth, stem, num_classes, in_chans), technique, select=rf"{LATER_BLOCKS}\.conv[12]$"
+    )
 
 
 def bottleneck_resnet(
@@ -100,7 +102,7 @@ def bottleneck_resnet(
     model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
     for conv in ("conv2", "conv3")[:shared]:
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, family=conv, init="random")
-        model = made_of(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$")
+        model = apply_technique(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$")
     return model
 
 

@@ -9,7 +9,7 @@ from thriftnet.core.technique import Technique
 from thriftnet.core.verbs import HISTORY, convert
 
 
-def made_of(backbone: nn.Module, technique: Technique, *, select: Select | None = None) -> nn.Module:
+def apply_technique(backbone: nn.Module, technique: Technique, *, select: Select | None = None) -> nn.Module:
     """A network of the zoo: ``backbone``, converted in place by ``technique``.
 
     Its history ends empty, because `create_model` repeats the conversion: what `load` replays comes on top of it.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.kernels.affine import choose, normalised_sum
 from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.residual_norm import choose, normalised_sum
 from thriftnet.models.classifier import Classifier, check_classes, config
-from thriftnet.models.compose import made_of
+from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.weight_sharing import WeightSharing
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -206,5 +206,5 @@ def _sharing(backbone: ConvMixer, technique: WeightSharing) -> ConvMixer:
     if depth % rate:
         possible = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
         raise ConfigError(f"rate={rate} does not divide the depth {depth}: possible rates are {possible}")
-    made_of(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
+    apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
     return backbone

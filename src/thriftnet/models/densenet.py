@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thriftnet.core.spec import check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, check_classes, config
-from thriftnet.models.compose import made_of
+from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
 # depth -> (layers of each dense block, channels that one layer adds)
@@ -139,7 +139,7 @@ def densenet_shared(
             f"the entries of a filter; nearest is shared_rank={max(1, largest - unique_rank)}"
         )
     for blocks in ("1", "2", "[34]") if original_sharing else ("1", "2", "3", "4"):
-        model = made_of(model, technique, select=rf"^block{blocks}\.\d+\.conv2$")
+        model = apply_technique(model, technique, select=rf"^block{blocks}\.\d+\.conv2$")
     _init_as_convolutions(model)
     return model
 

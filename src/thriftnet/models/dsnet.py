@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from thriftnet.core.conv import PlainConv2d
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
-from thriftnet.core.width import Slim, WidthAware
+from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, check_classes, config
 from thriftnet.models.dsnet_blocks import (
@@ -90,7 +90,9 @@ class DSNet(Classifier):
 
     def _classifier(self, num_classes: int) -> PlainLinear:
         linear = PlainLinear(nn.Linear(self.num_features, num_classes))
-        linear.set_slim(Slim(names_of(self._features), tuple(self._features), (num_classes,) * len(self._features)))
+        linear.set_width_spec(
+            WidthSpec(names_of(self._features), tuple(self._features), (num_classes,) * len(self._features))
+        )
         return linear
 
     def _initialise(self) -> None:

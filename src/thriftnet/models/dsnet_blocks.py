@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.conv import PlainConv2d
-from thriftnet.core.gate import Gate, squeeze
 from thriftnet.core.norm import PlainBatchNorm2d
-from thriftnet.core.width import Slim, WidthAware
+from thriftnet.core.width import WidthAware, WidthSpec
+from thriftnet.dynamic.gate import Gate, squeeze
 
 GATE_CHOICES = (0, 1, 2, 3)  # the authors' gate chooses among the narrowest sub-networks
 EXPANSION = 6  # of inverted residuals
@@ -22,18 +22,18 @@ KINDS = ("ds", "ir")
 
 
 class Widths(tuple[int, ...]):
-    """Channels at one place of the network, in each sub-network, "largest" last.
+    """Channels at one slot of the network, in each sub-network, "largest" last.
 
     Args:
         channels: The channels.
-        place: Name of the place; "" where all sub-networks have equally many.
+        slot: Name of the slot; "" where all sub-networks have equally many.
     """
 
-    place: str
+    slot: str
 
-    def __new__(cls, channels: Iterable[int], place: str = "") -> Widths:
+    def __new__(cls, channels: Iterable[int], slot: str = "") -> Widths:
         widths = super().__new__(cls, channels)
-        widths.place = place
+        widths.slot = slot
         return widths
 
 
@@ -82,7 +82,7 @@ def slim_conv(
     padding = kernel_size // 2
     groups = ins[-1] if depthwise else 1
     conv = PlainConv2d(nn.Conv2d(ins[-1], outs[-1], kernel_size, stride, padding, groups=groups, bias=bias))
-    conv.set_slim(Slim(names_of(outs), tuple(ins), tuple(outs), place=outs.place))
+    conv.set_width_spec(WidthSpec(names_of(outs), tuple(ins), tuple(outs), slot=outs.slot))
     return conv
 
 
@@ -90,7 +90,7 @@ def slim_norm(widths: Widths) -> PlainBatchNorm2d:
     """A norm with statistics for each distinct width: sub-networks that are equally wide here share them."""
     distinct = sorted(set(widths))
     norm = PlainBatchNorm2d(nn.BatchNorm2d(widths[-1]))
-    norm.set_slim(Slim(names_of(widths), tuple(widths), tuple(widths), tuple(map(distinct.index, widths))))
+    norm.set_width_spec(WidthSpec(names_of(widths), tuple(widths), tuple(widths), tuple(map(distinct.index, widths))))
     return norm
 
 
@@ -174,7 +174,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, ins: Widths, outs: Widths, stage: Stage, first: bool, options: Options) -> None:
         super().__init__()
         stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
-        middle = Widths((divisible(width * EXPANSION, 8) for width in ins), ins.place)
+        middle = Widths((divisible(width * EXPANSION, 8) for width in ins), ins.slot)
         self.expand = slim_conv(ins, middle)
         self.norm1 = slim_norm(middle)
         self.depthwise = slim_conv(middle, middle, stage.kernel_size, stride, depthwise=True)
@@ -210,10 +210,10 @@ class WidestDropout(WidthAware):
     def __init__(self, rate: float, widths: Widths) -> None:
         super().__init__()
         self.rate = rate
-        self.set_slim(Slim(names_of(widths), tuple(widths), tuple(widths)))
+        self.set_width_spec(WidthSpec(names_of(widths), tuple(widths), tuple(widths)))
 
     def forward(self, x: Tensor) -> Tensor:
-        widest = self.slim is None or self.slim.widths[self.width_index] == self.slim.widths[-1]
+        widest = self.width_spec is None or self.width_spec.widths[self.width_index] == self.width_spec.widths[-1]
         return F.dropout(x, self.rate, self.training and widest)
 
     def fold(self) -> nn.Identity:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, check_classes, config
-from thriftnet.models.compose import made_of
+from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import FilterBasis, SharedConv2d
 
 WIDTHS = (16, 24, 32, 64, 96, 160, 320)  # of the seven stages
@@ -205,7 +205,7 @@ def _sharing(model: MobileNetV2, convs: tuple[str, ...], lambda_r: float) -> Mob
     """Share these convolutions within each stage of `SHARING`; each kind has a penalty of its own."""
     for conv in convs:
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
-        made_of(model, technique, select=rf"{SHARING}\.{conv}$")
+        apply_technique(model, technique, select=rf"{SHARING}\.{conv}$")
     for module in model.modules():
         if isinstance(module, SharedConv2d):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)  # the authors leave it as torch starts a convolution

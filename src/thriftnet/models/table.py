@@ -22,10 +22,10 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 
-def normal(name: str) -> str:
+def normalize_name(name: str) -> str:
     """The form in which names are compared: ``ResNet56_DoubleShared`` and ``resnet56_double_shared`` are the same."""
     return name.lower().replace("_", "").replace("-", "")
 
 
 # every name and alias, in normal form -> the name in MODELS
-NAMES: dict[str, str] = {normal(alias): name for name, entry in MODELS.items() for alias in (*entry.aliases, name)}
+NAMES: dict[str, str] = {normalize_name(alias): name for name, entry in MODELS.items() for alias in (*entry.aliases, name)}

@@ -32,7 +32,7 @@ from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.core.verbs import PenaltyTerm
-from thriftnet.core.width import Slim, WidthAware
+from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty
 
@@ -142,16 +142,16 @@ class BasisConv2d(Tied, WidthAware):
         rank = coefficients.shape[1]
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
         self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
-        if isinstance(like, WidthAware) and like.slim is not None:
-            self.set_slim(like.slim)
+        if isinstance(like, WidthAware) and like.width_spec is not None:
+            self.set_width_spec(like.width_spec)
             self.set_width_index(like.width_index)
 
-    def set_slim(self, slim: Slim | None) -> None:
-        super().set_slim(slim)
+    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
+        super().set_width_spec(width_spec)
         rank = self.filters.out_channels  # the basis keeps its rank at every width
-        self.filters.set_slim(None if slim is None else slim.with_outs(rank))
-        self.norm.set_slim(None if slim is None else slim.with_ins(rank).with_outs(rank))
-        self.coefficients.set_slim(None if slim is None else slim.with_ins(rank))
+        self.filters.set_width_spec(None if width_spec is None else width_spec.with_outs(rank))
+        self.norm.set_width_spec(None if width_spec is None else width_spec.with_ins(rank).with_outs(rank))
+        self.coefficients.set_width_spec(None if width_spec is None else width_spec.with_ins(rank))
 
     def set_width_index(self, index: int) -> None:
         super().set_width_index(index)
@@ -319,7 +319,14 @@ class FilterBasis:
 
 def signature(conv: Convolution) -> tuple[object, ...]:
     """What convolutions must agree in to be one and the same module."""
-    rest = (conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.bias is None, getattr(conv, "slim", None))
+    rest = (
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.padding_mode,
+        conv.bias is None,
+        getattr(conv, "width_spec", None),
+    )
     return (*geometry(conv), *rest, conv.weight.dtype, conv.weight.device)
 
 

@@ -20,7 +20,7 @@ from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import Slim, WidthAware, exact_share
+from thriftnet.core.width import WidthAware, WidthSpec, exact_share
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.dispatch import Choice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
@@ -145,21 +145,27 @@ class ShiftConv2d(Tied, WidthAware):
         self.shift = Shift2d(middle, kernel_size, dilation)
         self.project = PlainConv2d(nn.Conv2d(middle, out_channels, 1, stride, bias=bias))
 
-    def set_slim(self, slim: Slim | None) -> None:
-        super().set_slim(slim)
-        if slim is None:
+    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
+        super().set_width_spec(width_spec)
+        if width_spec is None:
             middle = None
         else:
-            middle = tuple(exact_share(self.norm.num_features, width) or 0 for width in slim.widths)
+            middle = tuple(exact_share(self.norm.num_features, width) or 0 for width in width_spec.widths)
             if not all(middle):
                 raise IncompatibleModelError(
-                    f"the {self.norm.num_features} channels inside a shift block cannot be narrowed to all of {slim.widths}: "
+                    f"the {self.norm.num_features} channels inside a shift block cannot be narrowed to all of {width_spec.widths}: "
                     "choose an expansion or widths that give whole numbers"
                 )
-        self.expand.set_slim(None if slim is None or middle is None else Slim(slim.widths, slim.ins, middle))
+        self.expand.set_width_spec(
+            None if width_spec is None or middle is None else WidthSpec(width_spec.widths, width_spec.ins, middle)
+        )
         for layer in (self.norm, self.shift):
-            layer.set_slim(None if slim is None or middle is None else Slim(slim.widths, middle, middle))
-        self.project.set_slim(None if slim is None or middle is None else Slim(slim.widths, middle, slim.outs))
+            layer.set_width_spec(
+                None if width_spec is None or middle is None else WidthSpec(width_spec.widths, middle, middle)
+            )
+        self.project.set_width_spec(
+            None if width_spec is None or middle is None else WidthSpec(width_spec.widths, middle, width_spec.outs)
+        )
 
     def set_width_index(self, index: int) -> None:
         super().set_width_index(index)
@@ -260,8 +266,8 @@ class Shift:
                 start_from(block, conv)
             if conv.bias is not None and block.project.bias is not None:
                 block.project.bias.copy_(conv.bias)
-        if isinstance(conv, WidthAware) and conv.slim is not None:
-            block.set_slim(conv.slim)
+        if isinstance(conv, WidthAware) and conv.width_spec is not None:
+            block.set_width_spec(conv.width_spec)
             block.set_width_index(conv.width_index)
         return [(conv, block)]
 

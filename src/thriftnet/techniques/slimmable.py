@@ -17,12 +17,12 @@ from torch import nn
 
 from thriftnet.core import probe, sites
 from thriftnet.core.conv import GeneratedConv2d, PlainConv2d
-from thriftnet.core.gate import Cut, SqueezeGate
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.split import split_at
-from thriftnet.core.width import Slim, WidthAware, exact_share, set_width, widths
+from thriftnet.core.width import WidthAware, WidthSpec, exact_share, set_width, widths
+from thriftnet.dynamic.gate import SplitPoint, SqueezeGate
+from thriftnet.dynamic.split import split_at
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 PLAIN: dict[type[nn.Module], type[WidthAware]] = {
@@ -99,15 +99,15 @@ class Slimmable:
             )
         body = model.get_submodule(self.gate)
         outs = self._shares(Site((self.gate,), body), split.channels[0])
-        slim = Slim(self.widths, (split.channels[0],) * len(outs), outs)
+        width_spec = WidthSpec(self.widths, (split.channels[0],) * len(outs), outs)
         like = next(model.parameters())
-        sites.replace(model, {id(body): Cut(body, SqueezeGate(split.channels[0], self.widths, like), slim)})
+        sites.replace(model, {id(body): SplitPoint(body, SqueezeGate(split.channels[0], self.widths, like), width_spec)})
         _check_runs(model, size)
 
     def accepts(self, module: nn.Module) -> bool:
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
             return False
-        return module.slim is None if isinstance(module, WidthAware) else type(module) in PLAIN
+        return module.width_spec is None if isinstance(module, WidthAware) else type(module) in PLAIN
 
     def group(self, sites: Sequence[Site[nn.Module]]) -> list[list[Site[nn.Module]]]:
         if sites:
@@ -122,11 +122,11 @@ class Slimmable:
         pairs: list[Replacement] = []
         for site in group:
             layer = site.module if isinstance(site.module, WidthAware) else PLAIN[type(site.module)](site.module)
-            layer.set_slim(slims.get(id(site.module)))
+            layer.set_width_spec(slims.get(id(site.module)))
             pairs.append((site.module, layer))
         return pairs
 
-    def _slims(self, sites: Sequence[Site[nn.Module]]) -> dict[int, Slim]:
+    def _slims(self, sites: Sequence[Site[nn.Module]]) -> dict[int, WidthSpec]:
         """Channels of each layer behind the front at each width. Norms behind the classifier see whole inputs."""
         roles = [site.role for site in sites]
         last = roles.index("classifier") if "classifier" in roles else len(roles)
@@ -137,7 +137,7 @@ class Slimmable:
             ins, outs = channels(site.module)
             whole_in = site.role == "stem" or place > last
             whole_out = place >= last
-            slims[id(site.module)] = Slim(
+            slims[id(site.module)] = WidthSpec(
                 self.widths,
                 (ins,) * len(self.widths) if whole_in else self._shares(site, ins),
                 (outs,) * len(self.widths) if whole_out else self._shares(site, outs),
@@ -168,14 +168,14 @@ def channels(module: nn.Module) -> tuple[int, int]:
     raise IncompatibleModelError(f"{type(module).__name__} does not say how many channels it has")
 
 
-def _check_groups(site: Site[nn.Module], slim: Slim) -> None:
+def _check_groups(site: Site[nn.Module], width_spec: WidthSpec) -> None:
     """Grouped layers narrow by whole groups."""
     module = site.module
     full_in, full_out = channels(module)
     groups = getattr(module, "groups", getattr(module, "num_groups", 1))
     if groups == 1:
         return
-    for width, ins, outs in zip(slim.widths, slim.ins, slim.outs, strict=True):
+    for width, ins, outs in zip(width_spec.widths, width_spec.ins, width_spec.outs, strict=True):
         if ins % (full_in // groups) or ins // (full_in // groups) * (full_out // groups) != outs:
             raise _unfit(site, f"width {width:g} cuts through one of its {groups} groups", groups)
 

@@ -289,12 +289,12 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
 
 def agreement(one: SConv2d, other: SConv2d) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if (one.stride, one.padding, one.dilation, one.padding_mode, one.slim) != (
+    if (one.stride, one.padding, one.dilation, one.padding_mode, one.width_spec) != (
         other.stride,
         other.padding,
         other.dilation,
         other.padding_mode,
-        other.slim,
+        other.width_spec,
     ) or (one.bias is None) != (other.bias is None):
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()

@@ -22,7 +22,7 @@ from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware
-from thriftnet.errors import ConfigError, IncompatibleModelError, unknown
+from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import Choice
 from thriftnet.kernels.fusion import Fuser, choose, fuse
 
@@ -111,7 +111,7 @@ class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
         first = group[0]
         self.in_features, self.out_features = first.in_features, first.out_features
         if isinstance(first, WidthAware):
-            self.slim, self.width_index = first.slim, first.width_index
+            self.width_spec, self.width_index = first.width_spec, first.width_index
         self.hold(group, fusion)
 
 
@@ -251,7 +251,7 @@ def signature(layer: Layer) -> tuple[object, ...]:
         form: tuple[object, ...] = ("linear", layer.in_features, layer.out_features)
     else:
         form = (*geometry(layer), layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-    return (*form, layer.bias is None, getattr(layer, "slim", None), layer.weight.dtype, layer.weight.device)
+    return (*form, layer.bias is None, getattr(layer, "width_spec", None), layer.weight.dtype, layer.weight.device)
 
 
 def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
@@ -298,7 +298,7 @@ def _named_group(
                 f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
             )
         if isinstance(key, str) and key not in by_name:
-            raise unknown("layer in groups", key, by_name)
+            raise unknown_name("layer in groups", key, by_name)
         site = sites[key] if isinstance(key, int) else by_name[key]
         if group and signature(site.module) != signature(group[0].module):
             raise IncompatibleModelError(

@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PLACES = {
-    "Outcome": "thriftnet.train.job",
+    "TrainResult": "thriftnet.train.job",
     "Recipe": "thriftnet.train.recipe",
     "list_recipes": "thriftnet.train.recipe",
     "load_recipe": "thriftnet.train.recipe",
     "train": "thriftnet.train.sequence",
 }
 
-__all__ = ["Outcome", "Recipe", "list_recipes", "load_recipe", "train"]
+__all__ = ["Recipe", "TrainResult", "list_recipes", "load_recipe", "train"]
 
 if TYPE_CHECKING:
-    from thriftnet.train.job import Outcome
+    from thriftnet.train.job import TrainResult
     from thriftnet.train.recipe import Recipe, list_recipes, load_recipe
     from thriftnet.train.sequence import train
 

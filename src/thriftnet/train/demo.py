@@ -20,10 +20,10 @@ from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.transforms import Augmentation
 from thriftnet.errors import IncompatibleModelError
-from thriftnet.interop.checkpoints import load, save
 from thriftnet.measure import inspect
 from thriftnet.measure.difference import relative_difference
 from thriftnet.models import create_model
+from thriftnet.store.model_file import load, save
 from thriftnet.techniques import convert
 from thriftnet.train.engine import Progress
 from thriftnet.train.evaluate import evaluate

@@ -19,12 +19,12 @@ from thriftnet.errors import ConfigError, ThriftnetError
 from thriftnet.train.loss import Criterion, make_mixup
 from thriftnet.train.memory_format import FORMATS
 from thriftnet.train.optim import make_optimizer
-from thriftnet.train.processes import Processes
+from thriftnet.train.processes import Distributed
 from thriftnet.train.recipe import Recipe
-from thriftnet.train.record import Record
+from thriftnet.train.record import MetricsLog
 from thriftnet.train.schedules import make_schedule
 from thriftnet.train.stages import Stage, Step
-from thriftnet.train.state import Checkpoints, Position
+from thriftnet.train.state import Checkpoints, TrainState
 from thriftnet.train.stop import Interrupted, Interrupts
 from thriftnet.train.sync_norm import synchronised
 
@@ -71,7 +71,7 @@ class Hooks:
     watch: Callable[[Progress], None]
 
 
-class Loop:
+class TrainLoop:
     """A training, to be started, interrupted and taken up again.
 
     Args:
@@ -93,7 +93,7 @@ class Loop:
         stage: Stage,
         recipe: Recipe,
         loader: Any,
-        processes: Processes,
+        processes: Distributed,
         folder: Path,
         hooks: Hooks,
         *,
@@ -119,11 +119,11 @@ class Loop:
         self.model, self.optimizer, self.schedule = processes.prepare(
             self.plain, optimizer, schedule, find_unused_parameters=recipe.find_unused_parameters or stage.partial
         )
-        self.position = Position()
+        self.position = TrainState()
         self.checkpoints = Checkpoints(
             folder / "checkpoints", self.accelerator, self.position, self.average, recipe.keep_checkpoints
         )
-        self.record = Record(folder, writes=processes.is_main)
+        self.record = MetricsLog(folder, writes=processes.is_main)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=processes.device)
         self.last_loss, self.last_lr = self.loss_sum, recipe.lr
         self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=processes.device)

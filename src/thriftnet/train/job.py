@@ -27,14 +27,15 @@ from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.errors import ConfigError
-from thriftnet.interop.checkpoints import RUN, open_model
-from thriftnet.interop.checkpoints import RUN_MODEL as MODEL
+from thriftnet.resolve import open_model
+from thriftnet.store.model_file import RUN
+from thriftnet.store.model_file import RUN_MODEL as MODEL
 from thriftnet.train import prepare
-from thriftnet.train.engine import Hooks, Loop, Progress
+from thriftnet.train.engine import Hooks, Progress, TrainLoop
 from thriftnet.train.evaluate import evaluate
 from thriftnet.train.lock import locked
 from thriftnet.train.memory_format import faster_format
-from thriftnet.train.processes import Processes
+from thriftnet.train.processes import Distributed
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import Stage, make_stage
 
@@ -43,7 +44,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What a training gave.
 
     Args:
@@ -89,16 +90,16 @@ def train_once(
     device: str | None = None,
     resume: str = "auto",
     watch: Callable[[Progress], None] | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Train one stage; arguments and errors as for `thriftnet.train.sequence.train`."""
     start = time.perf_counter()
-    processes = Processes(device, recipe.precision)
-    job = Job(recipe, processes, Path(output), start)
+    processes = Distributed(device, recipe.precision)
+    job = Trainer(recipe, processes, Path(output), start)
     with locked(Path(output), processes.is_main):
         return job.run(data, model, teacher, resume, watch or (lambda progress: None))
 
 
-class Job:
+class Trainer:
     """The parts of one training, put together.
 
     Args:
@@ -108,7 +109,7 @@ class Job:
         start: When it began.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes, folder: Path, start: float) -> None:
+    def __init__(self, recipe: Recipe, processes: Distributed, folder: Path, start: float) -> None:
         self.recipe, self.processes, self.folder, self.start = recipe, processes, folder, start
         self.notes: list[str] = []
 
@@ -119,7 +120,7 @@ class Job:
         teacher: str | nn.Module | None,
         resume: str,
         watch: Callable[[Progress], None],
-    ) -> Outcome:
+    ) -> TrainResult:
         """Train, and measure what came out."""
         recipe, processes = self.recipe, self.processes
         source = self.source = open_data(data, on_corrupt=recipe.on_corrupt) if isinstance(data, str) else data
@@ -133,7 +134,7 @@ class Job:
         known = self._agree_on_run(described, network, teacher, resume)
         loader, held_out = self._loaders()
         stage = make_stage(recipe.stage, network, recipe.stage_options, self.input_size())
-        loop = Loop(
+        loop = TrainLoop(
             network.to(processes.device),
             stage,
             recipe,
@@ -252,7 +253,7 @@ class Job:
             workers=self.recipe.workers,
         )
 
-    def _resume(self, loop: Loop, resume: str) -> str | None:
+    def _resume(self, loop: TrainLoop, resume: str) -> str | None:
         place, problems = loop.resume(None if resume in ("auto", "none") else Path(resume))
         self.notes += problems
         if loop.position.step > loop.steps:
@@ -282,7 +283,7 @@ class Job:
         if self.processes.is_main:
             prepare.save_trained(model, self.folder / MODEL, self.source, self.augmentation, self.input_size(), row)
 
-    def _outcome(self, loop: Loop, taken_up: str | None) -> Outcome:
+    def _outcome(self, loop: TrainLoop, taken_up: str | None) -> TrainResult:
         """Measure the network that was kept, which the caller's becomes."""
         stage = loop.stage
         digest = prepare.weights_hash(stage.saved(loop.result()))
@@ -300,7 +301,7 @@ class Job:
         if loop.criterion.teacher is not None:
             facts["teacher_top1"] = evaluate(loop.criterion.teacher, test).top1
         kept.eval()
-        return Outcome(
+        return TrainResult(
             run=str(self.folder),
             top1=found.top1,
             top5=found.top5,

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from thriftnet.core.tied import unique_tensors
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.transforms import Augmentation
-from thriftnet.errors import CheckpointError, ConfigError, unknown
-from thriftnet.interop.checkpoints import open_model, save, unique_tensors
-from thriftnet.models.table import NAMES, normal
+from thriftnet.errors import CheckpointError, ConfigError, unknown_name
+from thriftnet.models.table import NAMES, normalize_name
+from thriftnet.resolve import open_model
+from thriftnet.store.model_file import save
 from thriftnet.techniques import convert
-from thriftnet.train.recipe import FREE, Recipe
+from thriftnet.train.recipe import RESUMABLE_FIELDS, Recipe
 
 Size = tuple[int, int, int]
 
@@ -59,9 +61,9 @@ def fitting_kwargs(recipe: Recipe, source: DataSource, size: Size) -> dict[str, 
     """The recipe's arguments for its network, with classes and channels of the data where it does not state them."""
     kwargs = dict(recipe.model_kwargs)
     origin, colon, _ = recipe.model.partition(":")
-    if normal(recipe.model) in NAMES or (colon and origin in ("timm", "torchvision")):
+    if normalize_name(recipe.model) in NAMES or (colon and origin in ("timm", "torchvision")):
         kwargs.setdefault("num_classes", len(source.classes))
-    if size[0] != 3 and (normal(recipe.model) in NAMES or origin == "timm"):
+    if size[0] != 3 and (normalize_name(recipe.model) in NAMES or origin == "timm"):
         kwargs.setdefault("in_chans", size[0])
     return kwargs
 
@@ -107,7 +109,7 @@ def augmentation_from(fields: Mapping[str, Any]) -> Augmentation:
     known = {field.name for field in dataclasses.fields(Augmentation)}
     for name in fields:
         if name not in known:
-            raise unknown("augmentation field", name, known)
+            raise unknown_name("augmentation field", name, known)
     try:
         return Augmentation(**fields)
     except TypeError as error:
@@ -143,7 +145,7 @@ def compare_runs(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
     differing |= {
         name: (stored.get(name), wanted[name]) for name in wanted if name != "recipe" and stored.get(name) != wanted[name]
     }
-    fatal = {name: pair for name, pair in differing.items() if name not in FREE}
+    fatal = {name: pair for name, pair in differing.items() if name not in RESUMABLE_FIELDS}
     if fatal:
         words = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in fatal.items())
         raise ConfigError(f"{folder} holds another training: {words}. Give another --output, or the settings it began with")

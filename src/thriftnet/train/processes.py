@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Processes:
+class Distributed:
     """Accelerate's view of the processes, checked.
 
     Args:

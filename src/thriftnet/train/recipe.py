@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from thriftnet.errors import ConfigError, unknown
+from thriftnet.errors import ConfigError, unknown_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "multistep", "cosine", "piecewise")
@@ -27,9 +27,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_nan": ("stop", "skip"),
     "on_corrupt": ("error", "skip"),
 }
-SPARED = ("technique", "norm", "bias")
+NO_DECAY_KINDS = ("technique", "norm", "bias")
 # fields that do not change what is computed: a resumed run may have others
-FREE = ("about", "needs", "checkpoint_every", "keep_checkpoints", "trackers", "workers", "on_nan", "epochs", "max_steps")
+RESUMABLE_FIELDS = (
+    "about",
+    "needs",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "workers",
+    "on_nan",
+    "epochs",
+    "max_steps",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +171,8 @@ class Recipe:
             if getattr(self, name) not in possible:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: possible are {', '.join(possible)}")
         for name in self.no_decay:
-            if name not in SPARED:
-                raise unknown("entry of no_decay", name, SPARED)
+            if name not in NO_DECAY_KINDS:
+                raise unknown_name("entry of no_decay", name, NO_DECAY_KINDS)
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -203,7 +213,7 @@ class Recipe:
         hints = get_type_hints(Recipe)
         for name in fields:
             if name not in hints:
-                raise unknown("recipe field", name, hints)
+                raise unknown_name("recipe field", name, hints)
         return dataclasses.replace(self, **{name: _typed(name, value, hints[name]) for name, value in fields.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -268,7 +278,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         elif name in list_recipes():
             text = (importlib.resources.files("thriftnet.train") / "recipes" / f"{name}.yaml").read_text()
         else:
-            raise unknown("recipe", name, list_recipes())
+            raise unknown_name("recipe", name, list_recipes())
         stated = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {name}: {' '.join(str(error).split())}") from None

@@ -14,7 +14,7 @@ from thriftnet.report.plots import run_curves
 LINES, TABLE, CURVES = "metrics.jsonl", "metrics.csv", "curves.svg"
 
 
-class Record:
+class MetricsLog:
     """The metrics of a run: one row for each epoch.
 
     Args:

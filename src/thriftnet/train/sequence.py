@@ -15,14 +15,14 @@ from thriftnet.core.recalibrate import recalibrate
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.errors import ConfigError, unknown
-from thriftnet.interop.checkpoints import RUN
-from thriftnet.interop.checkpoints import RUN_MODEL as MODEL
-from thriftnet.models.dynamic import DynamicNetwork
+from thriftnet.dynamic.network import DynamicNetwork
+from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.store.model_file import RUN
+from thriftnet.store.model_file import RUN_MODEL as MODEL
 from thriftnet.train import prepare
 from thriftnet.train.engine import Progress
 from thriftnet.train.evaluate import evaluate
-from thriftnet.train.job import Outcome, train_once
+from thriftnet.train.job import TrainResult, train_once
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import GateStage, make_stage
 
@@ -40,7 +40,7 @@ def train(
     device: str | None = None,
     resume: str = "auto",
     watch: Callable[[Progress], None] | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Train a network by a recipe; call it in each of the processes that ``torchrun`` starts.
 
     Args:
@@ -74,7 +74,7 @@ def train(
     model = prepare.prepare_model(recipe, source, prepare.input_size(augmentation, source), model)
     parts = [single(recipe, fields) for fields in recipe.stages]
     _check(parts, recipe.stages, model, prepare.input_size(augmentation, source))
-    outcome: Outcome | None = None
+    outcome: TrainResult | None = None
     notes: list[str] = []
     for number, (part, fields) in enumerate(zip(parts, recipe.stages, strict=True), 1):
         place = Path(output) / f"{number}-{fields.get('stage', 'recalibrate')}"
@@ -110,14 +110,14 @@ def _check(parts: Sequence[Recipe], stages: Sequence[dict[str, Any]], model: nn.
     for part, fields in zip(parts, stages, strict=True):
         for name in fields.get("recalibrate", ()):
             if name not in RECALIBRATION:
-                raise unknown("option of recalibrate", name, RECALIBRATION)
+                raise unknown_name("option of recalibrate", name, RECALIBRATION)
         if "recalibrate" not in fields:
             stage = make_stage(part.stage, model, part.stage_options, size)
             if isinstance(stage, GateStage):
                 stage.objective.check_budget(DynamicNetwork(model, input_size=size).macs)
 
 
-def _measured(outcome: Outcome, model: nn.Module, recipe: Recipe, source: DataSource, place: Path) -> Outcome:
+def _measured(outcome: TrainResult, model: nn.Module, recipe: Recipe, source: DataSource, place: Path) -> TrainResult:
     """The outcome of a training whose network has got fresh statistics since."""
     rank, world_size = _processes()
     loader = make_loader(

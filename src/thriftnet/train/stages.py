@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.width import Width, set_width, widths
-from thriftnet.errors import ConfigError, unknown
-from thriftnet.models.dynamic import DynamicNetwork, mixture
-from thriftnet.techniques.gate import GateObjective, decision_of
+from thriftnet.dynamic.network import DynamicNetwork, mixture
+from thriftnet.dynamic.objective import GateObjective, decision_of
+from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
@@ -269,7 +269,7 @@ def _all_widths(model: nn.Module, size: Size) -> Stage:
 
 def _supernet(model: nn.Module, size: Size, drawn: int = 2, teacher: str = "average", ensemble: bool = False) -> Stage:
     if teacher not in TEACHERS:
-        raise unknown("teacher", teacher, TEACHERS)
+        raise unknown_name("teacher", teacher, TEACHERS)
     if type(drawn) is not int or drawn < 0:
         raise ConfigError(f"drawn={drawn!r}: possible is a whole number of at least 0")
     available = _widths(model, "supernet")
@@ -280,7 +280,7 @@ def _gate(model: nn.Module, size: Size, temperature: float = 1.0, **objective: A
     known = [each.name for each in fields(GateObjective)]
     for name in objective:
         if name not in known:
-            raise unknown("option of the stage gate", name, ["temperature", *known])
+            raise unknown_name("option of the stage gate", name, ["temperature", *known])
     return GateStage(size=size, objective=GateObjective(**objective), temperature=temperature)
 
 
@@ -308,7 +308,7 @@ def make_stage(name: str, model: nn.Module, options: dict[str, Any], size: Size 
     if name == "auto":
         name = "widths" if widths(model) else "standard"
     if name not in STAGES:
-        raise unknown("stage", name, ["auto", *STAGES])
+        raise unknown_name("stage", name, ["auto", *STAGES])
     try:
         return STAGES[name](model, size, **options)
     except TypeError as error:

@@ -29,7 +29,7 @@ MANIFEST, POSITION, AVERAGE = "manifest.json", "position.json", "average.pt"
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where the training is, and what it has to remember beside the tensors.
 
     Args:
@@ -70,7 +70,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, position: Position, average: nn.Module | None, keep: int
+        self, folder: Path, accelerator: Accelerator, position: TrainState, average: nn.Module | None, keep: int
     ) -> None:
         self.folder, self.accelerator, self.keep = folder, accelerator, keep
         self.position, self.average = position, average

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thriftnet.core.width import in_words, set_width, widths
+from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
+from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.measure import inspect
-from thriftnet.models.dynamic import DynamicNetwork
 from thriftnet.train.evaluate import Evaluation, evaluate
 
 SINGLE = 20  # images that are timed one by one
@@ -56,7 +56,7 @@ def one_width(model: nn.Module, loader: Loader) -> Point:
     images = _first(loader)
     _, channels, height, side = images.shape
     macs = inspect(model, (channels, height, side)).macs
-    return _point(in_words(width_of(model)), macs, evaluate(model, loader), latency(model, images))
+    return _point(format_width(width_of(model)), macs, evaluate(model, loader), latency(model, images))
 
 
 def by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Point:

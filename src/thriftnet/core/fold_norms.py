@@ -1,0 +1,142 @@
+"""Batch norms folded into the convolutions before them, and activations that overwrite their input.
+
+Both compute the same in eval mode, with one layer or one tensor fewer. Which layers follow each other is seen by running a
+copy on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from thriftnet.core.conv import plain_conv2d
+from thriftnet.core.norm import scale_and_shift
+from thriftnet.core.probe import IgnoreOuterModes, Size, images, on_meta
+from thriftnet.core.sites import replace
+
+
+class _Uses(IgnoreOuterModes):
+    """Counts how often each tensor is read by something that makes a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+        self.kept: list[Tensor] = []  # so that no id is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            for leaf in tree_leaves((args, kwargs or {})):
+                if isinstance(leaf, Tensor):
+                    self.counts[id(leaf)] += 1
+                    self.kept.append(leaf)
+        return out
+
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+
+
+def fold_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
+    """Fold every batch norm of ``model``, changed in place, that alone reads the output of a convolution that runs once.
+
+    Args:
+        model: A network of plain layers, in eval mode.
+        run: Runs a copy of it on the meta device once.
+    """
+    table: dict[int, nn.Module] = {}
+    for conv, norm in _pairs(model, run):
+        scale, shift = scale_and_shift(norm)
+        weight = conv.weight.detach() * scale[:, None, None, None]
+        bias = shift if conv.bias is None else conv.bias.detach() * scale + shift
+        table[id(conv)] = plain_conv2d(conv, weight, bias, conv.groups)
+        table[id(norm)] = nn.Identity()
+    return replace(model, table)
+
+
+def fold_norms_of(model: nn.Module, size: Size) -> nn.Module:
+    """`fold_norms` for a whole network, which runs on images of this size."""
+
+    return fold_norms(model, lambda ghost: ghost(images(size).to(next(ghost.parameters()).dtype)))
+
+
+def make_inplace(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """Let activations of ``model`` overwrite outputs of convolutions and norms that nothing else reads.
+
+    Args:
+        model: A network that no gradient is taken of.
+        run: Runs a copy of it on the meta device once.
+    """
+    for name in fusable_activations(model, run, ACTIVATIONS)[0]:
+        setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
+
+
+def fusable_activations(
+    model: nn.Module, run: Callable[[nn.Module], object], kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Activations that read nothing but outputs of convolutions and norms which nothing else reads.
+
+    Args:
+        model: Any network.
+        run: Runs a copy of it on the meta device once.
+        kinds: Of activations.
+
+    Returns:
+        The name of each, with the layer whose output it read in each of its calls; and how often each layer ran.
+    """
+    ghost = on_meta(model)
+    made_by: dict[int, str] = {}
+    reads: dict[str, list[int]] = {}
+
+    def layer_ran(name: str, output: Tensor) -> None:
+        made_by[id(output)] = name
+        uses.kept.append(output)
+
+    for name, module in ghost.named_modules():
+        if isinstance(module, kinds):
+            module.register_forward_pre_hook(lambda _, args, name=name: reads.setdefault(name, []).append(id(args[0])))
+        elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, args, output, name=name: layer_ran(name, output))
+    with torch.no_grad(), _Uses() as uses:
+        run(ghost)
+    found = {
+        name: [made_by[each] for each in given]
+        for name, given in reads.items()
+        if all(each in made_by and uses.counts[each] == 1 for each in given)
+    }
+    return found, Counter(made_by.values())
+
+
+def _pairs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions and the norms that alone read their outputs."""
+    ghost = on_meta(model)
+    made_by: dict[int, str] = {}
+    fed_by: dict[str, tuple[str, int]] = {}
+    ran: Counter[str] = Counter()
+
+    def conv_ran(name: str, output: Tensor) -> None:
+        made_by[id(output)] = name
+        ran[name] += 1
+        uses.kept.append(output)
+
+    def norm_runs(name: str, given: Tensor) -> None:
+        ran[name] += 1
+        if id(given) in made_by:
+            fed_by[name] = (made_by[id(given)], id(given))
+
+    for name, module in ghost.named_modules():
+        if type(module) is nn.Conv2d:
+            module.register_forward_hook(lambda _, args, output, name=name: conv_ran(name, output))
+        elif type(module) is nn.BatchNorm2d and module.running_mean is not None:
+            module.register_forward_pre_hook(lambda _, args, name=name: norm_runs(name, args[0]))
+    with torch.no_grad(), _Uses() as uses:
+        run(ghost)
+    found = []
+    for norm, (conv, output) in fed_by.items():
+        if ran[norm] == ran[conv] == 1 and uses.counts[output] == 1:
+            found.append((model.get_submodule(conv), model.get_submodule(norm)))
+    return found  # type: ignore[return-value]

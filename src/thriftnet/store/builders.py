@@ -1,0 +1,90 @@
+"""Networks by name: the zoo, timm, torchvision, or your own code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.models import create_model
+from thriftnet.models.entry import IDENTITY
+
+FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights_backbone")
+
+
+def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
+    """The network that ``source`` names, remembering how it was made.
+
+    Args:
+        source: A name of the zoo, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:callable``.
+        kwargs: For the function that builds it.
+        trusted: Whether ``source`` comes from the user and not from a file: only then is a callable run, and do arguments
+            that fetch weights from elsewhere count.
+
+    Raises:
+        ConfigError: No such network, with close matches, or arguments that it refuses.
+    """
+    head, colon, name = source.partition(":")
+    if not colon:
+        return create_model(source, **kwargs)
+    if not trusted:
+        kwargs = {key: value for key, value in kwargs.items() if key not in FETCHING}
+    if head == "timm":
+        model = _timm(name, kwargs)
+    elif head == "torchvision":
+        model = _torchvision(name, kwargs)
+    elif trusted:
+        return _callable(head, name, kwargs)
+    else:
+        raise ConfigError(
+            f"{source!r} names code, which a file cannot make us run: build the network and give it as model=..."
+        )
+    setattr(model, IDENTITY, {"name": source, "kwargs": kwargs})
+    return model
+
+
+def _timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    timm = _imported("timm", "timm")
+    if name.split(".")[0] not in timm.list_models():
+        raise unknown_name("timm model", name, timm.list_models())
+    return _built(f"timm:{name}", lambda: timm.create_model(name, **kwargs))
+
+
+def _torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    models = _imported("torchvision", "torchvision.models")
+    if name not in models.list_models():
+        raise unknown_name("torchvision model", name, models.list_models())
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        kwargs = {"weights_backbone": None, **kwargs}  # torchvision's own default fetches weights
+    return _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **kwargs))
+
+
+def _callable(module: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"cannot find {module}:{name} ({error}). Write it as package.module:callable, and have it on PYTHONPATH"
+        ) from None
+    return _built(f"{module}:{name}", lambda: function(**kwargs))
+
+
+def _imported(package: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"{package} is not installed: pip install 'thriftnet[train]'") from None
+
+
+def _built(source: str, build: Callable[[], Any]) -> nn.Module:
+    try:
+        model = build()
+    except TypeError as error:
+        raise ConfigError(f"{source} refused its arguments: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{source} gave a {type(model).__name__}, not an nn.Module")
+    return model
