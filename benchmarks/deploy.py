@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.measuring import Case, Fact, Ratio, Settings
 from benchmarks.networks import forward, settled
-from thriftnet.core.verbs import fold
+from thriftnet.core.fold import fold
 from thriftnet.kernels.pack import pack
 from thriftnet.models import create_model
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import OriginalBasisConv2d, penalty_of_full_gram, wanted_entries, with_original_bases
 from benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from benchmarks.networks import batch, forward, settled
-from thriftnet.core.verbs import fold
+from thriftnet.core.fold import fold
 from thriftnet.models.basis_resnet import cifar10_resnet
 from thriftnet.models.resnet import resnet
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.verbs import penalty
+from thriftnet.core.penalty import penalty
 
 
 def trained_step(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import with_original_mixing
 from benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from benchmarks.networks import batch, forward, settled, trained_step
-from thriftnet.core.verbs import fold
+from thriftnet.core.fold import fold
 from thriftnet.models import create_model
 from thriftnet.techniques.soft_sharing import SConv2d, TemplateBank
 

@@ -23,9 +23,10 @@ import reference
 import thriftnet as tn
 from networks import perturb
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.fold import is_foldable
+from thriftnet.core.history import history
 from thriftnet.core.spec import format_spec, to_dict
-from thriftnet.core.tied import Tied
-from thriftnet.core.verbs import count_params, history, is_foldable
+from thriftnet.core.tied import Tied, count_params
 from thriftnet.core.width import WidthAware, set_width, widths
 from thriftnet.dynamic.gate import SplitPoint, gates
 from thriftnet.techniques import resolve

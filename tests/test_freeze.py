@@ -14,7 +14,7 @@ from torch import nn
 import thriftnet as tn
 from laws import assert_close, output
 from networks import NETWORKS, perturb, randomise_norms
-from thriftnet.core.verbs import history
+from thriftnet.core.history import history
 from thriftnet.core.width_slots import groups, width_slots
 
 WIDTHS = (0.25, 0.5, 1.0)

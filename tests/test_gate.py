@@ -12,7 +12,8 @@ from torch import nn
 import thriftnet as tn
 from laws import assert_close, output
 from networks import NETWORKS, Block, perturb
-from thriftnet.core.verbs import count_params, history
+from thriftnet.core.history import history
+from thriftnet.core.tied import count_params
 from thriftnet.core.width import set_width, widths
 from thriftnet.dynamic.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
 from thriftnet.dynamic.network import cheapest_cost, mixture

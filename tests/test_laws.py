@@ -16,7 +16,7 @@ import laws
 import thriftnet as tn
 from networks import LOOPED, NETWORKS, Network, perturb
 from thriftnet.core.spec import format_spec
-from thriftnet.core.verbs import count_params
+from thriftnet.core.tied import count_params
 from thriftnet.core.width import set_width, widths
 
 CONFIGS: dict[str, Any] = {

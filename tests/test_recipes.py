@@ -18,7 +18,7 @@ from torch import nn
 from images import arrays
 from thriftnet.cli import main
 from thriftnet.cli.train import make_recipe
-from thriftnet.core.verbs import count_params
+from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs

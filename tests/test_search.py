@@ -13,7 +13,7 @@ from torch import nn
 import thriftnet as tn
 from laws import output
 from networks import NETWORKS, perturb
-from thriftnet.core.verbs import history
+from thriftnet.core.history import history
 from thriftnet.dynamic.search import Candidate, Evolution, SearchResult, search
 
 WIDTHS = (0.5, 1.0)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import thriftnet as tn
 from laws import assert_close, output, ties
 from networks import NETWORKS, perturb, randomise_norms
+from thriftnet.core.history import history
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
-from thriftnet.core.verbs import history
 from thriftnet.core.width import WidthSpec, exact_share, width, widths
 
 FOUR = (0.25, 0.5, 0.75, 1.0)

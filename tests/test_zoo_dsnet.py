@@ -17,8 +17,7 @@ import thriftnet as tn
 from golden_rules import golden_input
 from laws import assert_close
 from networks import perturb, randomise_norms
-from thriftnet.core.tied import unique_tensors
-from thriftnet.core.verbs import count_params
+from thriftnet.core.tied import count_params, unique_tensors
 from thriftnet.core.width import WidthSpec, width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of, sparsification_targets

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from thriftnet.core.conv import GeneratedConv2d
-from thriftnet.core.verbs import history
+from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.filter_basis_others import densenet_layout, mobilenetv2_layout, resnext_layout
 from thriftnet.importing.layout import Layout, fill

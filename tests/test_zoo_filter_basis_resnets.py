@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import thriftnet as tn
-from thriftnet.core.verbs import history
+from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.filter_basis_resnet import resnet_layout
 from thriftnet.models.facts.filter_basis_resnets import FILTER_BASIS_RESNETS

@@ -11,7 +11,8 @@ from torch import nn
 import thriftnet as tn
 from laws import assert_close, law_plan_is_dry
 from networks import perturb
-from thriftnet.core.verbs import count_params, history
+from thriftnet.core.history import history
+from thriftnet.core.tied import count_params
 from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models import MODELS
 from thriftnet.models.facts.spin import CONVMIXERS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import thriftnet as tn
-from thriftnet.core.verbs import history
+from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.models import MODELS

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "thriftnet.core.eval_fold": ("eval_fold",),
     "thriftnet.core.plan": ("Plan",),
     "thriftnet.core.recalibrate": ("recalibrate",),
-    "thriftnet.core.verbs": ("fold", "freeze", "param_groups", "penalty"),
+    "thriftnet.core.fold": ("eval_fold", "fold", "freeze"),
+    "thriftnet.core.penalty": ("param_groups", "penalty"),
     "thriftnet.core.width": ("set_width",),
     "thriftnet.errors": (
         "CheckpointError",
@@ -45,10 +45,10 @@ __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
     from thriftnet import kernels as kernels
-    from thriftnet.core.eval_fold import eval_fold
+    from thriftnet.core.fold import eval_fold, fold, freeze
+    from thriftnet.core.penalty import param_groups, penalty
     from thriftnet.core.plan import Plan
     from thriftnet.core.recalibrate import recalibrate
-    from thriftnet.core.verbs import fold, freeze, param_groups, penalty
     from thriftnet.core.width import set_width
     from thriftnet.dynamic.network import DynamicNetwork
     from thriftnet.errors import (

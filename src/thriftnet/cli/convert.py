@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> None:
         raise ConfigError("say what to do with either --technique or --plan")
 
     from thriftnet.core.plan import Plan
-    from thriftnet.core.verbs import count_params
+    from thriftnet.core.tied import count_params
     from thriftnet.store.model_file import save
     from thriftnet.techniques import convert
 

@@ -17,7 +17,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--input-size", metavar="C,H,W", help="for the check; left out, what the network was made for")
     options, kwargs = parse_with_kwargs(parser, arguments)
 
-    from thriftnet.core.verbs import count_params, fold, freeze, is_foldable
+    from thriftnet.core.fold import fold, freeze, is_foldable
+    from thriftnet.core.tied import count_params
     from thriftnet.core.width import set_width
     from thriftnet.measure.difference import relative_difference
     from thriftnet.store.model_file import save

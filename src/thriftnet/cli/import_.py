@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     options, hints = parse_with_kwargs(parser, arguments)
     hints = {name: _boolean(value) for name, value in hints.items()}
 
-    from thriftnet.core.verbs import count_params
+    from thriftnet.core.tied import count_params
     from thriftnet.importing.importer import folder_facts, import_checkpoint
     from thriftnet.models.entry import IDENTITY
     from thriftnet.store.model_file import save

@@ -89,3 +89,8 @@ def first_names(model: nn.Module) -> dict[str, Tensor]:
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each tensor once, under its first name."""
     return {name: tensor.detach().contiguous() for name, tensor in first_names(model).items()}
+
+
+def count_params(model: nn.Module) -> int:
+    """Stored parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.fold import freeze
 from thriftnet.core.fold_norms import fold_norms
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import sites
-from thriftnet.core.verbs import freeze
 from thriftnet.core.width import Width, WidthAware, format_width, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.dynamic.gate import Gate, decide, gate_of, gumbel_choice

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from thriftnet.core.fold import freeze
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.probe import on_meta
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.spec import check_whole_number
-from thriftnet.core.verbs import freeze
 from thriftnet.core.width import Width, widths
 from thriftnet.core.width_slots import groups, width_slots
 from thriftnet.errors import ConfigError, IncompatibleModelError

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.fold import fold, is_foldable
 from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, fusable_activations, make_inplace
+from thriftnet.core.history import HISTORY, history
 from thriftnet.core.probe import IgnoreOuterModes, images, on_meta
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import replace
-from thriftnet.core.verbs import HISTORY, fold, history, is_foldable
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack, has_hooks
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from thriftnet.core.convert import convert
+from thriftnet.core.history import HISTORY
 from thriftnet.core.sites import Select
 from thriftnet.core.technique import Technique
-from thriftnet.core.verbs import HISTORY, convert
 
 
 def apply_technique(backbone: nn.Module, technique: Technique, *, select: Select | None = None) -> nn.Module:

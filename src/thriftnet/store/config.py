@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from torch import nn
 
 from thriftnet import __version__
-from thriftnet.core import verbs
+from thriftnet.core.history import history
+from thriftnet.core.tied import count_params
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.models.entry import IDENTITY
@@ -157,9 +158,9 @@ def described(model: nn.Module, metadata: Mapping[str, Any]) -> Config:
         "thriftnet_version": __version__,
         "model": _identity(model),
         "class": type(model).__name__,
-        "history": verbs.history(model),
+        "history": history(model),
         "width": width(model) if widths(model) else None,
-        "params": verbs.count_params(model),
+        "params": count_params(model),
         **typed,
         "metadata": facts,
     }

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core import verbs
+from thriftnet.core.convert import tie
+from thriftnet.core.fold import fold, freeze
 from thriftnet.core.plan import Plan
 from thriftnet.core.tied import first_names, unique_tensors
 from thriftnet.core.width import set_width
@@ -165,11 +166,11 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         elif verb == "fold":
             if step.get("width") is not None:
                 set_width(model, step["width"])
-            model = verbs.fold(model, prefer=step.get("prefer", ""))
+            model = fold(model, prefer=step.get("prefer", ""))
         elif verb == "freeze":
-            model = verbs.freeze(model, step["width"])
+            model = freeze(model, step["width"])
         elif verb == "tie":
-            model = verbs.tie(model, step["groups"])
+            model = tie(model, step["groups"])
         elif verb == "pack":
             model = pack(model, input_size=step["input_size"])
         else:

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from thriftnet.core import spec, verbs
+from thriftnet.core import convert as conversion
+from thriftnet.core import spec
 from thriftnet.core.plan import Plan
 from thriftnet.core.sites import Select
 from thriftnet.core.technique import Technique
@@ -50,7 +51,7 @@ def resolve(technique: TechniqueLike) -> Technique:
 
 
 def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = None) -> Plan:
-    return verbs.plan(model, resolve(technique), select=select)
+    return conversion.plan(model, resolve(technique), select=select)
 
 
 def convert(
@@ -60,8 +61,8 @@ def convert(
         resolved: Technique | Plan = dataclasses.replace(technique, technique=resolve(technique.technique))
     else:
         resolved = resolve(technique)
-    return verbs.convert(model, resolved, select=select, inplace=inplace)
+    return conversion.convert(model, resolved, select=select, inplace=inplace)
 
 
-plan.__doc__ = verbs.plan.__doc__
-convert.__doc__ = verbs.convert.__doc__
+plan.__doc__ = conversion.plan.__doc__
+convert.__doc__ = conversion.convert.__doc__

@@ -28,10 +28,10 @@ from thriftnet.core.conv import (
     plain_conv2d,
 )
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
+from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
-from thriftnet.core.verbs import PenaltyTerm
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise
+from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.core.tied import Tied
-from thriftnet.core.verbs import tie
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import Choice

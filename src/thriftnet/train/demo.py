@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thriftnet.core.verbs import fold, freeze
+from thriftnet.core.fold import fold, freeze
 from thriftnet.core.width import set_width, widths
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import Loader, make_loader

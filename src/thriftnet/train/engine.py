@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from thriftnet.core.verbs import penalty
+from thriftnet.core.penalty import penalty
 from thriftnet.errors import ConfigError, ThriftnetError
 from thriftnet.train.loss import Criterion, make_mixup
 from thriftnet.train.memory_format import FORMATS

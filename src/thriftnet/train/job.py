@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from thriftnet import __version__
-from thriftnet.core.verbs import count_params
+from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data

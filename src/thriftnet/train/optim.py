@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from thriftnet.core.verbs import param_groups
+from thriftnet.core.penalty import param_groups
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,35 +1,27 @@
-"""The verbs. Each is written once and names no technique."""
+"""Which layers a technique replaces, and replacing them. Written once for all techniques."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
-from thriftnet.core.fold_norms import fold_norms_of
+from thriftnet.core.fold import is_foldable
+from thriftnet.core.history import history, record
 from thriftnet.core.linear import GeneratedLinear
-from thriftnet.core.penalty import PenaltyTerm as PenaltyTerm
-from thriftnet.core.penalty import param_groups as param_groups
-from thriftnet.core.penalty import penalty as penalty
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
-from thriftnet.core.spec import check_choice, format_spec
+from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
-from thriftnet.core.width import Width, set_width, widths
-from thriftnet.core.width import width as selected_width
-from thriftnet.core.width_slots import Choice, assign
+from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
-
-HISTORY = "thriftnet_history"  # attribute of a network: what was done to it, for save and load
 
 
 def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
@@ -80,14 +72,18 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from None
 
 
-def record(model: nn.Module, step: dict[str, Any]) -> None:
-    """Note in the network what was done to it."""
-    setattr(model, HISTORY, [*history(model), step])
+def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
+    """A copy of ``model`` in which the layers of each group are one module, the first of them.
 
-
-def history(model: nn.Module) -> list[dict[str, Any]]:
-    """What was done to the network since it was a plain one, oldest first; JSON-ready."""
-    return list(getattr(model, HISTORY, []))
+    Args:
+        model: The network.
+        groups: Lists of module names.
+    """
+    model = copy.deepcopy(model)
+    table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
+    tied = replace(model, table)
+    record(tied, {"verb": "tie", "groups": [list(names) for names in groups]})
+    return tied
 
 
 def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
@@ -263,138 +259,3 @@ def relative_error(old: nn.Module, new: nn.Module) -> float | None:
         return None
     norm = before.norm()
     return float((after - before).norm() / norm) if norm > 0 else float((after - before).norm())
-
-
-def count_params(model: nn.Module) -> int:
-    """Stored parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-class Foldable(Protocol):
-    """A layer that can turn itself into plainer ones."""
-
-    training: bool
-
-    def fold(self) -> nn.Module:
-        """Layers that compute the same; those among them that fold further are folded in turn, tied ones once."""
-        ...
-
-
-def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed-type-not-subtype]
-    """Whether the module can turn itself into plain layers."""
-    return callable(getattr(type(module), "fold", None))
-
-
-PREFERENCES = ("", "speed", "size")
-
-
-def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Module:
-    """The same function in `torch.nn` layers only, at the selected width.
-
-    Layers that were tied stay tied. A network without converted layers comes back as it is.
-
-    Args:
-        model: The network, in eval mode.
-        inplace: Replace the layers in ``model`` itself.
-        prefer: "" makes one layer of every converted one. With "speed" or "size" a layer that runs faster, or stores
-            less, as two plain layers becomes those: a filter basis of a low rank.
-
-    Raises:
-        ConfigError: Another preference.
-        IncompatibleModelError: A converted layer is in training mode, where the function depends on the batch.
-    """
-    for name, module in model.named_modules():
-        if is_foldable(module) and module.training:
-            raise IncompatibleModelError(
-                f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
-            )
-    check_choice("prefer", prefer, PREFERENCES)
-    plain = model if inplace else copy.deepcopy(model)
-    selected = {"width": selected_width(plain)} if widths(plain) else {}
-    folded: set[int] = set()
-    while found := sites(plain, lambda _, module: is_foldable(module) and id(module) not in folded):
-        table = {id(site.module): _folded(cast(Foldable, site.module), prefer) for site in found}
-        folded.update(id(layer) for layer in table.values())
-        plain = replace(plain, table)
-    record(plain, {"verb": "fold", **({"prefer": prefer} if prefer else {}), **selected})
-    return plain
-
-
-def _folded(layer: Foldable, prefer: str) -> nn.Module:
-    """What a layer folds into: a layer that has a choice makes it in ``fold_for(prefer)``."""
-    choose = getattr(layer, "fold_for", None)
-    return layer.fold() if choose is None else cast(nn.Module, choose(prefer))
-
-
-def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
-    """A copy of ``model`` in which the layers of each group are one module, the first of them.
-
-    Args:
-        model: The network.
-        groups: Lists of module names.
-    """
-    model = copy.deepcopy(model)
-    table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
-    tied = replace(model, table)
-    record(tied, {"verb": "tie", "groups": [list(names) for names in groups]})
-    return tied
-
-
-def freeze(
-    model: nn.Module,
-    width: Choice,
-    *,
-    fold_norms: bool = False,
-    input_size: Sequence[int] | None = None,
-) -> nn.Module:
-    """A plain network, in eval mode, that computes what ``model`` does at one of its widths. Its weights are copies.
-
-    Args:
-        model: A network of several widths.
-        width: One width for all of it; or a width for each part that can have its own; or widths by regular expressions on the
-            names of layers, where the first that is found counts, and the largest if none is. What the history of a
-            frozen network holds is taken, too: JSON text.
-        fold_norms: Fold batch norms into the convolutions before them, where nothing else reads those.
-        input_size: Channels, height and width of an image, for finding out which layers belong together. Left out, as the
-            network says or as is found by trying.
-
-    Raises:
-        IncompatibleModelError: The network has one width only, or a layer can have none of its own.
-        ConfigError: It has no such width, or widths that do not fit together.
-    """
-    if isinstance(width, str) and width.startswith("{"):
-        return freeze(model, **_from_text(width))
-    _check_slimmable(model)
-    options = ({"fold_norms": True} if fold_norms else {}) | ({"input_size": list(input_size)} if input_size else {})
-    uniform = not isinstance(width, Mapping | list | tuple)
-    size = None if uniform and not fold_norms else probe.input_size(model, input_size)
-    model = copy.deepcopy(model).eval()
-    if isinstance(width, Mapping | list | tuple):
-        assign(model, width, size or ())
-    else:
-        set_width(model, cast(Width, width))
-    frozen = fold(model, inplace=True)
-    if fold_norms:
-        frozen = fold_norms_of(frozen, size or ())
-    step = {"verb": "freeze", "width": width if uniform and not options else json.dumps({"width": width, **options})}
-    setattr(frozen, HISTORY, [*history(frozen)[:-1], step])
-    return frozen
-
-
-def _from_text(text: str) -> dict[str, Any]:
-    """Arguments of `freeze` as a frozen network's history holds them."""
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"cannot read the widths {text!r}: {error}") from None
-    if "width" not in given or not given.keys() <= {"width", "fold_norms", "input_size"}:
-        raise ConfigError(f"widths as text are JSON with the keys width, fold_norms, input_size; got {sorted(given)}")
-    return dict(given)
-
-
-def _check_slimmable(model: nn.Module) -> None:
-    """Raise for a network that was taken out of a slimmable one."""
-    if not widths(model) and any(step["verb"] == "freeze" for step in history(model)):
-        raise IncompatibleModelError(
-            f"{type(model).__name__} has one width only, since it was frozen. Freeze the network that it was taken from"
-        )
