@@ -160,8 +160,8 @@ def test_saved_networks_come_back(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("ws_convmixer", {"rate": 5}, "rate=5 does not divide the depth 32: possible rates are 1, 2, 4, 8, 16, 32"),
-        ("wfws_convmixer", {"rate": 9, "depth": 6}, "rate=9 does not divide the depth 6: possible rates are 1, 2, 3, 6"),
+        ("ws_convmixer", {"rate": 5}, "rate=5 does not divide the depth 32: expected one of 1, 2, 4, 8, 16, 32"),
+        ("wfws_convmixer", {"rate": 9, "depth": 6}, "rate=9 does not divide the depth 6: expected one of 1, 2, 3, 6"),
         ("ws_convmixer", {"mapping": "stride"}, "did you mean 'strided'"),
         ("wfws_convmixer", {"fusion": "max"}, "unknown fusion 'max'"),
         ("convmixer", {"activation": "relo"}, "did you mean 'relu'"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.core.spec import check_choice
 from thriftnet.errors import ConfigError
+from thriftnet.models.classifier import check_depth
 from thriftnet.models.compose import apply_technique
 from thriftnet.models.imagenet_resnet import DEPTHS, imagenet_resnet
 from thriftnet.models.resnet import blocks_of_depth, resnet
@@ -74,7 +75,7 @@ def basic_resnet(
     Raises:
         ConfigError: An impossible depth, stem or rank.
     """
-    _check_depth(depth, bottleneck=False)
+    check_depth(depth, [known for known, (_, bottleneck) in DEPTHS.items() if not bottleneck])
     technique = _basis(64, bases, shared_rank, unique_rank, lambda_r, unique_penalty=False)
     return apply_technique(
         imagenet_resnet(depth, stem, num_classes, in_chans), technique, select=rf"{LATER_BLOCKS}\.conv[12]$"
@@ -97,7 +98,7 @@ def bottleneck_resnet(
     Raises:
         ConfigError: An impossible depth or number.
     """
-    _check_depth(depth, bottleneck=True)
+    check_depth(depth, [known for known, (_, bottleneck) in DEPTHS.items() if bottleneck])
     check_choice("shared", shared, (1, 2))
     model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
     for conv in ("conv2", "conv3")[:shared]:
@@ -129,11 +130,3 @@ def _basis(
             f"a filter in the first stage; nearest is {nearest}"
         )
     return technique
-
-
-def _check_depth(depth: int, *, bottleneck: bool) -> None:
-    check_whole_number("depth", depth, 1)
-    possible = [known for known, (_, is_bottleneck) in DEPTHS.items() if is_bottleneck == bottleneck]
-    if depth not in possible:
-        nearest = min(possible, key=lambda known: abs(known - depth))
-        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, possible))}; nearest is {nearest}")

@@ -1,11 +1,13 @@
-"""What every network of the zoo offers beside `forward`, under the names that timm users expect."""
+"""The interface of every network of the zoo beside `forward`, named as in timm."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
+from thriftnet.core.spec import check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.models.entry import IDENTITY
 
@@ -47,7 +49,7 @@ class Classifier(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for this many classes; 0 removes it."""
+        """A new head for this many classes; 0 removes it."""
         like = next(self.parameters())
         self.num_classes = check_classes(num_classes, least=0)
         head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
@@ -57,11 +59,24 @@ class Classifier(nn.Module):
             setattr(self, IDENTITY, {**identity, "kwargs": {**identity["kwargs"], "num_classes": num_classes}})
 
 
-def check_classes(num_classes: object, least: int = 1) -> int:
-    """``num_classes`` when it is a whole number of at least ``least``."""
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < least:
-        raise ConfigError(f"num_classes={num_classes!r}: possible is a whole number of at least {least}")
+def check_classes(num_classes: int, least: int = 1) -> int:
+    """``num_classes``, checked."""
+    check_whole_number("num_classes", num_classes, least)
     return num_classes
+
+
+def check_depth(depth: int, possible: Collection[int]) -> None:
+    """Raise for a depth that the architecture does not come in, with the nearest one that it does."""
+    check_whole_number("depth", depth, 1)
+    if depth not in possible:
+        nearest = min(possible, key=lambda known: abs(known - depth))
+        raise ConfigError(f"depth={depth}: expected {', '.join(map(str, possible))}; nearest is {nearest}")
+
+
+def check_drop_rate(drop_rate: float) -> None:
+    """Raise unless it is a number in [0, 1)."""
+    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
+        raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
 
 
 def config(input_size: tuple[int, int, int], num_classes: int, first_conv: str, classifier: str) -> dict[str, Any]:

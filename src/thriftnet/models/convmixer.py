@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import Choice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.weight_sharing import WeightSharing
 
@@ -113,7 +113,7 @@ def convmixer(
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 
     Raises:
-        ConfigError: An argument out of its range, with what is possible.
+        ConfigError: An argument out of its range.
 
     Source: SPIN, section 4.1.
     """
@@ -121,9 +121,7 @@ def convmixer(
     for name, value in sizes.items():
         check_whole_number(name, value, 1)
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_number("drop_rate", drop_rate, -1e-12)
-    if drop_rate >= 1:
-        raise ConfigError(f"drop_rate={drop_rate}: possible is a number in [0, 1)")
+    check_drop_rate(drop_rate)
     function = ACTIVATIONS[activation]
     return ConvMixer(dim, depth, patch_size, kernel_size, function, check_classes(num_classes), in_chans, drop_rate)
 
@@ -143,7 +141,7 @@ def ws_convmixer(
     in_chans: int = 3,
     drop_rate: float = 0.5,
 ) -> ConvMixer:
-    """A ConvMixer whose pointwise convolutions share weights in groups, from a fresh start.
+    """A ConvMixer whose pointwise convolutions share weights in groups, trained from scratch.
 
     Args:
         rate: Layers per weight; it divides the depth.
@@ -205,6 +203,6 @@ def _sharing(backbone: ConvMixer, technique: WeightSharing) -> ConvMixer:
     depth, rate = len(backbone.blocks), technique.rate
     if depth % rate:
         possible = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
-        raise ConfigError(f"rate={rate} does not divide the depth {depth}: possible rates are {possible}")
+        raise ConfigError(f"rate={rate} does not divide the depth {depth}: expected one of {possible}")
     apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
     return backbone

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_whole_number
+from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
@@ -90,11 +90,8 @@ def densenet(depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> Den
     Raises:
         ConfigError: An impossible depth.
     """
-    check_whole_number("depth", depth, 1)
+    check_depth(depth, DEPTHS)
     check_whole_number("in_chans", in_chans, 1)
-    if depth not in DEPTHS:
-        nearest = min(DEPTHS, key=lambda possible: abs(possible - depth))
-        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, DEPTHS))}; nearest is {nearest}")
     layers, growth = DEPTHS[depth]
     return DenseNet(layers, growth, check_classes(num_classes), in_chans)
 
@@ -125,8 +122,7 @@ def densenet_shared(
 
     Source: Kang & Kim, section 4.
     """
-    if not isinstance(original_sharing, bool):
-        raise ConfigError(f"original_sharing={original_sharing!r}: possible are True and False")
+    check_choice("original_sharing", original_sharing, (True, False))
     check_whole_number("shared_rank", shared_rank, 1)
     model: nn.Module = densenet(depth, num_classes, in_chans)
     technique = FilterBasis(

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
 
 # depth -> (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -130,11 +129,8 @@ def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 
     Raises:
         ConfigError: An impossible depth, stem or number.
     """
-    check_whole_number("depth", depth, 1)
+    check_depth(depth, DEPTHS)
     check_choice("stem", stem, ("imagenet", "cifar"))
     check_whole_number("in_chans", in_chans, 1)
-    if depth not in DEPTHS:
-        nearest = min(DEPTHS, key=lambda possible: abs(possible - depth))
-        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, DEPTHS))}; nearest is {nearest}")
     blocks, bottleneck = DEPTHS[depth]
     return ImageNetResNet(blocks, Bottleneck if bottleneck else BasicBlock, stem, check_classes(num_classes), in_chans)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_number, check_whole_number
-from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import FilterBasis, SharedConv2d
 
@@ -124,9 +123,7 @@ def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0
         ConfigError: A number that is out of range.
     """
     check_whole_number("in_chans", in_chans, 1)
-    check_number("drop_rate", drop_rate, -1e-300)
-    if drop_rate >= 1:
-        raise ConfigError(f"drop_rate={drop_rate}: possible is a fraction in [0, 1)")
+    check_drop_rate(drop_rate)
     stem = nn.Conv2d(in_chans, 32, 3, 2, 1)
     return MobileNetV2(stem, (1, 2, 2, 2, 1, 2, 1), False, 224, check_classes(num_classes), drop_rate)
 
@@ -182,8 +179,7 @@ def mobilenetv2_shared_double(
 
     Source: Kang & Kim, section 4; Wang et al., section 3.2.
     """
-    if not isinstance(eca, bool):
-        raise ConfigError(f"eca={eca!r}: possible are True and False")
+    check_choice("eca", eca, (True, False))
     model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1", "conv3"), lambda_r)
     for module in model.modules() if eca else ():
         if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedConv2d):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
 from thriftnet.techniques.filter_basis import SharedConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
@@ -99,11 +99,8 @@ def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNe
     Raises:
         ConfigError: An impossible depth.
     """
-    check_whole_number("depth", depth, 1)
+    check_depth(depth, DEPTHS)
     check_whole_number("in_chans", in_chans, 1)
-    if depth not in DEPTHS:
-        nearest = min(DEPTHS, key=lambda possible: abs(possible - depth))
-        raise ConfigError(f"depth={depth}: possible are {', '.join(map(str, DEPTHS))}; nearest is {nearest}")
     return ResNeXt(*DEPTHS[depth], check_classes(num_classes), in_chans)
 
 
@@ -129,7 +126,7 @@ def resnext_shared(
         in_chans: Channels of the image.
 
     Raises:
-        ConfigError: An impossible depth, or a rank that gives no whole groups; the message names the nearest possible.
+        ConfigError: An impossible depth, or a rank that is no multiple of the group size; the message names the nearest.
 
     Source: Kang & Kim, section 4.
     """
@@ -159,5 +156,5 @@ def _check_rank(name: str, rank: int, per_group: int) -> None:
         below, above = [value for value in possible if value < rank][-1:], [value for value in possible if value > rank][:1]
         raise ConfigError(
             f"{name}={rank}: filters come in groups of {per_group}, and the number of groups divides {width}; "
-            f"possible are {', '.join(map(str, possible))}; nearest: {' and '.join(map(str, below + above))}"
+            f"expected one of {', '.join(map(str, possible))}; nearest: {' and '.join(map(str, below + above))}"
         )
