@@ -11,8 +11,8 @@ import torch
 import thriftnet as tn
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
-from thriftnet.models.facts.backbones import BACKBONES
 from thriftnet.models.table import NAMES, normalize_name
+from zoo_groups import BACKBONES
 
 
 @pytest.mark.parametrize("name", BACKBONES)

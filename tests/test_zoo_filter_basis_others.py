@@ -16,10 +16,10 @@ from thriftnet.errors import ConfigError
 from thriftnet.importing.filter_basis_others import densenet_layout, mobilenetv2_layout, resnext_layout
 from thriftnet.importing.layout import Layout, fill
 from thriftnet.models import MODELS, densenet, resnext
-from thriftnet.models.facts.filter_basis_others import FILTER_BASIS_OTHERS
 from thriftnet.models.mobilenetv2 import ChannelAttention
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
 from zoo_golden import check_logits, check_network, facts, their_tensors
+from zoo_groups import FILTER_BASIS_OTHERS
 
 RECORDED = facts("netrl2")
 LAYOUTS = {"DenseNet": densenet_layout, "ResNeXt": resnext_layout, "MobileNetV2": mobilenetv2_layout}

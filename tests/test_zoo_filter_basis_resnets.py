@@ -13,10 +13,10 @@ import thriftnet as tn
 from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.filter_basis_resnet import resnet_layout
-from thriftnet.models.facts.filter_basis_resnets import FILTER_BASIS_RESNETS
 from thriftnet.models.table import MODELS
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
 from zoo_golden import check_network, check_train_step, facts
+from zoo_groups import FILTER_BASIS_RESNETS
 
 RECORDED = facts("netrl2")
 RESNETS = sorted(name for name in RECORDED if "_ResNet" in name and not name.startswith("train_"))

@@ -12,8 +12,8 @@ import thriftnet as tn
 from thriftnet.errors import ConfigError
 from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
 from thriftnet.models import MODELS
-from thriftnet.models.facts.shiftresnet import SHIFTRESNETS
 from zoo_golden import check_network, check_train_step, facts
+from zoo_groups import SHIFTRESNETS
 
 SYSTEM = "shiftresnet"
 NETWORKS = sorted(name for name in facts(SYSTEM) if not name.startswith("train_"))

@@ -15,9 +15,9 @@ from thriftnet.core.history import history
 from thriftnet.core.tied import count_params
 from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models import MODELS
-from thriftnet.models.facts.spin import CONVMIXERS
 from thriftnet.techniques.weight_sharing import FusedConv2d, FusedLinear
 from zoo_golden import check_logits, check_network, check_train_step, facts
+from zoo_groups import CONVMIXERS
 
 SMALL = {"dim": 64, "depth": 8, "patch_size": 4, "kernel_size": 3, "num_classes": 10}
 FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")

@@ -14,9 +14,9 @@ from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.models import MODELS
-from thriftnet.models.facts.swrn import SWRNS
 from thriftnet.techniques.soft_sharing import SConv2d, TemplateBank
 from zoo_golden import check_logits, check_network, check_train_step, facts
+from zoo_groups import SWRNS
 
 SYSTEM = "softsharing"
 NETWORKS = [name for name in facts(SYSTEM) if not name.startswith("train_") and "swrn10-" not in name]

@@ -1,25 +1,33 @@
-"""The literal table of the zoo: every network by name. Counts are stored facts that a test recomputes."""
+"""The table of the zoo, read from ``zoo.yaml``: every network by name. Counts are stored facts that a test recomputes."""
 
 from __future__ import annotations
 
-from thriftnet.models.entry import ModelEntry
-from thriftnet.models.facts.backbones import BACKBONES
-from thriftnet.models.facts.dsnet import SUPERNETS
-from thriftnet.models.facts.filter_basis_others import FILTER_BASIS_OTHERS
-from thriftnet.models.facts.filter_basis_resnets import FILTER_BASIS_RESNETS
-from thriftnet.models.facts.shiftresnet import SHIFTRESNETS
-from thriftnet.models.facts.spin import CONVMIXERS
-from thriftnet.models.facts.swrn import SWRNS
+from importlib.resources import files
+from typing import Any
 
-MODELS: dict[str, ModelEntry] = {
-    **BACKBONES,
-    **FILTER_BASIS_OTHERS,
-    **FILTER_BASIS_RESNETS,
-    **SHIFTRESNETS,
-    **SWRNS,
-    **CONVMIXERS,
-    **SUPERNETS,
-}
+import yaml
+
+from thriftnet.models.entry import ModelEntry, Published
+
+
+def _read() -> dict[str, ModelEntry]:
+    """Entries by name, in the order of the file."""
+    text = (files("thriftnet.models") / "zoo.yaml").read_text(encoding="utf-8")
+    stated = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    entries = {}
+    for group in stated["groups"]:
+        common = {name: value for name, value in group.items() if name != "models"}
+        for name, own in group["models"].items():
+            entries[name] = _entry(stated["papers"], {**common, **own})
+    return entries
+
+
+def _entry(papers: dict[str, str], fields: dict[str, Any]) -> ModelEntry:
+    family, function = fields.pop("builder").split(".")
+    for name in ("fixed", "input_size", "aliases"):
+        fields[name] = tuple(fields[name]) if name in fields else getattr(ModelEntry, name)
+    fields["published"] = Published(**fields.get("published", {}))
+    return ModelEntry(**{**fields, "family": family, "function": function, "paper": papers[fields["paper"]]})
 
 
 def normalize_name(name: str) -> str:
@@ -27,5 +35,6 @@ def normalize_name(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-# every name and alias, in normal form -> the name in MODELS
+MODELS: dict[str, ModelEntry] = _read()
+# every name and alias, normalized -> the name in MODELS
 NAMES: dict[str, str] = {normalize_name(alias): name for name, entry in MODELS.items() for alias in (*entry.aliases, name)}
