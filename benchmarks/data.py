@@ -8,6 +8,7 @@ in tests/test_loaders.py; here chance differs, so that no equality is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from thriftnet.data.dataset import ArrayImages
 from thriftnet.data.loaders import Loader, make_loader
-from thriftnet.data.transforms import Augmentation, Cutout
+from thriftnet.data.transforms import Augmentation
+from thriftnet.data.transforms import cutout as cut_out
 
 TOPIC = "data"
 P6 = Target("P6", "images one by one with PIL against ResidentLoader, per image", 10.0, "at least")
@@ -55,7 +57,7 @@ class PilImages(torch.utils.data.Dataset[Any]):
         self.pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = images.labels.tolist()
         steps: list[Any] = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-        steps += [transforms.Normalize(MEAN, STD), *([Cutout(cutout)] if cutout else [])]
+        steps += [transforms.Normalize(MEAN, STD), *([partial(cut_out, length=cutout)] if cutout else [])]
         self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:

@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.path.partition("?")[0]
+        path = self.path.partition("?")[0].replace("%2F", "/")  # in names of branches
         self.server.requests.append(f"{self.command} {path}")
         if self.server.refusal is not None:
             return self.refuse(*self.server.refusal)
@@ -117,12 +117,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"id": repo, "sha": commit_of(files), "siblings": siblings, "private": False})
 
     def tree(self, content: bytes, repo: str, revision: str) -> None:
-        files = self.server.files(repo, revision) or {}
+        files = self.server.files(repo, revision)
+        if files is None:
+            return self.refuse(404, "RevisionNotFound" if repo in self.server.repos else "RepoNotFound")
         entries = [
             {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in files.items()
         ]
-        self.answer(entries)
+        return self.answer(entries)
 
     def resolve(self, content: bytes, repo: str, revision: str, name: str) -> None:
         files = self.server.files(repo, revision)
@@ -139,10 +141,10 @@ ROUTES: list[tuple[str, Any]] = [
     (rf"POST /api/models/{REPO}/branch/(.+)", Handler.branch),
     (rf"POST /api/models/{REPO}/preupload/(.+)", Handler.preupload),
     (rf"POST /api/models/{REPO}/commit/(.+)", Handler.commit),
-    (rf"GET /api/models/{REPO}/revision/(.+)", Handler.info),
-    (rf"GET /api/models/{REPO}", Handler.info),
-    (rf"GET /api/models/{REPO}/tree/([^/]+)", Handler.tree),
-    (rf"(?:GET|HEAD) /{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
+    (rf"GET /api/(?:models|datasets)/{REPO}/revision/(.+)", Handler.info),
+    (rf"GET /api/(?:models|datasets)/{REPO}", Handler.info),
+    (rf"GET /api/(?:models|datasets)/{REPO}/tree/(.+)", Handler.tree),
+    (rf"(?:GET|HEAD) /(?:datasets/)?{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]
 
 

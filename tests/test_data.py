@@ -227,7 +227,7 @@ def test_damaged_cifar_files_are_not_unpickled(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("offline")
 def test_missing_cifar_that_cannot_be_downloaded_leaves_nothing(tmp_path: Path):
-    with pytest.raises(tn.DataError, match=r"no whole CIFAR10 .*could not be downloaded.*cifar-10-python\.tar\.gz"):
+    with pytest.raises(tn.DataError, match=r"no complete CIFAR10 .*could not be downloaded.*cifar-10-python\.tar\.gz"):
         open_data(f"cifar10:{tmp_path / 'nothing'}")
     assert not (tmp_path / "nothing").exists()
 
@@ -248,7 +248,7 @@ def test_unknown_specs_are_refused(spec: str, message: str):
 
 
 def test_an_unknown_treatment_of_corrupt_images_is_refused():
-    with pytest.raises(tn.ConfigError, match="possible are 'error' and 'skip'"):
+    with pytest.raises(tn.ConfigError, match="expected 'error' or 'skip'"):
         open_data("digits", on_corrupt="ignore")
 
 
@@ -292,15 +292,15 @@ def test_parquet_of_other_columns_labels_or_bytes_is_refused(tmp_path: Path):
     image = {"bytes": png(0)}
     for columns, message in (
         ({"text": ["a"], "label": [0]}, r"has the columns \['text', 'label'\]"),
-        ({"image": [image], "label": ["a"]}, "needed are images"),
-        ({"image": [image], "label": [None]}, "needed are images"),
+        ({"image": [image], "label": ["a"]}, "expected images"),
+        ({"image": [image], "label": [None]}, "expected images"),
         ({"image": [image] * 2, "label": [0, None]}, "1 rows without a label"),
         ({"image": [image] * 2, "label": [0, -1]}, "the label -1"),
     ):
         with pytest.raises(tn.DataError, match=message):
             open_data(written(**columns))
     path.write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(tn.DataError, match="no whole parquet tables"):
+    with pytest.raises(tn.DataError, match="no complete parquet tables"):
         open_data(f"parquet:{tmp_path}")
 
 
@@ -328,8 +328,8 @@ def broken(root: Path) -> tuple[str, str]:
 def test_corrupt_images_are_named(tmp_path: Path):
     folder, parquet = broken(tmp_path)
     for spec, names in (
-        (folder, (r"cat.1\.png cannot be decoded", r"dog.2\.png cannot be decoded: it is no image")),
-        (parquet, (r"test-00000-of-00001\.parquet, row 1, cannot be decoded", "row 5, cannot be decoded: it is no image")),
+        (folder, (r"cat.1\.png cannot be decoded", r"dog.2\.png cannot be decoded: not an image")),
+        (parquet, (r"test-00000-of-00001\.parquet, row 1, cannot be decoded", "row 5, cannot be decoded: not an image")),
     ):
         images = open_data(spec).splits["test"]
         for index, name in zip((1, 5), names, strict=True):

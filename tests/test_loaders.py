@@ -20,7 +20,14 @@ from thriftnet.data.batched import Draws, _by_slices, _by_windows, crop_and_flip
 from thriftnet.data.dataset import ArrayImages, Subset
 from thriftnet.data.loaders import Batch, ImageLoader, Loader, ResidentLoader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.data.transforms import Augmentation, Cutout, PaddedCrop, eval_transform, random_state_kept, train_transform
+from thriftnet.data.transforms import (
+    Augmentation,
+    cutout,
+    eval_transform,
+    padded_crop,
+    preserve_random_state,
+    train_transform,
+)
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 AUGMENTATION = Augmentation(crop_padding=2, flip=True, cutout=4, mean=MEAN, std=STD)
@@ -141,8 +148,8 @@ def test_cutout_centres_are_everywhere_equally_often():
     places, counts = centres.unique(dim=0, return_counts=True)
     assert len(places) == 20
     assert abs(chi_square(counts.float())) < 4
-    with random_state_kept():
-        cuts = torch.stack([Cutout(4)(torch.ones(1, 4, 5)) for _ in range(3000)])
+    with preserve_random_state():
+        cuts = torch.stack([cutout(torch.ones(1, 4, 5), 4) for _ in range(3000)])
     expected = torch.stack(
         [cut_out(torch.ones(1, 1, 4, 5), torch.tensor([[r, c]]), 4)[0] for r in range(4) for c in range(5)]
     )
@@ -287,13 +294,13 @@ def test_rand_augment_survives_its_highest_magnitude():
     """timm then posterizes to 0 bits, which new versions of pillow refuse."""
     hardest = Augmentation(image_size=12, rand_augment="rand-m10-p1-inc1", mean=MEAN, std=STD)
     transform = train_transform(hardest)
-    with random_state_kept():
+    with preserve_random_state():
         assert all(transform(arrays().image(i)).isfinite().all() for i in range(50))
 
 
 def test_padded_crop_takes_images_of_any_size():
     image = Image.new("RGB", (10, 6), "white")
-    assert PaddedCrop(2)(image).size == (10, 6)
+    assert padded_crop(image, 2).size == (10, 6)
 
 
 def test_images_of_different_sizes_need_an_image_size(tmp_path: Path):
@@ -345,15 +352,15 @@ def test_fewer_images_than_a_batch_are_refused_in_training():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"crop_padding": -1}, "crop_padding=-1 is not possible; give 0 or more"),
+        ({"crop_padding": -1}, "crop_padding=-1: expected a number >= 0"),
         ({"random_resized_crop": (0.5, 2.0), "image_size": 8}, "least and greatest share"),
         ({"random_resized_crop": (0.5, 1.0)}, "random_resized_crop needs an image_size"),
         ({"random_erasing": 1.5}, "probability"),
         ({"interpolation": "bicubik"}, "did you mean 'bicubic'"),
         ({"eval_interpolation": "random"}, "unknown eval_interpolation 'random'"),
         ({"mean": (0.5,), "std": (0.5, 0.5)}, "as many numbers"),
-        ({"std": (0.0,)}, "above 0"),
-        ({"resize": 8, "image_size": 12}, "at least image_size"),
+        ({"std": (0.0,)}, "numbers > 0"),
+        ({"resize": 8, "image_size": 12}, "a number >= image_size"),
         ({"crop_pct": 0.0}, "share"),
     ],
 )

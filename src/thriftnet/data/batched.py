@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,8 @@ from torch import Tensor
 from thriftnet.data.transforms import Augmentation, generator
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What chance decided, for each position of an epoch; a field is None where nothing was to decide.
+class Draws(NamedTuple):
+    """Random choices for some images; None where there is nothing to choose.
 
     Args:
         crop: Row and column of the crop in the padded image (N, 2).
@@ -25,17 +25,13 @@ class Draws:
     flip: Tensor | None = None
     cutout: Tensor | None = None
 
-    def __getitem__(self, positions: Tensor) -> Draws:
-        picked = [None if field is None else field[positions] for field in (self.crop, self.flip, self.cutout)]
-        return Draws(*picked)
-
-    def to(self, device: torch.device) -> Draws:
-        """The same on another device."""
-        return Draws(*(None if field is None else field.to(device) for field in (self.crop, self.flip, self.cutout)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        """The draws with a function applied to each tensor."""
+        return Draws(*(None if field is None else function(field) for field in self))
 
 
 def draw(augmentation: Augmentation, count: int, height: int, width: int, seed: int, epoch: int) -> Draws:
-    """Decide for all positions of an epoch; drawn on the CPU, so that every device sees the same images."""
+    """Draws for all positions of an epoch; made on the CPU, so that every device gets the same images."""
 
     def pairs(purpose: int, rows: int, columns: int) -> Tensor:
         random = generator(seed, epoch, purpose)
@@ -66,29 +62,29 @@ def crop_and_flip(padded: Tensor, indices: Tensor, draws: Draws, height: int, wi
         return padded[indices]
     crop = torch.zeros(len(indices), 2, dtype=torch.int64, device=padded.device) if draws.crop is None else draws.crop
     flip = torch.zeros(len(indices), dtype=torch.bool, device=padded.device) if draws.flip is None else draws.flip
-    form = _by_slices if padded.device.type == "cpu" else _by_windows
-    return form(padded, indices, crop, flip, height, width)
+    implementation = _by_slices if padded.device.type == "cpu" else _by_windows
+    return implementation(padded, indices, crop, flip, height, width)
 
 
 def _by_slices(padded: Tensor, indices: Tensor, crop: Tensor, flip: Tensor, height: int, width: int) -> Tensor:
     """One numpy slice per image: on the CPU, 3 times as fast as a gather, because a mirrored slice is a view."""
     picked = torch.empty((len(indices), padded.shape[1], height, width), dtype=padded.dtype)
     source, target = padded.numpy(), picked.numpy()
-    for place, (index, (top, left), mirrored) in enumerate(zip(indices.tolist(), crop.tolist(), flip.tolist(), strict=True)):
+    for row, (index, (top, left), mirrored) in enumerate(zip(indices.tolist(), crop.tolist(), flip.tolist(), strict=True)):
         window = source[index, :, top : top + height, left : left + width]
-        target[place] = window[:, :, ::-1] if mirrored else window
+        target[row] = window[:, :, ::-1] if mirrored else window
     return picked
 
 
 def _by_windows(padded: Tensor, indices: Tensor, crop: Tensor, flip: Tensor, height: int, width: int) -> Tensor:
-    """One gather from the view of all windows of all images: no loop, as accelerators need it."""
+    """One gather from a view of all windows of all images: no loop, for accelerators."""
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p + 1, 2p + 1, height, width)
     picked = windows.permute(0, 2, 3, 1, 4, 5)[indices, crop[:, 0], crop[:, 1]]
     return torch.where(flip[:, None, None, None], picked.flip(-1), picked)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 -> float, with the operations of torchvision's ToTensor and Normalize, so that not a bit differs."""
+    """uint8 -> float, with the operations of torchvision's ToTensor and Normalize, bit for bit."""
     return images.float().div_(255).sub_(mean).div_(std)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,9 @@ import torch
 from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.errors import DataError
 
-
-@dataclass(frozen=True)
-class Facts:
-    """Name, and mean and standard deviation of the training pixels."""
-
-    name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-CIFAR = {
-    "cifar10": Facts("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Facts("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+CIFAR = {  # mean and standard deviation of the training pixels
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
 
@@ -46,29 +35,28 @@ def open_cifar(kind: str, folder: Path) -> DataSource:
         from torchvision import datasets
     except ImportError:
         raise DataError(f"{kind} is read by torchvision, which is missing: pip install 'thriftnet[train]'") from None
-    facts = CIFAR[kind]
-    make = getattr(datasets, facts.name)
-    root = folder.parent if folder.name == make.base_folder else folder
-    train = _opened(make, root, train=True)
-    splits = {"train": _images(train), "test": _images(_opened(make, root, train=False))}
-    return DataSource(f"{kind}:{folder}", tuple(train.classes), dict(splits), facts.mean, facts.std)
+    dataset: Any = getattr(datasets, kind.upper())
+    root = folder.parent if folder.name == dataset.base_folder else folder
+    train, test = (_open(dataset, root, train=train) for train in (True, False))
+    splits = {"train": _images(train), "test": _images(test)}
+    return DataSource(f"{kind}:{folder}", tuple(train.classes), dict(splits), *CIFAR[kind])
 
 
-def _opened(make: Any, root: Path, *, train: bool) -> Any:
-    """One split; downloaded when the files are not there or not whole."""
+def _open(dataset: Any, root: Path, *, train: bool) -> Any:
+    """One split; downloaded if files are missing or damaged."""
     with contextlib.redirect_stdout(io.StringIO()):  # results are printed there
         try:
-            return make(root=str(root), train=train)
+            return dataset(root=str(root), train=train)
         except RuntimeError:
-            was_there = root.exists()
+            existed = root.exists()
         try:
-            return make(root=str(root), train=train, download=True)
+            return dataset(root=str(root), train=train, download=True)
         except (OSError, RuntimeError) as error:
-            if not was_there and root.exists() and not any(root.iterdir()):
+            if not existed and root.exists() and not any(root.iterdir()):
                 root.rmdir()  # torchvision made it
             raise DataError(
-                f"{root} holds no whole {make.__name__} ({root / make.base_folder}: missing, or md5 sums differ), and it could "
-                f"not be downloaded: {error}. Put the files of {make.filename} there, unpacked"
+                f"{root} holds no complete {dataset.__name__} ({root / dataset.base_folder}: missing, or md5 sums differ), and "
+                f"it could not be downloaded: {error}. Put the files of {dataset.filename} there, unpacked"
             ) from None
 
 

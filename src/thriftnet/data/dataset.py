@@ -1,4 +1,4 @@
-"""What every source of images gives: the same few things, whatever the files look like."""
+"""The interface of image data sets, and its implementations for arrays in memory and torch data sets."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from thriftnet.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Size = tuple[int, int, int]
+ImageSize = tuple[int, int, int]  # channels, height, width
 
 
 class ImageDataset(Protocol):
-    """One split of a data set, as stored: nothing is normalised or augmented yet."""
+    """One split of a data set, as stored: neither normalised nor augmented."""
 
     @property
     def labels(self) -> Tensor:
         """Class of each image, int64 (N,)."""
 
     @property
-    def input_size(self) -> Size | None:
-        """Channels, height, width; None where the images differ in size, or are too many to look at."""
+    def input_size(self) -> ImageSize | None:
+        """Size of all images; None if they differ in size, or are too many to check."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image:
-        """One image, decoded, in mode RGB (or L for the digits).
+        """One decoded image, in mode RGB (or L for grey arrays).
 
         Raises:
             DataError: It cannot be decoded; the message names the file or row.
@@ -41,7 +41,7 @@ class ImageDataset(Protocol):
         """Images as one uint8 tensor (N, C, H, W): those of ``indices``, in this order, or all.
 
         Raises:
-            DataError: They are not all of one size, or one cannot be decoded.
+            DataError: They differ in size, or one cannot be decoded.
         """
 
 
@@ -50,12 +50,12 @@ class DataSource:
     """A data set with its splits.
 
     Args:
-        spec: As the user wrote it: ``digits``, ``cifar10:DIR``, ``cifar100:DIR``, ``folder:DIR`` or ``parquet:DIR``.
+        spec: What the user wrote, as ``folder:flowers``.
         classes: Name of each class, in the order of the labels.
-        splits: Name -> images: ``train`` and ``test``, or ``val`` where the data has no test split of its own.
-        mean: Of each channel, in [0, 1]: how networks for this data are usually fed.
+        splits: Name -> images: ``train`` and ``test``, or ``val`` where the data has no test split.
+        mean: Of each channel, in [0, 1]: what networks for this data are usually fed with.
         std: Of each channel, in [0, 1].
-        skipped: Images that could not be decoded and were left out, a line each; empty unless that was asked for.
+        skipped: One line for each image that was skipped because it cannot be decoded.
     """
 
     spec: str
@@ -66,12 +66,12 @@ class DataSource:
     skipped: tuple[str, ...] = ()
 
     @property
-    def input_size(self) -> Size | None:
-        """Channels, height, width of the training images; None where they differ in size, or are too many to look at."""
+    def input_size(self) -> ImageSize | None:
+        """Size of the training images; None if they differ in size, or are too many to check."""
         return next(iter(self.splits.values())).input_size
 
     def split(self, name: str) -> ImageDataset:
-        """The images of one split; ``test`` is ``val`` where the data has no other held-out images.
+        """The images of one split; ``test`` is ``val`` where the data has no test split.
 
         Raises:
             ConfigError: There is no such split.
@@ -84,7 +84,7 @@ class DataSource:
 
 
 class ArrayImages:
-    """Images that are in memory.
+    """Images in memory.
 
     Args:
         images: uint8 (N, C, H, W); one channel is grey, three are RGB.
@@ -96,7 +96,7 @@ class ArrayImages:
         self.labels = labels
 
     @property
-    def input_size(self) -> Size:
+    def input_size(self) -> ImageSize:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
@@ -117,8 +117,8 @@ class Subset:
     """Some images of a data set.
 
     Args:
-        base: Where they come from.
-        indices: Which, int64, in this order.
+        base: The data set.
+        indices: Which of its images, int64, in this order.
     """
 
     def __init__(self, base: ImageDataset, indices: Tensor) -> None:
@@ -130,7 +130,7 @@ class Subset:
         return self.base.labels[self.indices]
 
     @property
-    def input_size(self) -> Size | None:
+    def input_size(self) -> ImageSize | None:
         return self.base.input_size
 
     def __len__(self) -> int:
@@ -144,18 +144,18 @@ class Subset:
 
 
 class TorchImages:
-    """Any map-style data set of torch that gives ``(PIL image, label)`` pairs, as those of torchvision without a transform.
+    """A map-style torch data set of ``(PIL image, label)`` pairs, such as torchvision's without a transform.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
         labels: Class of each image; left out, ``dataset.targets``.
-        input_size: Channels, height, width, if all images have it.
+        input_size: Size of all images, if they have one.
 
     Raises:
-        ConfigError: The labels are not known, or not as many as the images.
+        ConfigError: No labels, or not one per image.
     """
 
-    def __init__(self, dataset: object, labels: Sequence[int] | None = None, input_size: Size | None = None) -> None:
+    def __init__(self, dataset: object, labels: Sequence[int] | None = None, input_size: ImageSize | None = None) -> None:
         known = labels if labels is not None else getattr(dataset, "targets", None)
         if known is None or len(known) != len(dataset):  # type: ignore[arg-type]
             raise ConfigError(f"{type(dataset).__name__} has no `targets` for its images: give labels=[...], one per image")
@@ -185,21 +185,21 @@ def stacked(dataset: ImageDataset, indices: Tensor | None = None) -> Tensor:
     """Decode images, all or those of ``indices``, into one uint8 tensor (N, C, H, W).
 
     Raises:
-        DataError: They are not all of one size, or one cannot be decoded.
+        DataError: They differ in size, or one cannot be decoded.
     """
     import numpy as np
 
-    wanted = range(len(dataset)) if indices is None else indices.tolist()
-    images: Tensor | None = None
-    for place, index in enumerate(wanted):
+    chosen = range(len(dataset)) if indices is None else indices.tolist()
+    images = torch.empty((0, *(dataset.input_size or (3, 1, 1))), dtype=torch.uint8)
+    for row, index in enumerate(chosen):
         pixels = torch.from_numpy(np.array(dataset.image(index)))
         pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        if images is None:
-            images = torch.empty((len(wanted), *pixels.shape), dtype=torch.uint8)
+        if row == 0:
+            images = torch.empty((len(chosen), *pixels.shape), dtype=torch.uint8)
         if pixels.shape != images.shape[1:]:
             raise DataError(
                 f"the images differ in size: {tuple(images.shape[1:])} and {tuple(pixels.shape)} (image {index}), so they "
                 "cannot be kept as one array. Use resident=False and an image_size"
             )
-        images[place] = pixels
-    return torch.empty((0, *(dataset.input_size or (3, 1, 1))), dtype=torch.uint8) if images is None else images
+        images[row] = pixels
+    return images

@@ -1,4 +1,4 @@
-"""Image files as RGB, and what to say of broken ones."""
+"""Image files as RGB, and one line for those that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -6,83 +6,99 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from thriftnet.data.dataset import ImageSize, stacked
 from thriftnet.errors import DataError
+from thriftnet.files import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HEADERS = 100_000  # more images than that are not looked at to see whether they have one size
+CHECKED_HEADERS = 100_000  # larger data sets are not checked for a common size
+
+
+class EncodedImages(ABC):
+    """Images that are decoded when asked for.
+
+    Args:
+        labels: int64 (N,).
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    @abstractmethod
+    def encoded(self, index: int) -> tuple[str | os.PathLike[str] | bytes, str]:
+        """The file of an image, or its content; and its name in error messages."""
+
+    @cached_property
+    def input_size(self) -> ImageSize | None:
+        """Size of all images by their headers; those that cannot be read are named when they are decoded."""
+        common = None
+        for index in range(len(self) if len(self) <= CHECKED_HEADERS else 0):
+            try:
+                with opened(*self.encoded(index)) as image:
+                    size = 3, image.height, image.width
+            except DataError:
+                continue
+            if common not in (None, size):
+                return None
+            common = size
+        return common
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image:
+        return decode(*self.encoded(index))
+
+    def resident(self, indices: Tensor | None = None) -> Tensor:
+        return stacked(self, indices)
 
 
 def decode(source: str | os.PathLike[str] | bytes, name: str) -> Image:
-    """An image in mode RGB, whatever it is stored as; rotation notes of cameras are ignored, as torchvision does.
+    """An image in mode RGB, whatever its stored mode; EXIF orientation is ignored, as by torchvision.
 
     Args:
-        source: A file, or the content of one.
-        name: What to call it when it is broken.
+        source: A file, or its content.
+        name: What to call it in an error message.
 
     Raises:
-        DataError: It cannot be read or is no image.
+        DataError: It cannot be read, or is no image.
     """
+    with opened(source, name) as image:
+        rgb: Image = image.convert("RGB")
+        return rgb
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Image]:
+    """An image whose header is read; decoding errors in the block are raised as `DataError`."""
     from PIL import Image
 
+    damage = (
+        OSError,
+        SyntaxError,
+        ValueError,
+        OverflowError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    )
     try:
-        with Image.open(_stream(source)) as opened:
-            image: Image.Image = opened.convert("RGB")
-            return image
-    except _broken() as error:
-        raise DataError(_complaint(name, error)) from None
-
-
-def stored_size(source: str | os.PathLike[str] | bytes, name: str) -> tuple[int, int, int]:
-    """3, height and width of an image, from its header only.
-
-    Raises:
-        DataError: It cannot be read or is no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(_stream(source)) as opened:
-            return 3, opened.height, opened.width
-    except _broken() as error:
-        raise DataError(_complaint(name, error)) from None
-
-
-def common_size(count: int, size_of: Callable[[int], tuple[int, int, int]]) -> tuple[int, int, int] | None:
-    """The size that all of ``count`` images have by their headers; None where they differ or are too many to look at.
-
-    Headers that cannot be read are passed over: such an image is named when it is decoded.
-    """
-    common = None
-    for index in range(count if count <= HEADERS else 0):
-        try:
-            size = size_of(index)
-        except DataError:
-            continue
-        if common not in (None, size):
-            return None
-        common = size
-    return common
-
-
-def _stream(source: str | os.PathLike[str] | bytes) -> str | os.PathLike[str] | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
-
-
-def _broken() -> tuple[type[Exception], ...]:
-    """What pillow raises for files that are missing, truncated or no images."""
-    from PIL import Image
-
-    refused = (OSError, SyntaxError, ValueError, OverflowError, EOFError, struct.error, zlib.error)
-    return (*refused, Image.DecompressionBombError)
-
-
-def _complaint(name: str, error: Exception) -> str:
-    reason = "it is no image that pillow can read" if "cannot identify" in str(error) else str(error)
-    if isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
-    return f"{name} cannot be decoded: {reason}. Repair or remove it, or leave broken images out with on_corrupt='skip'"
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file, Image.open(file) as image:
+            yield image
+    except damage as error:
+        reason = "not an image that pillow can read" if "cannot identify" in str(error) else str(error)
+        reason = (isinstance(error, OSError) and error.strerror) or reason
+        raise DataError(
+            f"{name} cannot be decoded: {reason}. Repair or remove it, or skip broken images with on_corrupt='skip'"
+        ) from None

@@ -1,14 +1,14 @@
 """Batches for training and evaluation: from a whole data set on the device, or image by image.
 
-Both loaders give the same epochs however often they are interrupted, and on however many processes they run.
+The epochs of both loaders are the same however often they are interrupted, and on any number of processes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from thriftnet.data.transforms import (
     Augmentation,
     Transform,
     eval_transform,
-    random_state_kept,
+    preserve_random_state,
     seed_random_state,
     train_transform,
 )
 from thriftnet.errors import ConfigError, DataError
 
-RESIDENT_BYTES = 2 << 30  # a larger set is not kept on the device unless that is asked for
-AT_ONCE = 16  # batches that an accelerator augments in one go, to launch fewer kernels
+RESIDENT_BYTES = 2 << 30  # larger data sets are kept on the device only with resident=True
+BATCHES_AT_ONCE = 16  # augmented together on accelerators, to launch fewer kernels
 
 Batch = tuple[Tensor, Tensor]
 
@@ -38,9 +38,9 @@ class Loader(ABC):
 
     Args:
         dataset: The images.
-        augmentation: What is done to them, with mean and std.
-        order: Which come when.
-        device: Where the batches are wanted.
+        augmentation: Applied to them; with mean and std.
+        order: Of the images, and this process's share of them.
+        device: Of the batches.
     """
 
     def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
@@ -50,8 +50,8 @@ class Loader(ABC):
         self.device = torch.device(device)
         self.epoch = 0
         self._spans = order.spans()
-        self._next = 0  # batch with which the next pass begins
-        self._given = 0  # batches of this epoch that were given
+        self._next = 0  # first batch of the next pass
+        self._given = 0  # batches of this epoch given so far
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -59,20 +59,20 @@ class Loader(ABC):
 
     @property
     def images_per_epoch(self) -> int:
-        """Images that this process gets in an epoch."""
+        """Images of an epoch on this process."""
         return sum(stop - start for start, stop in self._spans)
 
     def weight(self, batch: int) -> float:
-        """By what to multiply this process's mean over a batch, so that the mean over processes is that over all images.
+        """Factor of this process's mean over a batch, with which the mean over processes is that over all images.
 
-        It is 1 but for a last, smaller batch that cannot be shared equally.
+        1, except for an uneven last batch.
         """
         start, stop = self._spans[batch]
         whole = min(self.order.global_batch, self.order.images - batch * self.order.global_batch)
         return (stop - start) * self.order.world_size / whole
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next pass gives; another one than the present begins at its first batch."""
+        """Choose the epoch of the next pass; a change starts it at its first batch."""
         if epoch != self.epoch:
             self.epoch, self._next, self._given = epoch, 0, 0
 
@@ -84,11 +84,11 @@ class Loader(ABC):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: the epoch, and how many batches of it were given."""
+        """The epoch, and how many of its batches were given."""
         return {"epoch": self.epoch, "step": self._given, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another loader stood: the next pass gives the batches of its epoch that it had not given.
+        """Resume from another loader's state: the next pass gives the remaining batches of its epoch.
 
         Raises:
             ConfigError: The state is of other data, another seed, or another batch size over all processes.
@@ -98,35 +98,32 @@ class Loader(ABC):
             name = differing[0]
             raise ConfigError(
                 f"the sampler's state has {name}={state.get(name)}, this loader {self._identity()[name]}: resume with the data, "
-                "seed and batch size (times processes) that the run began with"
+                "seed and batch size (times processes) of the original run"
             )
         self.epoch, self._next, self._given = state["epoch"], state["step"], state["step"]
 
     def _identity(self) -> dict[str, int]:
-        """What must be equal for epochs to be equal."""
+        """Settings that determine an epoch."""
         return {"images": self.order.images, "global_batch": self.order.global_batch, "seed": self.order.seed}
 
     @abstractmethod
     def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
-        """The batches at these positions of the present epoch."""
+        """The batches at these positions of the current epoch."""
 
 
 class ResidentLoader(Loader):
-    """A whole data set of equal sizes as uint8 on the device, augmented in batches."""
+    """A whole data set of images of one size, as uint8 on the device, augmented in batches."""
 
     def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
         super().__init__(dataset, augmentation, order, device)
         own = None if order.shuffle or not self._spans else torch.arange(self._spans[0][0], self._spans[-1][1])
-        self._first = 0 if own is None else int(own[0])  # what another process evaluates is not kept here
+        self._first = 0 if own is None else int(own[0])  # images that other processes evaluate are not kept here
         stored = dataset.resident(own)
         self.height, self.width = stored.shape[-2:]
         self._images = pad(stored, augmentation.crop_padding if order.train else 0).to(self.device)
         self._labels = (dataset.labels if own is None else dataset.labels[own]).to(self.device)
+        _check_channels(augmentation, stored.shape[1])
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in augmentation.normalisation())
-        if len(mean) != stored.shape[1]:
-            raise ConfigError(
-                f"mean and std have {len(mean)} values, the images {stored.shape[1]} channels: give one for each"
-            )
         self._mean, self._std = mean.to(self.device), std.to(self.device)
 
     def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
@@ -134,20 +131,20 @@ class ResidentLoader(Loader):
         indices = (order.indices(self.epoch) - self._first).to(self.device)
         augmentation = self.augmentation if order.train else Augmentation()
         size = self.height, self.width
-        draws = draw(augmentation, order.images, *size, order.seed, self.epoch).to(self.device)
+        draws = draw(augmentation, order.images, *size, order.seed, self.epoch).map(lambda drawn: drawn.to(self.device))
         rest = iter(spans)
-        while chunk := list(islice(rest, 1 if self.device.type == "cpu" else AT_ONCE)):
+        while chunk := list(islice(rest, 1 if self.device.type == "cpu" else BATCHES_AT_ONCE)):
             positions = torch.cat([torch.arange(start, stop, device=self.device) for start, stop in chunk])
-            picked, chance = indices[positions], draws[positions]
-            images = normalise(crop_and_flip(self._images, picked, chance, *size), self._mean, self._std)
-            if chance.cutout is not None:
-                cut_out(images, chance.cutout, augmentation.cutout)
+            picked, drawn = indices[positions], draws.map(itemgetter(positions))
+            images = normalise(crop_and_flip(self._images, picked, drawn, *size), self._mean, self._std)
+            if drawn.cutout is not None:
+                cut_out(images, drawn.cutout, augmentation.cutout)
             lengths = [stop - start for start, stop in chunk]
             yield from zip(torch.split(images, lengths), torch.split(self._labels[picked], lengths), strict=True)
 
 
 class ImageLoader(Loader):
-    """Images decoded and augmented one by one, by torch's DataLoader.
+    """Images decoded and augmented one by one, in torch's DataLoader.
 
     Args:
         workers: Processes that decode; 0: this one.
@@ -169,7 +166,7 @@ class ImageLoader(Loader):
         self._plan: list[list[tuple[int, int]]] = []
         self._loader = torch.utils.data.DataLoader(
             samples,
-            batch_sampler=_Planned(self._plan),
+            batch_sampler=self._plan,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -182,41 +179,23 @@ class ImageLoader(Loader):
         self._plan[:] = [[(self.epoch, index) for index in indices[start:stop].tolist()] for start, stop in spans]
         loaded_batches = iter(self._loader)
         for _ in spans:
-            with random_state_kept():  # without workers, images are augmented here; kept for a batch, as it takes a while
+            with (
+                preserve_random_state()
+            ):  # without workers, images are augmented here; kept for a batch, as it takes a while
                 loaded = next(loaded_batches)
-            if isinstance(loaded, _Failure):
-                raise DataError(loaded.message)
+            if isinstance(loaded, DataError):
+                raise loaded
             images, labels = loaded
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class _Planned(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """Batches of ``(epoch, index)``: workers that outlive an epoch learn of the next one this way."""
-
-    def __init__(self, plan: list[list[tuple[int, int]]]) -> None:
-        self.plan = plan
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(list(self.plan))
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way out of a worker, which would wrap it in a traceback."""
-
-    message: str
-
-
 class _Samples(torch.utils.data.Dataset[Any]):
-    """Augmented images with their labels.
+    """Augmented images with their labels, by epoch and index: workers that outlive an epoch learn of the next one this way.
 
     Args:
         dataset: The images.
-        transform: What is done to each.
-        seed: Of chance; None where there is none.
+        transform: Applied to each.
+        seed: Of the augmentation; None if nothing is random.
     """
 
     def __init__(self, dataset: ImageDataset, transform: Transform, seed: int | None) -> None:
@@ -225,26 +204,27 @@ class _Samples(torch.utils.data.Dataset[Any]):
         self.seed = seed
         self.labels = dataset.labels
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | _Failure:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | DataError:
         epoch, index = key
         try:
             image = self.dataset.image(index)
         except DataError as error:
-            return _Failure(str(error))
+            return error  # raised in a worker, it would be wrapped in a traceback
         if self.seed is not None:
             seed_random_state(self.seed, epoch, index)
         return self.transform(image), self.labels[index]
 
 
-def _collate(samples: list[tuple[Tensor, Tensor] | _Failure]) -> Batch | _Failure:
-    whole = [sample for sample in samples if not isinstance(sample, _Failure)]
+def _collate(samples: list[tuple[Tensor, Tensor] | DataError]) -> Batch | DataError:
+    pairs = []
     for sample in samples:
-        if isinstance(sample, _Failure):
+        if isinstance(sample, DataError):
             return sample
-    sizes = sorted({tuple(image.shape) for image, _ in whole})
+        pairs.append(sample)
+    sizes = sorted({tuple(image.shape) for image, _ in pairs})
     if len(sizes) > 1:
-        return _Failure(f"images of one batch differ in size, as {sizes[0]} and {sizes[1]}: set an image_size")
-    return torch.stack([image for image, _ in whole]), torch.stack([label for _, label in whole])
+        return DataError(f"images of one batch differ in size, as {sizes[0]} and {sizes[1]}: set an image_size")
+    return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
 
 
 def make_loader(
@@ -262,26 +242,26 @@ def make_loader(
     shuffle: bool | None = None,
     drop_last: bool = False,
 ) -> Loader:
-    """The loader that suits the data.
+    """A `ResidentLoader` where the data allows it, else an `ImageLoader`.
 
     Args:
         dataset: The images.
         batch_size: Images per step and process.
-        augmentation: What is done to them; `Augmentation.for_source` sets mean and std.
-        train: Whether images are augmented, shuffled and given to all processes in equal numbers of batches. In evaluation
-            each image comes once over all processes.
+        augmentation: Applied to them; `Augmentation.for_source` sets mean and std.
+        train: Whether to augment, shuffle, and give all processes the same number of batches. In evaluation each image
+            is read once over all processes.
         seed: Of order and augmentation.
-        device: Where the batches are wanted.
+        device: Of the batches.
         rank: Number of this process.
         world_size: Number of processes.
         workers: Processes that decode, where images are decoded one by one.
-        resident: Whether to keep the whole set on the device; left out, if all images have one size, need at most
-            `RESIDENT_BYTES`, and the augmentation can be done in batches.
+        resident: Whether to keep the whole data set on the device; left out, if all images have one size, need at most
+            `RESIDENT_BYTES`, and the augmentation can be applied to batches.
         shuffle: Left out, in training only.
-        drop_last: Whether to leave out the last batch where it is smaller.
+        drop_last: Whether to drop a smaller last batch.
 
     Raises:
-        ConfigError: ``resident=True`` and an augmentation that cannot be done in batches, or numbers that are not possible.
+        ConfigError: ``resident=True`` and an augmentation that cannot be applied to batches, or invalid numbers.
         DataError: Fewer training images than one batch, or (resident) an image that cannot be decoded.
     """
     order = Order(
@@ -300,13 +280,13 @@ def make_loader(
 
 
 def _is_resident(dataset: ImageDataset, augmentation: Augmentation, train: bool, wanted: bool | None) -> bool:
-    """Whether to keep the whole set on the device."""
+    """Whether to keep the whole data set on the device."""
     if wanted is None:
         return _fits(dataset, augmentation.crop_padding if train else 0) and augmentation.is_batched(dataset, train=train)
     if wanted and not augmentation.is_batched(dataset, train=train):
         raise ConfigError(
-            "resident=True needs images of one size and no more than crop_padding, flip and cutout: random_resized_crop, "
-            "rand_augment, color_jitter, random_erasing and resizing are done image by image, with resident=False"
+            "resident=True needs images of one size, and augmentation by crop_padding, flip and cutout only: random_resized_crop, "
+            "rand_augment, color_jitter, random_erasing and resizing need resident=False"
         )
     return wanted
 
@@ -314,11 +294,11 @@ def _is_resident(dataset: ImageDataset, augmentation: Augmentation, train: bool,
 def _check_channels(augmentation: Augmentation, channels: int) -> None:
     values = len(augmentation.normalisation()[0])
     if values != channels:
-        raise ConfigError(f"mean and std have {values} values, the images {channels} channels: give one value for each")
+        raise ConfigError(f"mean and std have {values} values, the images {channels} channels: give one value per channel")
 
 
 def _fits(dataset: ImageDataset, padding: int) -> bool:
-    """Whether the whole set is small enough to be kept on the device."""
+    """Whether the whole data set is small enough to be kept on the device."""
     size = dataset.input_size
     if size is None:
         return False

@@ -1,4 +1,4 @@
-"""Which images come when, on which process."""
+"""The order of images in an epoch, and each process's share of it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from thriftnet.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of an epoch, as positions 0, 1, ... and the image at each of them.
+    """Which image is at each position 0, 1, ... of an epoch.
 
     In training the positions of a step are those of one process with a batch ``world_size`` times as large, a
-    consecutive part for each process; the last, smaller batch is shared in parts that differ by one image at most (fewer
-    images than processes are left out). In evaluation each process has one consecutive part of all images.
+    consecutive part for each process; a smaller last batch is split into parts that differ by one image at most (fewer
+    images than processes are dropped). In evaluation each process has one consecutive part of all images.
 
     Args:
         images: How many there are.
         batch_size: Images per step and process.
         train: Whether all processes need the same number of batches.
         shuffle: Whether each epoch has its own order.
-        drop_last: Whether to leave out the last batch where it is smaller.
+        drop_last: Whether to drop a smaller last batch.
         seed: Of the order.
         rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: A number that is not possible.
-        DataError: In training, fewer images than make one batch.
+        ConfigError: An invalid number.
+        DataError: In training, fewer images than one batch.
     """
 
     images: int
@@ -46,7 +46,7 @@ class Order:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.seed < 0 or not 0 <= self.rank < self.world_size:
             raise ConfigError(
-                f"batch_size={self.batch_size}, seed={self.seed}, rank={self.rank}, world_size={self.world_size}: possible are "
+                f"batch_size={self.batch_size}, seed={self.seed}, rank={self.rank}, world_size={self.world_size}: expected "
                 "batch_size >= 1, seed >= 0 and 0 <= rank < world_size"
             )
         if self.train and not self.spans():

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections import OrderedDict
-from functools import cached_property
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from thriftnet.data.dataset import DataSource, ImageDataset, Size, stacked
-from thriftnet.data.decode import common_size, decode, stored_size
+from thriftnet.data.dataset import DataSource, ImageDataset
+from thriftnet.data.decode import EncodedImages
 from thriftnet.data.folder import IMAGENET_MEAN, IMAGENET_STD, SPLITS
 from thriftnet.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FILE = re.compile(rf"({'|'.join(SPLITS)})([-._].*)?\.parquet")
+NAME = re.compile(rf"({'|'.join(SPLITS)})([-._/].*)?\.parquet")
+OF = re.compile(r"-\d+-of-(\d+)\.parquet")
 LABELS = ("label", "labels", "fine_label")
 CACHE_BYTES = 1 << 30  # of encoded images, in each process
 
 
-class ParquetImages:
-    """Rows of parquet files; row groups are read when one of their rows is asked for, and kept up to `CACHE_BYTES`.
+class ParquetImages(EncodedImages):
+    """Rows of parquet files; a row group is read when one of its rows is asked for, and kept up to `CACHE_BYTES`.
 
     Args:
         files: In order.
@@ -42,7 +40,6 @@ class ParquetImages:
         self.files = files
         self.column = image
         self._cache: OrderedDict[int, Any] = OrderedDict()
-        self._cached = 0
         self._lock = Lock()
         self.groups: list[tuple[int, int]] = []  # number of the file, and of the group in it
         starts, labels, self.first_rows = [0], [], [0]
@@ -54,33 +51,15 @@ class ParquetImages:
             self.first_rows.append(starts[-1])
             labels.append(_labels(file.read([label]).column(0), f"{path}: column {label!r}"))
         self.starts = np.array(starts)
-        self.labels = torch.from_numpy(np.concatenate(labels))
+        super().__init__(torch.from_numpy(np.concatenate(labels)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {
-            "_cache": OrderedDict(),
-            "_cached": 0,
-        }
+        return {**self.__dict__, "_cache": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = Lock()
+        self.__dict__.update(state, _lock=Lock())
 
-    @cached_property
-    def input_size(self) -> Size | None:
-        return common_size(len(self), lambda index: stored_size(*self._encoded(index)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> Image:
-        return decode(*self._encoded(index))
-
-    def resident(self, indices: Tensor | None = None) -> Tensor:
-        return stacked(self, indices)
-
-    def _encoded(self, index: int) -> tuple[bytes, str]:
-        """The bytes of an image, and what to call it."""
+    def encoded(self, index: int) -> tuple[bytes, str]:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         file, _ = self.groups[group]
         with self._lock:
@@ -92,13 +71,11 @@ class ParquetImages:
         if group not in self._cache:
             from pyarrow import parquet
 
-            file, place = self.groups[group]
-            table = parquet.ParquetFile(self.files[file]).read_row_group(place, [f"{self.column}.bytes"], use_threads=False)
-            images = table.column(0).combine_chunks().field("bytes")
-            self._cache[group] = images
-            self._cached += images.nbytes
-            while self._cached > CACHE_BYTES and len(self._cache) > 1:
-                self._cached -= self._cache.popitem(last=False)[1].nbytes
+            file, number = self.groups[group]
+            table = parquet.ParquetFile(self.files[file]).read_row_group(number, [f"{self.column}.bytes"], use_threads=False)
+            self._cache[group] = table.column(0).combine_chunks().field("bytes")
+            while len(self._cache) > 1 and sum(images.nbytes for images in self._cache.values()) > CACHE_BYTES:
+                self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group]
 
@@ -109,47 +86,84 @@ def open_parquet(folder: Path) -> DataSource:
     Raises:
         DataError: No such folder, no such files, unreadable files, or columns that are no images and labels.
     """
-    try:
-        import pyarrow
-    except ImportError:
-        raise DataError("parquet is read by pyarrow, which is missing: pip install 'thriftnet[data]'") from None
-    splits: dict[str, ImageDataset] = {}
-    names: tuple[str, ...] | None = None
-    for split, files in _files(folder).items():
-        try:
-            image, label, stated = _columns(files[0])
-            splits[split] = ParquetImages(files, image, label)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{files[0].parent}: the {split} files are no whole parquet tables: {error}") from None
-        names = names or stated
-    highest = max(int(images.labels.max()) if len(images) else -1 for images in splits.values())
-    classes = names or tuple(map(str, range(highest + 1)))
-    if len(classes) < 2 or highest >= len(classes):
-        raise DataError(
-            f"{folder} has labels up to {highest} and {len(classes)} class names: at least two classes are needed"
-        )
-    return DataSource(f"parquet:{folder}", classes, splits, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files, train first."""
+    require_pyarrow()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}. parquet:DIR needs files train-*.parquet and test-*.parquet in DIR")
     for place in (folder, folder / "data"):
-        found: dict[str, list[Path]] = {}
-        for path in sorted(place.glob("*.parquet")):
-            match = FILE.fullmatch(path.name)
-            if match:
-                found.setdefault(SPLITS[match[1]], []).append(path)
-        if found:
-            return {split: found[split] for split in ("train", "val", "test") if split in found}
+        names = files_by_split(path.name for path in place.glob("*.parquet"))
+        if names:
+            files = {split: [place / name for name in found] for split, found in names.items()}
+            return read_parquet(f"parquet:{folder}", files)
     raise DataError(
         f"{folder} has no files named train-*.parquet, validation-*.parquet or test-*.parquet, nor has its data/"
     )
 
 
+def require_pyarrow() -> None:
+    """Refuse to go on where the reader of parquet files is not installed.
+
+    Raises:
+        DataError: pyarrow is missing.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise DataError("parquet is read by pyarrow, which is missing: pip install 'thriftnet[data]'")
+
+
+def files_by_split(names: Iterable[str]) -> dict[str, list[str]]:
+    """Split -> its files in order, train first; other files are left out.
+
+    Example:
+        >>> files_by_split(["test-0.parquet", "train/0000.parquet", "README.md"])
+        {'train': ['train/0000.parquet'], 'test': ['test-0.parquet']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if match := NAME.fullmatch(name):
+            found.setdefault(SPLITS[match[1]], []).append(name)
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
+    """A data set of parquet files.
+
+    Args:
+        spec: What the user wrote.
+        files: Of each split, in order.
+
+    Raises:
+        DataError: Missing or unreadable files, or columns that are no images and labels.
+    """
+    import pyarrow
+
+    splits: dict[str, ImageDataset] = {}
+    names: tuple[str, ...] | None = None
+    for split, paths in files.items():
+        _check_files(paths)
+        try:
+            image, label, stated = _columns(paths[0])
+            splits[split] = ParquetImages(paths, image, label)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{paths[0].parent}: the {split} files are no complete parquet tables: {error}") from None
+        names = names or stated
+    highest = max(int(images.labels.max()) if len(images) else -1 for images in splits.values())
+    classes = names or tuple(map(str, range(highest + 1)))
+    if len(classes) < 2 or highest >= len(classes):
+        raise DataError(f"{spec} has labels up to {highest} and {len(classes)} class names: at least two classes are needed")
+    return DataSource(spec, classes, splits, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _check_files(paths: list[Path]) -> None:
+    """Refuse pipes, which pyarrow would wait for, and tables of which a file is missing."""
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is not a file")
+    match = OF.search(paths[0].name)
+    if match and len(paths) != int(match[1]):
+        raise DataError(f"{paths[0].parent} has {len(paths)} of the {int(match[1])} files that {paths[0].name} is one of")
+
+
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """Names of the image and label columns, and of the classes where the file states them."""
+    """Names of the image and label columns, and of the classes where the file has them."""
     from pyarrow import parquet, types
 
     schema = parquet.read_schema(path)
@@ -157,18 +171,21 @@ def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
     labels = [name for name in LABELS if name in schema.names and types.is_integer(schema.field(name).type)]
     if not images or not labels:
         raise DataError(
-            f"{path} has the columns {schema.names}: needed are images, a struct with `bytes`, and an integer column "
+            f"{path} has the columns {schema.names}: expected images, a struct with `bytes`, and an integer column "
             f"named {' or '.join(LABELS)}"
         )
     return images[0], labels[0], _class_names(schema.metadata or {}, labels[0])
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
+    """Names in the metadata that Hugging Face writes; a repeated one is followed by its label, as results go by name."""
     try:
-        names = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
+        stated = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
-        return None  # files of other writers do not name their classes
-    return tuple(map(str, names.values() if isinstance(names, dict) else names))
+        return None
+    names = [str(name) for name in (stated.values() if isinstance(stated, dict) else stated)]
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
 def _labels(column: Any, name: str) -> Any:

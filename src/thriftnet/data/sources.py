@@ -1,4 +1,4 @@
-"""Data sets by what the user writes: ``digits``, ``cifar10:DIR``, ``cifar100:DIR``, ``folder:DIR``, ``parquet:DIR``."""
+"""Data sets by name: the bundled digits, CIFAR, class folders, parquet tables and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,63 +12,66 @@ from thriftnet.data.cifar import CIFAR, open_cifar
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.digits import digits_source
 from thriftnet.data.folder import open_folder
+from thriftnet.data.hub import open_hub
 from thriftnet.data.parquet import open_parquet
 from thriftnet.errors import ConfigError, DataError, unknown_name
 
-KINDS = ("digits", "cifar10", "cifar100", "folder", "parquet")
-SPECS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR"
+KINDS = ("digits", "cifar10", "cifar100", "folder", "parquet", "hf")
+SPECS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 
 
 def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
     """The data set that ``spec`` names.
 
     Args:
-        spec: ``digits``, ``cifar10:DIR``, ``cifar100:DIR``, ``folder:DIR`` or ``parquet:DIR``.
-        on_corrupt: ``error`` raises when an image that cannot be decoded is met, and names it. ``skip`` decodes every
-            image once now and leaves such images out; `DataSource.skipped` names them.
+        spec: ``digits``, ``cifar10:DIR``, ``cifar100:DIR``, ``folder:DIR``, ``parquet:DIR`` or ``hf:OWNER/NAME[:CONFIG][@REVISION]``.
+        on_corrupt: ``error``: an image that cannot be decoded raises when it is read, and is named. ``skip``: every image
+            is decoded once now, and those that cannot be are left out; `DataSource.skipped` names them.
 
     Raises:
         ConfigError: No such kind of data.
         DataError: It is missing, broken or has fewer than two classes.
     """
-    kind, _, folder = spec.partition(":")
+    kind, _, place = spec.partition(":")
     if on_corrupt not in ("error", "skip"):
-        raise ConfigError(f"on_corrupt={on_corrupt!r}: possible are 'error' and 'skip'")
+        raise ConfigError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     if kind not in KINDS:
-        raise ConfigError(f"{unknown_name('data', spec, KINDS)}. Write one of {SPECS}")
-    if bool(folder) == (kind == "digits"):
-        raise ConfigError(
-            f"data {spec!r}: {'the digits need no folder' if folder else 'the folder is missing'}. Write {SPECS}"
-        )
-    source = _open(kind, Path(folder).expanduser())
+        raise ConfigError(f"{unknown_name('data', spec, KINDS)}. Write {SPECS}")
+    if bool(place) == (kind == "digits"):
+        problem = "the digits need no folder" if place else f"the {'name' if kind == 'hf' else 'folder'} is missing"
+        raise ConfigError(f"data {spec!r}: {problem}. Write {SPECS}")
+    source = _open(kind, place)
     return _without_corrupt(source) if on_corrupt == "skip" else source
 
 
-def _open(kind: str, folder: Path) -> DataSource:
+def _open(kind: str, place: str) -> DataSource:
     if kind == "digits":
         return digits_source()
+    if kind == "hf":
+        return open_hub(place)
+    folder = Path(place).expanduser()
     if kind in CIFAR:
         return open_cifar(kind, folder)
     return open_folder(folder) if kind == "folder" else open_parquet(folder)
 
 
 def _without_corrupt(source: DataSource) -> DataSource:
-    """The same without the images that cannot be decoded."""
+    """The data set without the images that cannot be decoded."""
     skipped: list[str] = []
     splits = {}
     for name, images in source.splits.items():
-        with ThreadPoolExecutor() as pool:  # decoding runs outside the interpreter's lock
-            complaints = list(pool.map(lambda index, images=images: _complaint(images, index), range(len(images))))
-        whole = torch.tensor([i for i, complaint in enumerate(complaints) if not complaint], dtype=torch.int64)
-        if len(whole) == 0:
-            raise DataError(f"{source.spec}: not one image of the {name} split can be decoded; the first: {complaints[0]}")
-        skipped += [complaint for complaint in complaints if complaint]
-        splits[name] = images if len(whole) == len(images) else Subset(images, whole)
+        with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+            problems = list(pool.map(lambda index, images=images: _problem(images, index), range(len(images))))
+        intact = torch.tensor([i for i, problem in enumerate(problems) if not problem], dtype=torch.int64)
+        if len(intact) == 0:
+            raise DataError(f"{source.spec}: not one image of the {name} split can be decoded; the first: {problems[0]}")
+        skipped += filter(None, problems)
+        splits[name] = images if len(intact) == len(images) else Subset(images, intact)
     return replace(source, splits=splits, skipped=tuple(skipped))
 
 
-def _complaint(images: ImageDataset, index: int) -> str:
-    """What is wrong with an image, "" for nothing."""
+def _problem(images: ImageDataset, index: int) -> str:
+    """Why an image cannot be decoded; "" if it can."""
     try:
         images.image(index)
     except DataError as error:

@@ -1,7 +1,7 @@
-"""How an image becomes the input of a network: what to do in training and in evaluation, and the per-image form of it.
+"""Augmentation and preprocessing: the fields of both, and the transforms of torchvision and timm that they choose.
 
-The transforms are torchvision's and timm's. Every image gets its own random state, made from the seed, the epoch and its
-index, so that neither resuming nor the number of workers or processes changes what an image looks like.
+The random state of an image follows from the seed, the epoch and its index, so that neither resuming nor the number of
+workers or processes changes how it is augmented.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,23 +26,23 @@ if TYPE_CHECKING:
 
 Transform = Callable[["Image"], Tensor]
 
-RAND_AUGMENT = re.compile(r"rand(-([a-z]+[0-9.]+|t[a-z]+))*")  # timm passes over other sections in silence
+RAND_AUGMENT = re.compile(r"rand(-([a-z]+[0-9.]+|t[a-z]+))*")  # timm silently ignores other sections
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to images, in the order of the fields; what is left out is not done.
+    """Augmentation and preprocessing of images, applied in the order of the fields; what is left out is not applied.
 
     Args:
-        image_size: Height and width that the network is given; None: as stored.
+        image_size: Height and width of the network's input; None: as stored.
         random_resized_crop: Share of the area that a random crop keeps, as (0.08, 1.0), before it is resized to image_size.
         crop_ratio: Least and greatest ratio of width to height of that crop.
-        interpolation: nearest, bilinear, bicubic, or random (bilinear or bicubic), of the training images.
-        crop_padding: Pixels of black on each side before a random crop of the image's own size.
-        flip: Mirror every second image, by chance.
+        interpolation: nearest, bilinear, bicubic, or random (bilinear or bicubic), in training.
+        crop_padding: Black pixels on each side before a random crop of the image's own size.
+        flip: Mirror images with probability 1/2.
         color_jitter: Brightness, contrast and saturation change by up to this share.
-        rand_augment: In timm's words, as "rand-m9-mstd0.5-inc1".
+        rand_augment: timm's text for it, as "rand-m9-mstd0.5-inc1".
         mean: Of each channel, in [0, 1], subtracted; None: the data source's.
         std: Of each channel, in [0, 1], divided by; None: the data source's.
         cutout: Side of a square set to 0 after that, its centre anywhere in the image.
@@ -51,7 +52,7 @@ class Augmentation:
         eval_interpolation: nearest, bilinear or bicubic, in evaluation.
 
     Raises:
-        ConfigError: A value that is not possible.
+        ConfigError: An invalid value.
 
     Sources: DeVries & Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017; Cubuk et al.,
     RandAugment, 2019; Zhong et al., Random Erasing Data Augmentation, 2017.
@@ -78,36 +79,36 @@ class Augmentation:
             value = getattr(self, field.name)
             if isinstance(value, list):  # YAML has no tuples
                 object.__setattr__(self, field.name, tuple(value))
-        self._check_names()
-        self._check_numbers()
-
-    def _check_names(self) -> None:
         for name, possible in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
             if getattr(self, name) not in possible:
                 raise unknown_name(name, str(getattr(self, name)), possible)
+        for name, is_possible, expected in self._conditions():
+            if not is_possible:
+                raise ConfigError(f"augmentation {name}={getattr(self, name)!r}: expected {expected}")
+        for name in ("random_resized_crop", "resize"):
+            if getattr(self, name) is not None and self.image_size is None:
+                raise ConfigError(f"augmentation {name} needs an image_size, as image_size=224")
 
-    def _check_numbers(self) -> None:
-        needs_size = [name for name in ("random_resized_crop", "resize") if getattr(self, name) is not None]
-        wrong = {
-            "image_size": self.image_size is not None and self.image_size < 1,
-            "random_resized_crop": self.random_resized_crop is not None and not _is_range(self.random_resized_crop, 1.0),
-            "crop_ratio": not _is_range(self.crop_ratio, float("inf")),
-            "crop_padding": self.crop_padding < 0,
-            "cutout": self.cutout < 0,
-            "color_jitter": self.color_jitter < 0,
-            "random_erasing": not 0 <= self.random_erasing <= 1,
-            "std": self.std is not None and not all(value > 0 for value in self.std),
-            "mean": self.mean is not None and self.std is not None and len(self.mean) != len(self.std),
-            "resize": self.resize is not None and self.image_size is not None and self.resize < self.image_size,
-            "crop_pct": not 0 < self.crop_pct <= 1,
-        }
-        for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ConfigError(f"augmentation {name}={getattr(self, name)!r} is not possible; {_possible(name)}")
-        if needs_size and self.image_size is None:
-            raise ConfigError(f"augmentation {needs_size[0]} needs an image_size, as image_size=224")
+    def _conditions(self) -> Iterator[tuple[str, bool, str]]:
+        """Field, whether its value is possible, and what is expected."""
+        crop, size, mean, std = self.random_resized_crop, self.image_size, self.mean, self.std
+        yield "image_size", size is None or size >= 1, "pixels, as 224"
+        yield (
+            "random_resized_crop",
+            crop is None or _is_range(crop, 1.0),
+            "least and greatest share of the area, as (0.08, 1.0)",
+        )
+        yield "crop_ratio", _is_range(self.crop_ratio, float("inf")), "least and greatest ratio, as (0.75, 1.33)"
+        for name in ("crop_padding", "cutout", "color_jitter"):
+            yield name, getattr(self, name) >= 0, "a number >= 0"
+        yield "random_erasing", 0 <= self.random_erasing <= 1, "a probability in [0, 1]"
+        yield "std", std is None or all(value > 0 for value in std), "numbers > 0, one per channel"
+        yield "mean", None in (mean, std) or len(mean or ()) == len(std or ()), "as many numbers as for std, one per channel"
+        yield "resize", None in (self.resize, size) or (self.resize or 0) >= (size or 0), "a number >= image_size"
+        yield "crop_pct", 0 < self.crop_pct <= 1, "a share in (0, 1], as 0.875"
 
     def for_source(self, source: DataSource) -> Augmentation:
-        """The same with the mean and std of the data source where none are set."""
+        """A copy with the mean and std of the data source where none are set."""
         return replace(self, mean=self.mean or source.mean, std=self.std or source.std)
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -121,7 +122,7 @@ class Augmentation:
         return self.mean, self.std
 
     def is_batched(self, dataset: ImageDataset, *, train: bool) -> bool:
-        """Whether all of it can be done to a batch of stored images at once, as `ResidentLoader` does."""
+        """Whether it can be applied to whole batches of stored images, as by `ResidentLoader`."""
         size = dataset.input_size
         if size is None or (self.image_size is not None and size[1:] != (self.image_size, self.image_size)):
             return False
@@ -131,7 +132,7 @@ class Augmentation:
         return not any(per_image)
 
     def _shorter_side(self) -> int | None:
-        """To which images are resized in evaluation."""
+        """Shorter side to which images are resized in evaluation."""
         if self.image_size is None:
             return None
         return self.resize or int(self.image_size / self.crop_pct)
@@ -141,21 +142,8 @@ def _is_range(pair: tuple[float, float], highest: float) -> bool:
     return len(pair) == 2 and 0 < pair[0] <= pair[1] <= highest
 
 
-def _possible(name: str) -> str:
-    """What the values of a field can be."""
-    return {
-        "random_resized_crop": "give the least and greatest share of the area, as (0.08, 1.0)",
-        "crop_ratio": "give the least and greatest ratio, as (0.75, 1.33)",
-        "random_erasing": "give a probability in [0, 1]",
-        "std": "give numbers above 0, one per channel",
-        "mean": "give as many numbers as for std, one per channel",
-        "resize": "give at least image_size",
-        "crop_pct": "give a share in (0, 1], as 0.875",
-    }.get(name, "give 0 or more" if name != "image_size" else "give pixels, as 224")
-
-
 def train_transform(augmentation: Augmentation) -> Transform:
-    """PIL image -> float tensor (C, H, W), by chance.
+    """PIL image -> float tensor (C, H, W), augmented.
 
     Raises:
         ConfigError: Mean and std are not set, or a rand_augment that timm does not know.
@@ -165,7 +153,7 @@ def train_transform(augmentation: Augmentation) -> Transform:
     mean, std = augmentation.normalisation()
     steps: list[Any] = [*_resizing(augmentation)]
     if augmentation.crop_padding:
-        steps.append(PaddedCrop(augmentation.crop_padding))
+        steps.append(partial(padded_crop, padding=augmentation.crop_padding))
     if augmentation.flip:
         steps.append(transforms.RandomHorizontalFlip())
     if augmentation.color_jitter:
@@ -174,7 +162,7 @@ def train_transform(augmentation: Augmentation) -> Transform:
         steps.append(_rand_augment(augmentation, mean))
     steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
     if augmentation.cutout:
-        steps.append(Cutout(augmentation.cutout))
+        steps.append(partial(cutout, length=augmentation.cutout))
     if augmentation.random_erasing:
         from timm.data.random_erasing import RandomErasing
 
@@ -200,7 +188,7 @@ def eval_transform(augmentation: Augmentation) -> Transform:
 
 
 def _resizing(augmentation: Augmentation) -> Iterator[Any]:
-    """What brings training images to image_size."""
+    """The transform that brings training images to image_size."""
     size = augmentation.image_size
     if size is None:
         return
@@ -248,43 +236,25 @@ def posterize(image: Image, bits: int, **_: object) -> Image:
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
 
 
-class PaddedCrop:
-    """A random crop of an image's own size out of the image with a black border.
+def padded_crop(image: Image, padding: int) -> Image:
+    """A random crop of the image's own size out of the image with a black border of ``padding`` pixels."""
+    from torchvision.transforms import RandomCrop
 
-    Args:
-        padding: Pixels of the border, on each side.
-    """
-
-    def __init__(self, padding: int) -> None:
-        self.padding = padding
-
-    def __call__(self, image: Image) -> Image:
-        from torchvision.transforms import RandomCrop
-
-        cropped: Image = RandomCrop((image.height, image.width), self.padding)(image)
-        return cropped
+    cropped: Image = RandomCrop((image.height, image.width), padding)(image)
+    return cropped
 
 
-class Cutout:
-    """One square set to 0, its centre anywhere in the image, so that it may reach beyond the border.
-
-    Args:
-        length: Side of the square.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
-        half = self.length // 2
-        image[..., max(0, row - half) : row + half, max(0, column - half) : column + half] = 0
-        return image
+def cutout(image: Tensor, length: int) -> Tensor:
+    """Set a square of side ``length`` to 0, its centre anywhere in the image, so that it may reach beyond the border."""
+    height, width = image.shape[-2:]
+    row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
+    half = length // 2
+    image[..., max(0, row - half) : row + half, max(0, column - half) : column + half] = 0
+    return image
 
 
 def seed_random_state(*key: int) -> None:
-    """Make the random numbers of Python, numpy and torch (on the CPU) depend on ``key`` only."""
+    """Seed Python, numpy and torch (on the CPU) from ``key``."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
@@ -292,8 +262,8 @@ def seed_random_state(*key: int) -> None:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The random states of Python, numpy and torch (on the CPU) are as before afterwards."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch (on the CPU) on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -304,5 +274,5 @@ def random_state_kept() -> Iterator[None]:
 
 
 def generator(*key: int) -> torch.Generator:
-    """Random numbers that depend on ``key`` only."""
+    """A generator seeded from ``key``."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
