@@ -84,7 +84,8 @@ def test_authors_spellings_are_found(capsys: pytest.CaptureFixture[str]):
 
 
 def test_count_compares_with_the_plain_network(capsys: pytest.CaptureFixture[str]):
-    last = run(capsys, "count", "shiftresnet20", "--expansion", "3").splitlines()[-1]
+    *_, head, last = run(capsys, "count", "shiftresnet20", "--expansion", "3").splitlines()
+    assert head == "against plain resnet20, the network that the paper starts from:"
     assert last == ("parameters 95,642, plain resnet20 272,474: 2.85x fewer; MACs 16,433,792, plain 40,813,184: 2.48x fewer")
     result = read(capsys, "count", "shiftresnet20", "--expansion", "3")
     assert (result["params"], result["macs"]) == (95642, 16433792)
@@ -123,7 +124,7 @@ def test_the_plain_network_is_for_the_same_task(
 def test_plain_networks_are_compared_with_nothing(capsys: pytest.CaptureFixture[str]):
     assert "against" not in read(capsys, "count", "resnet20")
     assert "against" not in read(
-        capsys, "count", "torch.nn:Conv2d", "--in_channels=3", "--out_channels=8", "--kernel_size=3"
+        capsys, "count", "torch.nn:Conv2d", "--in_channels=3", "--out_channels=8", "--kernel_size=3", "--input-size=3,8,8"
     )
 
 
@@ -147,7 +148,7 @@ def test_every_baseline_is_a_plain_network(name: str):
         (["models", "--paper", "Nobody et al."], "unknown paper 'Nobody et al.'"),
         (["models", "swrn*", "--technique", "shift"], "with --technique shift"),
         (["models", "swrm*"], "no model matches"),
-        (["models", "--tecnique", "shift"], "See thriftnet models --help"),
+        (["models", "--tecnique", "shift"], "did you mean '--technique'"),
         (["count", "shiftresnet20", "--against", "resnet21"], "did you mean 'resnet"),
         (["count", "shiftresnet20", "--expansion", "0"], "greater than 0"),
     ],

@@ -86,6 +86,57 @@ def test_folders_within_classes_hidden_ones_and_other_files(tmp_path: Path):
     assert sum(len(split) for split in splits) == 9
 
 
+def test_links_to_folders_above_or_read_before_are_not_followed(tmp_path: Path):
+    root = class_folders(tmp_path / "pets", per_class=4)
+    (root / "dog" / "loop").symlink_to(root / "dog", target_is_directory=True)
+    (root / "dog" / "up").symlink_to(root, target_is_directory=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "9.png").write_bytes(png(9))
+    for name in ("linked", "twice"):
+        (root / "cat" / name).symlink_to(elsewhere, target_is_directory=True)
+    splits = open_data(f"folder:{root}").splits.values()
+    assert torch.cat([split.labels for split in splits]).bincount().tolist() == [5, 4]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = class_folders(tmp_path, per_class=4)
+    scandir = os.scandir
+
+    def refuse(place: object) -> object:
+        if str(place).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(tn.DataError, match=r"dog cannot be read: Permission denied"):
+        open_data(f"folder:{root}")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_pipes_in_place_of_files_are_refused_without_waiting(tmp_path: Path):
+    imagenet_folders(tmp_path)
+    os.mkfifo(tmp_path / "val" / "cat" / "9.png")
+    val = open_data(f"folder:{tmp_path}").split("val")
+    with pytest.raises(tn.DataError, match=r"9\.png cannot be decoded: it is a device or pipe"):
+        val.image(2)
+    os.mkfifo(tmp_path / "train-0.parquet")
+    with pytest.raises(tn.DataError, match=r"train-0\.parquet is not a file"):
+        open_data(f"parquet:{tmp_path}")
+
+
+def test_repeated_class_names_stay_apart(tmp_path: Path):
+    source = open_data(f"parquet:{parquet_files(tmp_path, {'train': 4}, ['crane', 'crane', 'dog'])}")
+    assert source.classes == ("crane (0)", "crane (1)", "dog")
+
+
+def test_tables_of_which_a_file_is_missing_are_refused(tmp_path: Path):
+    parquet_files(tmp_path, {"train": 4})
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
+    with pytest.raises(tn.DataError, match=r"has 1 of the 2 files that train-00000-of-00002\.parquet is one of"):
+        open_data(f"parquet:{tmp_path}")
+
+
 def test_images_of_different_sizes_have_no_common_one(tmp_path: Path):
     imagenet_folders(tmp_path)
     Image.new("RGB", (5, 9)).save(tmp_path / "train" / "cat" / "odd.png")
@@ -240,6 +291,7 @@ def test_missing_cifar_that_cannot_be_downloaded_leaves_nothing(tmp_path: Path):
         ("digits:x", "the digits need no folder"),
         ("folder", "the folder is missing"),
         ("folder:", "the folder is missing"),
+        ("hf:", "the name is missing"),
     ],
 )
 def test_unknown_specs_are_refused(spec: str, message: str):

@@ -33,7 +33,7 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
         return import_checkpoint(path).model
     if saved:
         return load(source)
-    if "/" in source and ":" not in source:
+    if ":" not in source and ("/" in source or path.suffix[1:2].isalpha()):
         raise ConfigError(
             f"there is no folder or file {source!r}. Give a saved folder, a checkpoint file, hf-hub:OWNER/NAME, "
             "a model name (see list_models), or timm:NAME"

@@ -1,4 +1,4 @@
-"""What the verbs share: parsing, model arguments and printing."""
+"""Shared by the verbs: parsing, model arguments and printing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.models import model_kwargs
+from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import NAMES, normalize_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +39,7 @@ def new_parser(verb: str, description: str, *, takes_model: bool = False) -> Arg
 
 
 def add_machine_options(parser: ArgumentParser) -> None:
-    """How a long job uses threads and memory: taken by `use_machine`."""
+    """Options on threads and memory of a long job, for `use_machine`."""
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads within an operation; left out, one for single images"
     )
@@ -61,7 +65,12 @@ def use_machine(options: Namespace, batch_size: int) -> str:
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parse, with one clear error for wrong use."""
+    """Parse, with a one-line error for wrong use, and close matches for unknown options."""
+    known = _options(parser)
+    for word in arguments:
+        option = word.partition("=")[0]
+        if word.startswith("--") and word != "--" and not any(name.startswith(option) for name in known):
+            raise unknown_name("option", option, known)
     try:
         return parser.parse_args(list(arguments))
     except ArgumentError as error:
@@ -71,8 +80,14 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def parse_with_kwargs(
     parser: ArgumentParser, arguments: Sequence[str], *, literals: bool = True
 ) -> tuple[Namespace, dict[str, Any]]:
-    """Parse the verb's own options; all other ``--key value`` pairs are given back, as Python values or as texts."""
-    known = {name for action in parser._actions for name in action.option_strings}
+    """Parse the verb's own options, and return all other ``--key value`` pairs, as Python values or as text.
+
+    argparse cannot do this: it takes the value of an unknown option for the next positional argument.
+
+    Raises:
+        ConfigError: Wrong use, or a pair that MODEL does not take, with close matches among options and arguments.
+    """
+    known = _options(parser)
     own: list[str] = []
     kwargs: dict[str, Any] = {}
     rest = list(arguments)
@@ -87,7 +102,27 @@ def parse_with_kwargs(
                 raise unknown_name("option", word, known)
             value = rest.pop(0)
         kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
-    return parse(parser, own), kwargs
+    options = parse(parser, own)
+    if kwargs and any(action.dest == "model" and not action.option_strings for action in parser._actions):
+        _check_kwargs(options.model, kwargs, known)
+    return options, kwargs
+
+
+def _options(parser: ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
+
+
+def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> None:
+    """Refuse arguments that a saved network or one of the zoo does not take: they may be mistyped options."""
+    saved = source.startswith("hf-hub:") or Path(source).exists()
+    if not saved and normalize_name(source) not in NAMES:
+        return  # the builder of another library or of the user's code knows
+    possible = set() if saved else {f"--{name.replace('_', '-')}" for name in model_kwargs(source)}
+    for key in kwargs:
+        option = f"--{key.replace('_', '-')}"
+        if option not in possible:
+            where = f"option for the saved network {source}" if saved else "option"
+            raise unknown_name(where, option, options | possible)
 
 
 def literal(text: str) -> Any:
@@ -123,18 +158,35 @@ def open_network(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def input_size(text: str | None, model: nn.Module) -> tuple[int, int, int]:
-    """``3,32,32`` as numbers; left out, what the network says of itself, else (3, 224, 224)."""
-    if text is None:
-        stated = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
-        size = tuple(stated.get("input_size", (3, 224, 224)))
-    else:
-        try:
-            size = tuple(int(part) for part in text.split(","))
-        except ValueError:
-            size = ()
-    if len(size) != 3 or min(size) < 1:
-        raise ConfigError(f"--input-size {text}: write channels,height,width, as 3,32,32")
-    return size[0], size[1], size[2]
+    """``3,32,32`` as numbers; left out, the size that the network, or torchvision, gives for it.
+
+    Raises:
+        ConfigError: Not three numbers, or left out for a network whose size is unknown.
+    """
+    size = _stated_size(model) if text is None else text.split(",")
+    try:
+        channels, height, width = (int(part) for part in size)
+    except ValueError:
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        problem = f"the input size of {type(model).__name__} is unknown" if text is None else f"--input-size {text}"
+        raise ConfigError(f"{problem}: give channels,height,width, as --input-size 3,32,32")
+    return channels, height, width
+
+
+def _stated_size(model: nn.Module) -> Sequence[Any]:
+    for name in ("default_cfg", "pretrained_cfg"):
+        stated = getattr(model, name, None) or {}
+        if "input_size" in stated:
+            return tuple(stated["input_size"])
+    library, _, name = str((getattr(model, IDENTITY, None) or {}).get("name")).partition(":")
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        for weights in get_model_weights(name):
+            side = getattr(weights.transforms(), "crop_size", [0])[0]
+            return 3, side, side
+    return ()
 
 
 def emit(text: str, result: Mapping[str, Any], *, as_json: bool) -> None:

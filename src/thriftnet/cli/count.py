@@ -44,7 +44,8 @@ def run(arguments: Sequence[str]) -> None:
     if name:
         other = inspect(open_network(name, other_kwargs), size)
         result["against"] = _comparison(name, other_kwargs, report, other)
-        text += "\n\n" + _sentence(report, other, name, "" if options.against else "plain ")
+        what = name if options.against else f"plain {name}, the network that the paper starts from"
+        text += f"\n\nagainst {what}:\n" + _sentence(report, other, name, "" if options.against else "plain ")
     emit(text, result, as_json=options.json)
 
 

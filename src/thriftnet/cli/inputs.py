@@ -25,7 +25,12 @@ FACTS = ("resize", "crop_pct", "eval_interpolation")  # of a folder's metadata: 
 def add_image_options(parser: ArgumentParser) -> None:
     """Options on data and on how images become inputs."""
     add = parser.add_argument
-    add("--data", metavar="D", required=True, help="digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR")
+    add(
+        "--data",
+        metavar="D",
+        required=True,
+        help="digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME",
+    )
     add(
         "--plain",
         metavar="MODEL",
