@@ -104,7 +104,7 @@ def parse_with_kwargs(
         kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
     options = parse(parser, own)
     if kwargs and any(action.dest == "model" and not action.option_strings for action in parser._actions):
-        _check_kwargs(options.model, kwargs, known)
+        _check_kwargs(options.get("plain") or options.model, kwargs, known)
     return options, kwargs
 
 
