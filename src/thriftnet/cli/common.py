@@ -34,32 +34,6 @@ def new_parser(verb: str, description: str, *, takes_model: bool = False) -> Arg
     return parser
 
 
-def add_machine_options(parser: ArgumentParser) -> None:
-    """How a long job uses threads and memory: taken by `use_machine`."""
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads within an operation; left out, one for single images"
-    )
-    parser.add_argument(
-        "--fast-malloc",
-        action="store_true",
-        help="let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
-    )
-
-
-def use_machine(options: Namespace, batch_size: int) -> str:
-    """Set threads and allocator for the rest of this process; returns the allocator in words.
-
-    Args:
-        options: Parsed, with those of `add_machine_options`.
-        batch_size: Images at a time.
-    """
-    from thriftnet.runtime_options import allocator, use_fast_malloc, use_threads
-
-    memory = use_fast_malloc() if options.fast_malloc else allocator()
-    use_threads(batch_size, options.threads)
-    return memory
-
-
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse, with one clear error for wrong use."""
     try:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.kernels.arena import Arena
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
 
 FEWEST = 4  # layers from which one product is faster than one for each
@@ -84,7 +84,7 @@ class Mixer:
     def weight(self, layer: User, templates: nn.Parameter) -> Tensor:
         """The layer's weight, (O, I, kh, kw)."""
         self.join(layer)
-        if self.choose(layer, templates).form == "alone":
+        if self.choose(layer, templates).implementation == "alone":
             return alone(layer.coefficients, templates)
         if self._round is not None:
             weight = self._round.take(layer, templates)
@@ -94,20 +94,22 @@ class Mixer:
         found = self._round.take(layer, templates)
         return alone(layer.coefficients, templates) if found is None else found
 
-    def choose(self, layer: User, templates: Tensor) -> Choice:
+    def choose(self, layer: User, templates: Tensor) -> KernelChoice:
         """Together or alone."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return Choice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
+            return KernelChoice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
         if not can_join(templates, layer.coefficients):
-            return Choice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
+            return KernelChoice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
         choice = forced("bank")
         if choice is not None:
             return choice
         if not torch.is_grad_enabled():
-            return Choice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
+            return KernelChoice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
         if len(self._layers) < FEWEST:
-            return Choice("bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {FEWEST} on")
-        return Choice("bank", "together", f"one product for {len(self._layers)} layers")
+            return KernelChoice(
+                "bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {FEWEST} on"
+            )
+        return KernelChoice("bank", "together", f"one product for {len(self._layers)} layers")
 
     def _begin(self, layer: User, templates: nn.Parameter) -> MixedWeights:
         """Compute the weights of all layers that can be computed with this one."""
