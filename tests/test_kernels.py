@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,6 @@ import thriftnet as tn
 from networks import NETWORKS, perturb
 from test_laws import CONFIGS, converted
 from thriftnet.kernels import force
-from thriftnet.kernels.arena import SMALLEST, Arena
 from thriftnet.kernels.dispatch import IMPLEMENTATIONS
 from thriftnet.kernels.orthogonality import BlockPenalty, penalty
 from thriftnet.kernels.shift import choose
@@ -81,6 +83,30 @@ def test_unknown_implementations_are_refused() -> None:
         pytest.raises(tn.ConfigError, match=r"forced, but the input is on cpu: expected planes"),
     ):
         tn.Shift2d(9)(torch.zeros(1, 9, 2, 2))
+
+
+def test_importing_the_techniques_loads_no_compiler() -> None:
+    """It takes seconds, more than torch itself."""
+    code = "import sys, thriftnet.techniques, thriftnet.kernels.pack; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_compiled_graphs_follow_what_is_forced() -> None:
+    graphs: list[str] = []
+
+    def record(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(str(module.graph))
+        return module.forward
+
+    layer, x = tn.Shift2d(9), torch.randn(1, 9, 4, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend=record)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), layer(x))
+            with force(shift="windows"):
+                assert torch.equal(compiled(x), layer(x))
+    assert ["conv2d" in graph for graph in graphs] == [True, False]
 
 
 def test_force_nests_and_ends() -> None:
@@ -169,36 +195,18 @@ def test_shift_takes_part_in_transforms() -> None:
     assert torch.equal(grad, y.grad)
 
 
-# ------------------------------------------------------------------------------------------------ memory, fusion, penalty
-
-
-def test_an_arena_gives_memory_only_when_nobody_holds_it() -> None:
-    arena, like = Arena(), torch.empty(0)
-    size = SMALLEST // 4
-    first = arena.empty((size,), like)
-    place = first.data_ptr()
-    assert place % 64 == 0
-    view = first[10:]
-    del first
-    second = arena.empty((size,), like)
-    assert second.data_ptr() != place, "a view still holds the memory"
-    del view
-    assert arena.empty((size,), like).data_ptr() == place
-    held = [arena.empty((size,), like) for _ in range(9)]
-    assert len({tensor.data_ptr() for tensor in [second, *held]}) == 10
-    assert len(arena._blocks) <= 5
-    assert sys.getrefcount(arena._blocks) >= 1
+# ------------------------------------------------------------------------------------------------ banks, fusion, penalty
 
 
 def test_gradients_are_not_overwritten_by_the_next_step() -> None:
-    bank = tn.TemplateBank(3, 128, 128, 3)  # large enough for the arena
+    bank = tn.TemplateBank(3, 8, 8, 3)
     layers = [tn.SConv2d(bank) for _ in range(4)]
     assert (
         tn.kernels.dispatch.IMPLEMENTATIONS["bank"][0]
         == layers[0].kernel_choice(torch.empty(0)).implementation
         == "together"
     )
-    x = torch.randn(1, 128, 2, 2)
+    x = torch.randn(1, 8, 2, 2)
     kept = []
     for scale in (1.0, 2.0, 3.0):
         bank.templates.grad = None

@@ -252,7 +252,7 @@ def test_refusals() -> None:
         packed.conv1(torch.zeros(1, 4, 32, 32))
 
 
-def test_large_batches_run_in_pieces() -> None:
+def test_large_batches_run_in_micro_batches() -> None:
     """As many images at a time as keep the largest tensor small; the outputs are those of all at once."""
     part = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1))
     size = (3, 64, 64)
@@ -261,11 +261,11 @@ def test_large_batches_run_in_pieces() -> None:
         ghost(torch.empty(2, *size, device="meta"))
 
     assert bytes_per_image(part, run) == 16 * 64 * 64 * 4
-    pieces = MicroBatched(part, run)
-    assert pieces.most == 63
+    split = MicroBatched(part, run)
+    assert split.micro_batch_size == 63
     seen: list[int] = []
     part[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     images = torch.randn(130, *size)
     with torch.no_grad():
-        assert close(pieces(images), part(images))
+        assert close(split(images), part(images))
     assert seen == [44, 43, 43, 130]

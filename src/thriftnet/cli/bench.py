@@ -167,7 +167,7 @@ def runnable(
 
 def folded(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """In plain layers."""
-    from thriftnet.core.verbs import fold, is_foldable
+    from thriftnet.core.fold import fold, is_foldable
 
     if not any(is_foldable(module) for module in model.modules()):
         raise IncompatibleModelError("plain layers only: nothing to fold")
@@ -187,7 +187,7 @@ def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """Folded, and compiled by torch for this batch size."""
     import torch
 
-    from thriftnet.core.verbs import fold, is_foldable
+    from thriftnet.core.fold import fold, is_foldable
 
     plain = fold(model) if any(is_foldable(module) for module in model.modules()) else model
     return torch.compile(plain, dynamic=False)

@@ -36,7 +36,7 @@ class Fuser:
         return made
 
     def forget(self) -> None:
-        """Compute anew next time."""
+        """Compute it again next time."""
         self._latest = None
 
 
@@ -45,7 +45,7 @@ def choose(members: Tensor, scales: Tensor | None) -> KernelChoice:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return KernelChoice("fusion", "each", "a compiled or exported graph finds equal parts by itself")
     if not is_plain(members) or not (scales is None or is_plain(scales)):
-        return KernelChoice("fusion", "each", "the members are no plain parameters")
+        return KernelChoice("fusion", "each", "the members are not plain parameters")
     choice = forced("fusion")
     if choice is not None:
         return choice

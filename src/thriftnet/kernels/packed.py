@@ -1,6 +1,6 @@
 """Convolutions for inference on a CPU whose weights lie as oneDNN's kernels read them, with the activation taken in the same pass.
 
-Eager torch hands 1 x 1 convolutions on one thread to a slower library, and lays every weight out anew in each call. oneDNN with
+Eager torch hands 1 x 1 convolutions on one thread to a slower library, and repacks every weight in each call. oneDNN with
 weights laid out once is what torch's own compiler calls for frozen networks; these operators of torch do it without compiling.
 """
 
@@ -116,7 +116,7 @@ class PackedConv2d(nn.Conv2d):
         return out if self.activation is None else self.activation(out)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """The weight as oneDNN reads it, made anew when the weight or the size of the maps has changed.
+        """The weight as oneDNN reads it, repacked when the weight or the size of the maps has changed.
 
         Which layout is right depends on height and width; with another one each call would lay the weight out again.
         """
@@ -137,7 +137,7 @@ _HELD_BY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def can_pack(conv: nn.Module) -> bool:
-    """Whether a layer is a convolution that `PackedConv2d` can stand for.
+    """Whether `PackedConv2d` can replace a layer.
 
     One with hooks would lose them. Odd geometries are left alone: in some of them oneDNN's packed convolution gives wrong values (a single
     channel, steps of 1 and 2, one column left; torch 2.15) or crashes (dilation with more padding than the kernel needs; torch 2.11).
