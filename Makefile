@@ -27,10 +27,10 @@ check: $(STAMP) ## lint, formatting, types, and which room imports which
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## time every technique against its floor; ARGS='--check shift' for one topic and an exit code
-	$(BIN)/thriftnet bench $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 performance: $(STAMP) ## measure everything, a quarter of an hour on a quiet core; writes docs/performance.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/page.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.page $(ARGS)
 
 faults: $(STAMP) ## kill, fill, damage and attack; writes docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults --page docs/reliability.md $(ARGS)

@@ -1,6 +1,20 @@
-"""What is fast, measured: every technique against its floor and against what one would write without it.
+"""What checks the project's targets: every technique against its floor and against what one would write without it. Not in the wheel.
 
-A topic is a module with a function ``cases(settings)`` that yields `Case` and `Fact`. It is imported when it runs.
+    python -m benchmarks [TOPIC ...] [--check]   times the topics; `make bench`
+    python -m benchmarks.page                    runs all of them with both allocators, writes docs/performance.md; `make performance`
+    python -m benchmarks.gpu results.json        checks and times what runs differently on a GPU
+    python -m benchmarks.gates                   accuracy of gates against fixed widths, writes docs/results/gates.md
+    python -m benchmarks.twins                   accuracy of every width against its own network, writes docs/results/slimmable-twins.md
+
+Topics, one file each, with a function ``cases(settings)`` that yields `Case` and `Fact`:
+    shift, soft_sharing, filter_basis, weight_sharing, slimmable, data, train, deploy
+
+What they share:
+    measuring   cases, targets, and timing variants against each other
+    report      results as rows, JSON and pictures
+    networks    training steps and forwards
+    baselines   what one writes without this library
+    masked      the dynamic mode of DS-Net's authors
 """
 
 from __future__ import annotations
@@ -9,30 +23,13 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from thriftnet.errors import unknown_name
-
 if TYPE_CHECKING:
     from benchmarks.measuring import Case, Fact, Settings
 
-TOPICS = {
-    "shift": "benchmarks.shift",
-    "soft-sharing": "benchmarks.soft_sharing",
-    "filter-basis": "benchmarks.filter_basis",
-    "weight-sharing": "benchmarks.weight_sharing",
-    "slimmable": "benchmarks.slimmable",
-    "data": "benchmarks.data",
-    "train": "benchmarks.train",
-    "deploy": "benchmarks.deploy",
-}
+TOPICS = ("shift", "soft-sharing", "filter-basis", "weight-sharing", "slimmable", "data", "train", "deploy")
 
 
 def cases(topic: str, settings: Settings) -> Iterator[Case | Fact]:
-    """What a topic measures, one after the other, so that only one case is in memory.
-
-    Raises:
-        ConfigError: There is no such topic.
-    """
-    if topic not in TOPICS:
-        raise unknown_name("topic", topic, TOPICS)
-    found: Iterator[Case | Fact] = importlib.import_module(TOPICS[topic]).cases(settings)
+    """What one of `TOPICS` measures, one after the other, so that only one case is in memory."""
+    found: Iterator[Case | Fact] = importlib.import_module(f"benchmarks.{topic.replace('-', '_')}").cases(settings)
     return found

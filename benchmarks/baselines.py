@@ -1,6 +1,6 @@
-"""What one writes without this library, and what the original systems do: the forms that speed is measured against.
+"""What one writes without this library, and what the original systems do: the variants that speed is measured against.
 
-None is slower than it has to be in its form, and each is tested to compute what the library does.
+None is slower than it has to be, and each is tested to compute what the library does.
 """
 
 from __future__ import annotations

@@ -38,14 +38,14 @@ def pipeline_case(count: int, cutout: int) -> Case:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
     images = ArrayImages(pixels, torch.arange(count) % 10)
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "PIL, image by image": exhausted(torch.utils.data.DataLoader(PilImages(images, cutout), BATCH, shuffle=True)),
         "ResidentLoader": epochs(loader(images, cutout, resident=True)),
         "ImageLoader": epochs(loader(images, cutout, resident=False)),
     }
     ratios = [Ratio("PIL, image by image", "ResidentLoader", P6), Ratio("PIL, image by image", "ImageLoader")]
     name = f"{count} images of 32 x 32, crop and flip{' and cutout' if cutout else ''}"
-    return Case(TOPIC, name, forms, ratios, 15, apart=frozenset(forms))
+    return Case(TOPIC, name, variants, ratios, 15, apart=frozenset(variants))
 
 
 class PilImages(torch.utils.data.Dataset[Any]):

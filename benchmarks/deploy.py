@@ -40,9 +40,9 @@ def forward_case(name: str, batch: int) -> Case:
     model = settled(create_model(name)).eval()
     images = torch.randn(batch, 3, 32, 32)
     networks = {"eager": model, "folded": fold(model), "packed": pack(model, input_size=(3, 32, 32))}
-    forms = {form: forward(network, images) for form, network in networks.items()}
+    variants = {variant: forward(network, images) for variant, network in networks.items()}
     ratios = [Ratio("eager", "folded"), Ratio("eager", "packed")]
-    return Case(TOPIC, f"{NETWORKS[name]}, batch {batch}", forms, ratios, 25 if batch == 1 else 9, tolerance=1e-4)
+    return Case(TOPIC, f"{NETWORKS[name]}, batch {batch}", variants, ratios, 25 if batch == 1 else 9, tolerance=1e-4)
 
 
 def layer_case(channels: int) -> Case:
@@ -51,11 +51,11 @@ def layer_case(channels: int) -> Case:
     convolution = nn.Conv2d(channels, channels, 1)
     layer = nn.Sequential(convolution, nn.ReLU()).eval()
     images = torch.randn(1, channels, 14, 14).contiguous(memory_format=torch.channels_last)
-    forms = {
+    variants = {
         "copies of maps and weight": lambda: (images.clone(), convolution.weight.detach().clone()),
         "torch": forward(layer, images),
         "thriftnet, packed": forward(pack(layer, input_size=(channels, 14, 14)), images),
     }
-    ratios = [Ratio(name, "copies of maps and weight") for name in list(forms)[1:]]
+    ratios = [Ratio(name, "copies of maps and weight") for name in list(variants)[1:]]
     apart = frozenset({"copies of maps and weight"})
-    return Case(TOPIC, f"1 x 1 convolution, {channels} channels", forms, ratios, 9, apart, 1e-4, size=channels)
+    return Case(TOPIC, f"1 x 1 convolution, {channels} channels", variants, ratios, 9, apart, 1e-4, size=channels)

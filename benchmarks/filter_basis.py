@@ -49,7 +49,7 @@ def forward_case(settings: Settings) -> Case:
     x, _ = batch(2 if settings.quick else 64, 32)
     last = x.contiguous(memory_format=torch.channels_last)
     folded, original = fold(ours), with_original_bases(copy.deepcopy(ours))
-    forms = {
+    variants = {
         "plain network, NCHW": forward(plain, x),
         "thriftnet, folded, NCHW": forward(folded, x),
         "thriftnet, NCHW": forward(ours, x),
@@ -68,7 +68,7 @@ def forward_case(settings: Settings) -> Case:
         Ratio("thriftnet, NCHW", "plain network, NCHW"),
     ]
     apart = frozenset({"plain network, NCHW", "plain network, channels_last"})
-    return Case(TOPIC, f"ResNet-{depth} with bases, forward, batch {len(x)}", forms, ratios, 9, apart, tolerance=1e-3)
+    return Case(TOPIC, f"ResNet-{depth} with bases, forward, batch {len(x)}", variants, ratios, 9, apart, tolerance=1e-3)
 
 
 def in_channels_last(model: nn.Module) -> nn.Module:
@@ -87,19 +87,19 @@ def step_case(
     ours = BasisConv2d(conv, bank, 0, 0, torch.randn(channels, shared + unique) / (shared + unique) ** 0.5).train()
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(images, channels, side, side, generator=generator) for _ in range(2))
-    forms: dict[str, Callable[[], object]] = {}
-    for layout, form in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
-        a, g = (tensor.contiguous(memory_format=form) for tensor in (x, grad))
+    variants: dict[str, Callable[[], object]] = {}
+    for layout, variant in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        a, g = (tensor.contiguous(memory_format=variant) for tensor in (x, grad))
         for name, layer in (("plain", conv), ("thriftnet", ours), ("two convolutions", OriginalBasisConv2d(ours))):
-            forms[f"{name}, {layout}"] = layer_step(copy.deepcopy(layer).to(memory_format=form), a, g)
-    apart = frozenset(name for name in forms if name.startswith("plain"))
+            variants[f"{name}, {layout}"] = layer_step(copy.deepcopy(layer).to(memory_format=variant), a, g)
+    apart = frozenset(name for name in variants if name.startswith("plain"))
     ratios = [
         Ratio("thriftnet, channels_last", "plain, NCHW", target),
         Ratio("thriftnet, channels_last", "plain, channels_last"),
         Ratio("two convolutions, NCHW", "plain, NCHW"),
     ]
     name = f"{channels} channels, {side} x {side}, batch {images}, rank {shared} + {unique}, forward + backward"
-    return Case(TOPIC, name, forms, ratios, 9, apart, tolerance=1e-3, size=size)
+    return Case(TOPIC, name, variants, ratios, 9, apart, tolerance=1e-3, size=size)
 
 
 def layer_step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
@@ -134,11 +134,11 @@ def penalty_case(what: str, banks: list[SharedBasis], target: Target) -> Case:
 
         return forward_backward
 
-    forms = {
+    variants = {
         "thriftnet": run(lambda: torch.stack([bank.penalty_term().total for bank in banks]).sum()),
         "full Gram matrix": run(
             lambda: torch.stack([penalty_of_full_gram(bank, mask) for bank, mask in zip(banks, wanted, strict=True)]).sum()
         ),
     }
     ratios = [Ratio("thriftnet", "full Gram matrix", target)]
-    return Case(TOPIC, f"penalty, {what}", forms, ratios, 25, tolerance=1e-3)
+    return Case(TOPIC, f"penalty, {what}", variants, ratios, 25, tolerance=1e-3)

@@ -9,7 +9,7 @@ mixture  the best that chance can do: the two fixed widths around, mixed
 fixed    the best fixed width within the budget
 oracle   the best assignment, which only labels can tell
 
-    python benchmarks/gates.py --cifar parquet:cifar10-jpeg --weights resnet20-12fca82f.th --write docs/results
+    python -m benchmarks.gates --cifar parquet:cifar10-jpeg --weights resnet20-12fca82f.th --write docs/results
 
 Trainings in the output folder are taken up again, so a second start only measures.
 """

@@ -1,8 +1,8 @@
 """Check and time everything that runs differently on a GPU, in one command of under ten minutes; leaves JSON.
 
-    python benchmarks/gpu.py results.json
+    python -m benchmarks.gpu results.json
 
-First the Triton kernels are held against loops; then each form is timed between events, in an order drawn anew for every
+First the Triton kernels are held against loops; then each variant is timed between events, in random order in every
 round. Large maps do not fit into a GPU's cache, small ones do: both are there.
 """
 
@@ -92,19 +92,19 @@ def shift_case(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype
     x, grad = tensors(shape, layout, dtype)
     layer = Shift2d(shape[1]).cuda()
 
-    def form(name: str) -> Callable[[Tensor], Tensor]:
+    def variant(name: str) -> Callable[[Tensor], Tensor]:
         def run(given: Tensor) -> Tensor:
             with force(shift=name):
                 return layer(given)
 
         return run
 
-    forms = {"two copies": lambda: (x.detach().clone(), grad.clone())}
-    forms |= {name: forward_backward(form(name), x, grad) for name in ("triton", "depthwise", "planes")}
+    variants = {"two copies": lambda: (x.detach().clone(), grad.clone())}
+    variants |= {name: forward_backward(variant(name), x, grad) for name in ("triton", "depthwise", "planes")}
     target = P1G if x.numel() * x.element_size() > 2**24 else None  # of small maps a launch is all that there is to time
     ratios = [Ratio(name, "two copies", target if name == "triton" else None) for name in ("triton", "depthwise", "planes")]
     return Case(
-        "shift", f"shift forward + backward, {shape}, {layout}, {dtype}", forms, ratios, 15, frozenset({"two copies"})
+        "shift", f"shift forward + backward, {shape}, {layout}, {dtype}", variants, ratios, 15, frozenset({"two copies"})
     )
 
 
@@ -113,14 +113,14 @@ def pointwise_case(shape: tuple[int, int, int, int], outs: int, stride: int, dty
     weight = torch.randn(outs, shape[1], 1, 1, device="cuda", dtype=dtype) / shape[1] ** 0.5
     layer, moved = Shift2d(shape[1]).cuda(), moved_channels(shape[1], 3)
     given = x.detach()
-    forms = {
+    variants = {
         "plain 1 x 1": lambda: F.conv2d(given, weight, stride=stride),
         "fused": lambda: fused(given, weight, 3, 1, moved, stride),
         "shift, then 1 x 1": lambda: F.conv2d(layer(given), weight, stride=stride),
     }
     ratios = [Ratio("fused", "plain 1 x 1", P1G_FUSED), Ratio("shift, then 1 x 1", "plain 1 x 1")]
     name = f"shift + 1 x 1, {shape} to {outs}, stride {stride}, {dtype}"
-    return Case("shift", name, forms, ratios, 15, frozenset({"plain 1 x 1"}), tolerance=0.02)
+    return Case("shift", name, variants, ratios, 15, frozenset({"plain 1 x 1"}), tolerance=0.02)
 
 
 def shift_network_case() -> Case:
@@ -128,31 +128,31 @@ def shift_network_case() -> Case:
     last = x.contiguous(memory_format=torch.channels_last)
     model = create_model("shiftresnet20").cuda().train().to(memory_format=torch.channels_last)
 
-    def step(form: str) -> Callable[[], Tensor]:
+    def step(variant: str) -> Callable[[], Tensor]:
         run = trained_step(copy.deepcopy(model), last, labels, autocast=torch.bfloat16)
 
         def forced_step() -> Tensor:
-            with force(shift=form):
+            with force(shift=variant):
                 return run()
 
         return forced_step
 
-    forms = {name: step(name) for name in ("triton", "fused", "depthwise")}
+    variants = {name: step(name) for name in ("triton", "fused", "depthwise")}
     ratios = [Ratio("depthwise", "triton"), Ratio("depthwise", "fused")]
-    return Case("shift", "ShiftResNet20 training step, batch 128, bf16", forms, ratios, 15, tolerance=0.05)
+    return Case("shift", "ShiftResNet20 training step, batch 128, bf16", variants, ratios, 15, tolerance=0.05)
 
 
 def soft_network_case() -> Case:
     x, labels = batch(32, 32, device="cuda")
     plain, ours = (create_model(name).cuda().train() for name in ("wrn28_10", "swrn28_10_6"))
-    forms = {
+    variants = {
         "plain": trained_step(plain, x, labels),
         "thriftnet": trained_step(ours, x, labels),
         "original": trained_step(with_original_mixing(copy.deepcopy(ours)), x, labels),
     }
     ratios = [Ratio("thriftnet", "plain"), Ratio("original", "plain")]
     name = "SWRN-28-10-6 training step, batch 32"
-    return Case("soft-sharing", name, forms, ratios, 9, frozenset({"plain"}), tolerance=0.01)
+    return Case("soft-sharing", name, variants, ratios, 9, frozenset({"plain"}), tolerance=0.01)
 
 
 def basis_network_case() -> Case:
@@ -162,9 +162,9 @@ def basis_network_case() -> Case:
     plain = create_model("resnet56")
     ours = thriftnet.convert(plain, FilterBasis(shared_rank=16, rank_channels=16, bases=2, init="random"))
     networks: dict[str, nn.Module] = {"plain": plain.cuda().train(), "thriftnet": ours.cuda().train()}
-    forms = {name: trained_step(network, x, labels) for name, network in networks.items()}
+    variants = {name: trained_step(network, x, labels) for name, network in networks.items()}
     name = "ResNet-56 with bases, training step, batch 128"
-    return Case("filter-basis", name, forms, [Ratio("thriftnet", "plain")], 9, frozenset({"plain"}))
+    return Case("filter-basis", name, variants, [Ratio("thriftnet", "plain")], 9, frozenset({"plain"}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What others compute, to measure against: the forms that the papers' own code has."""
+"""What others compute, to measure against: the variants that the papers' own code has."""
 
 from __future__ import annotations
 

@@ -1,36 +1,24 @@
-"""Timing forms of one computation against each other, so that their ratios can be trusted.
+"""Timing variants of one computation against each other, by `thriftnet.measure.latency`.
 
-All forms of a case are first checked to give the same numbers. Then each has its turn once per round, in an order drawn anew for
-each round, since what ran before a form decides how much memory it finds warm. A turn is one call or, of a form that takes
-less than 20 ms, as many as take that long, of which the mean counts. A ratio is the median over the rounds of
-(time of one form / time of the other in that round), with the quartiles beside it. On a CPU, times are CPU times of this
-process, so that other processes disturb them little; on a GPU they are taken between two events. Absolute times depend
-on the machine and on what else it does.
+All variants of a case are first checked to give the same numbers. On a CPU, times are CPU times of this process, so that other
+processes disturb them little. Absolute times depend on the machine and on what else it does; ratios are what counts.
 """
 
 from __future__ import annotations
 
-import math
-import random
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from thriftnet.errors import ThriftnetError
-
-Run = Callable[[], object]
-
-SHORT, REPEATS = 2e-3, 20  # seconds of a call on a GPU below which so many are timed together
-TURN, MOST = 20e-3, 50  # seconds that a form's turn on a CPU takes at least, and calls that it has at most
+from thriftnet.measure.latency import TURN, Run, Spread, time_rounds
 
 
 class UnequalError(ThriftnetError):
-    """Two forms of a case do not compute the same, so that timing them would prove nothing."""
+    """Two variants of a case do not compute the same, so that timing them would prove nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +66,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Which two forms are compared.
+    """Which two variants are compared.
 
     Args:
-        of, to: Names of forms; the ratio is time of the one to time of the other.
+        of, to: Names of variants; the ratio is time of the one to time of the other.
         target: What it should be, if anything.
         condition: What the target holds under, where it does not hold everywhere: "mallopt" or "no mallopt".
     """
@@ -94,22 +82,22 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Case:
-    """Forms that are timed side by side.
+    """Variants that are timed side by side.
 
     Args:
         topic: Its topic.
         name: What is measured: operation, sizes, layout.
-        forms: Functions without arguments; what they return is checked for equality and then dropped.
+        variants: Functions without arguments; what they return is checked for equality and then dropped.
         ratios: What is compared.
-        rounds: How often each form runs.
-        apart: Forms that compute something else by nature, as a floor does: left out of the check.
+        rounds: How often each variant runs.
+        apart: Variants that compute something else by nature, as a floor does: left out of the check.
         tolerance: Largest difference relative to the largest entry; 0 asks for equal bits.
         size: For a sweep: the number that varies.
     """
 
     topic: str
     name: str
-    forms: Mapping[str, Run]
+    variants: Mapping[str, Run]
     ratios: Sequence[Ratio]
     rounds: int = 25
     apart: frozenset[str] = frozenset()
@@ -134,29 +122,12 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of some numbers."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a case gave.
 
     Args:
         case: The case.
-        ms: Time of each form, in milliseconds.
+        ms: Time of each variant, in milliseconds.
         ratios: Value of each of the case's ratios.
     """
 
@@ -168,34 +139,24 @@ class Measured:
 
 
 def measure(case: Case, settings: Settings) -> Measured:
-    """Check the forms of a case, then time them.
+    """Check the variants of a case, then time them.
 
     Raises:
-        UnequalError: Two forms give different numbers.
+        UnequalError: Two variants give different numbers.
     """
     check_equal(case)
-    gpu = settings.device.startswith("cuda")
-    seconds: dict[str, list[float]] = {name: [] for name in case.forms}
-    order = random.Random(0)
-    warm = {name: cpu_seconds(run) for name, run in case.forms.items()}  # the second time, after the check
-    calls = {name: max(1, min(MOST, math.ceil(TURN / max(spent, 1e-6)))) for name, spent in warm.items()}
-    for _ in range(settings.rounds(case.rounds)):
-        for name in order.sample(list(case.forms), len(case.forms)):
-            run = case.forms[name]
-            seconds[name].append(gpu_seconds(run) if gpu else cpu_seconds(run, 1 if settings.quick else calls[name]))
-    ratios = [
-        (ratio, Spread.of([a / b for a, b in zip(seconds[ratio.of], seconds[ratio.to], strict=True)]))
-        for ratio in case.ratios
-    ]
+    rounds, turn = settings.rounds(case.rounds), 0.0 if settings.quick else TURN
+    seconds = time_rounds(case.variants, rounds, device=settings.device, clock=time.process_time, turn=turn)
+    ratios = [(ratio, Spread.of_ratios(seconds[ratio.of], seconds[ratio.to])) for ratio in case.ratios]
     spreads = {name: Spread.of([1e3 * s for s in spent]) for name, spent in seconds.items()}
     return Measured(case.topic, case.name, spreads, ratios, case.size)
 
 
 def check_equal(case: Case) -> None:
-    """Raise unless all forms that should give the same numbers do."""
+    """Raise unless all variants that should give the same numbers do."""
     wanted: list[Tensor] | None = None
     first = ""
-    for name, run in case.forms.items():
+    for name, run in case.variants.items():
         if name in case.apart:
             continue
         got = [leaf.detach().clone() for leaf in tree_leaves(run()) if isinstance(leaf, Tensor)]
@@ -217,28 +178,3 @@ def difference(one: Tensor, other: Tensor) -> float:
         return float("inf")
     largest = max(other.abs().max().item(), 1e-30)
     return float((one.double() - other.double()).abs().max().item()) / largest
-
-
-def cpu_seconds(run: Run, calls: int = 1) -> float:
-    """CPU time of one call, as the mean of several; what they return is freed within."""
-    start = time.process_time()
-    for _ in range(calls):
-        run()
-    return (time.process_time() - start) / calls
-
-
-def gpu_seconds(run: Run) -> float:
-    """Time of one call on the GPU, between two events; of short ones several, so that launching them is hidden."""
-    once = _gpu_seconds(run, 1)
-    return once if once > SHORT else _gpu_seconds(run, REPEATS)
-
-
-def _gpu_seconds(run: Run, repeats: int) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        run()
-    stop.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / repeats

@@ -1,7 +1,7 @@
 """Measure everything that docs/performance.md shows, with either allocator, and write its tables and pictures.
 
-    python benchmarks/page.py             # about a quarter of an hour on a quiet core
-    python benchmarks/page.py --only-write  # from the results of the last time
+    python -m benchmarks.page               # about a quarter of an hour on a quiet core
+    python -m benchmarks.page --only-write  # from the results of the last time
 
 The text around the tables is written by hand: read it again when numbers have changed.
 """
@@ -44,7 +44,7 @@ def measure(name: str, options: tuple[str, ...]) -> None:
     """One run of all topics in a process of its own; its results replace those of the last time."""
     print(f"measuring: {name}", file=sys.stderr)
     done = subprocess.run(
-        [sys.executable, "-m", "thriftnet", "bench", *options, "--json"], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "benchmarks", *options, "--json"], stdout=subprocess.PIPE, text=True, check=True
     )
     written = json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n"
     for old in RESULTS.glob(f"*-cpu-{name}.json"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.measuring import Fact, Measured, Target
+from thriftnet.measure import latency
+from thriftnet.measure.latency import Spread
 from thriftnet.report.plots import COLOURS, MARKERS, figure, svg
 
 GOOD, BAD, NEUTRAL = "#009E73", "#D50000", "#777777"
@@ -20,7 +21,7 @@ class Row:
 
     Args:
         case: What was measured.
-        what: Which form against which.
+        what: Which variant against which.
         value, low, high: Median and quartiles.
         target: What it should be; None where nothing is asked, or not under these conditions.
     """
@@ -35,8 +36,8 @@ class Row:
 
     @property
     def quartiles(self) -> str:
-        """The spread in words; nothing for what has none."""
-        return "" if self.low == self.high else f"{self.low:.3g} to {self.high:.3g}"
+        """The spread as text; empty if there is none."""
+        return Spread(self.value, self.low, self.high).quartiles
 
     @property
     def bound(self) -> str:
@@ -102,14 +103,8 @@ class Results:
 
 
 def conditions(allocator: str, quick: bool) -> dict[str, str | int | bool]:
-    """What the numbers depend on, without names of machines."""
-    return {
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "allocator": allocator,
-        "quick": quick,
-    }
+    """What the numbers depend on."""
+    return {**latency.conditions(), "threads": torch.get_num_threads(), "allocator": allocator, "quick": quick}
 
 
 def picture(results: Results) -> str:
@@ -178,8 +173,8 @@ def floors(results: Results) -> str:
         return svg(drawn)
 
 
-def _is_ours(form: str) -> bool:
-    return form.startswith("thriftnet")
+def _is_ours(variant: str) -> bool:
+    return variant.startswith("thriftnet")
 
 
 def _label(row: Row) -> str:

@@ -40,20 +40,20 @@ def operator_case(shape: tuple[int, int, int, int], layout: str, size: float | N
     x, grad = (torch.randn(shape, generator=generator).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     x.requires_grad_()
     layer, depthwise = Shift2d(shape[1]), shift_one_hot(shape[1])
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "two copies": lambda: (x.detach().clone(), grad.clone()),
         "thriftnet": forward_backward(layer, x, grad),
         "one-hot depthwise": forward_backward(depthwise, x, grad),
     }
     if size is None and shape[0] <= 32:  # it takes ten seconds on the larger one
-        forms["slices per channel"] = forward_backward(shift_per_channel, x, grad)
-    ratios = [Ratio(name, "two copies", P1 if name == "thriftnet" and size is None else None) for name in list(forms)[1:]]
+        variants["slices per channel"] = forward_backward(shift_per_channel, x, grad)
+    ratios = [Ratio(name, "two copies", P1 if name == "thriftnet" and size is None else None) for name in list(variants)[1:]]
     name = f"shift 3 x 3 forward + backward, {shape}, {layout}"
-    return Case(TOPIC, name, forms, ratios, 9, frozenset({"two copies"}), size=size)
+    return Case(TOPIC, name, variants, ratios, 9, frozenset({"two copies"}), size=size)
 
 
 def step_case(settings: Settings) -> Case:
-    """The whole network: layout and type are part of the form, so that losses agree only to the type's precision."""
+    """The whole network: layout and type are part of the variant, so that losses agree only to the type's precision."""
     torch.manual_seed(0)
     model = shiftresnet(20).train()
     x, labels = batch(8 if settings.quick else 128, 32)
@@ -63,7 +63,7 @@ def step_case(settings: Settings) -> Case:
         return trained_step(network, images, labels, autocast=dtype)
 
     in_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    forms = {
+    variants = {
         "slices per channel": step(with_naive_shifts(copy.deepcopy(model)), x),
         "thriftnet, NCHW": step(copy.deepcopy(model), x),
         "thriftnet, channels_last": step(in_last, last),
@@ -74,4 +74,4 @@ def step_case(settings: Settings) -> Case:
         Ratio("slices per channel", "thriftnet, channels_last"),
         Ratio("slices per channel", "thriftnet, channels_last, bf16", P1T),
     ]
-    return Case(TOPIC, f"ShiftResNet20 training step, batch {len(x)}", forms, ratios, 7, tolerance=0.02)
+    return Case(TOPIC, f"ShiftResNet20 training step, batch {len(x)}", variants, ratios, 7, tolerance=0.02)

@@ -1,6 +1,6 @@
 """Networks that choose their width, against computing everything and masking, as the authors' dynamic mode does.
 
-The network is DS-Net's supernet with a gate over the sub-networks 0, 4, 9 and 13; decisions are forced, alike in all forms.
+The network is DS-Net's supernet with a gate over the sub-networks 0, 4, 9 and 13; decisions are forced, alike in all variants.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ def cases(settings: Settings) -> Iterator[Case | Fact]:
 def mixed_case(dynamic: DynamicNetwork, masking: MaskedNetwork, images: Tensor) -> Case:
     """A batch in which every width is chosen equally often."""
     decisions = torch.arange(len(images), device=images.device) % len(CHOICES)
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "masking": without_gradients(partial(masking, images, F.one_hot(decisions, len(CHOICES)).float())),
         "grouped": partial(dynamic.forced, last(images), decisions),
     }
     ratios = [Ratio("masking", "grouped", P5, "no mallopt"), Ratio("masking", "grouped", P5_FAST, "mallopt")]
-    return Case(TOPIC, f"mixed decisions, batch {len(images)}", forms, ratios, 5, tolerance=1e-5)
+    return Case(TOPIC, f"mixed decisions, batch {len(images)}", variants, ratios, 5, tolerance=1e-5)
 
 
 def single_case(dynamic: DynamicNetwork, masking: MaskedNetwork, image: Tensor) -> Case:
     """One image, at the smallest width and at the largest."""
     smallest, largest = (torch.tensor([place], device=image.device) for place in (0, len(CHOICES) - 1))
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "masking": without_gradients(partial(masking, image, F.one_hot(smallest, len(CHOICES)).float())),
         "smallest": partial(dynamic.forced, last(image), smallest),
         "largest": partial(dynamic.forced, last(image), largest),
     }
     ratios = [Ratio("masking", "smallest", P5B), Ratio("largest", "smallest", SPREAD)]
-    return Case(TOPIC, "one image", forms, ratios, 25, apart=frozenset({"largest"}), tolerance=1e-5)
+    return Case(TOPIC, "one image", variants, ratios, 25, apart=frozenset({"largest"}), tolerance=1e-5)
 
 
 def members_case(dynamic: DynamicNetwork, images: Tensor) -> Case:
@@ -77,14 +77,14 @@ def members_case(dynamic: DynamicNetwork, images: Tensor) -> Case:
     def four_mixed() -> Tensor:
         return torch.cat([dynamic.forced(whole, decisions)[:quarter] for _ in CHOICES])
 
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "four mixed batches": four_mixed,
         "a batch at each width": members,
         "largest": partial(dynamic.forced, whole, alike[-1]),
         "smallest": partial(dynamic.forced, whole, alike[0]),
     }
     ratios = [Ratio("four mixed batches", "a batch at each width", GROUPING), Ratio("largest", "smallest", SPREAD)]
-    return Case(TOPIC, f"grouping, batch {len(images)}", forms, ratios, 5, apart=frozenset(forms))
+    return Case(TOPIC, f"grouping, batch {len(images)}", variants, ratios, 5, apart=frozenset(variants))
 
 
 def last(images: Tensor) -> Tensor:

@@ -40,10 +40,10 @@ def networks(settings: Settings) -> tuple[nn.Module, nn.Module]:
 
 
 def step_case(settings: Settings) -> Case:
-    """Plain, ours, and the authors' form, at batch 4, where computing weights weighs most."""
+    """Plain, ours, and the authors' variant, at batch 4, where computing weights weighs most."""
     plain, ours = networks(settings)
     x, labels = batch(4, 32)
-    forms = {
+    variants = {
         "plain network": trained_step(plain.train(), x, labels),
         "thriftnet": trained_step(ours.train(), x, labels),
         "original mixing": trained_step(with_original_mixing(copy.deepcopy(ours)).train(), x, labels),
@@ -54,14 +54,14 @@ def step_case(settings: Settings) -> Case:
         Ratio("thriftnet", "plain network", P2_FAST, "mallopt"),
         Ratio("original mixing", "plain network"),
     ]
-    return Case(TOPIC, name, forms, ratios, rounds=7, apart=frozenset({"plain network"}), tolerance=1e-4)
+    return Case(TOPIC, name, variants, ratios, rounds=7, apart=frozenset({"plain network"}), tolerance=1e-4)
 
 
 def forward_case(settings: Settings) -> Case:
     """Folded, plain, and unfolded, for one image."""
     plain, ours = (settled(model).eval() for model in networks(settings))
     x, _ = batch(1, 32)
-    forms = {
+    variants = {
         "plain network": forward(plain, x),
         "thriftnet, folded": forward(fold(ours), x),
         "thriftnet": forward(ours, x),
@@ -73,7 +73,7 @@ def forward_case(settings: Settings) -> Case:
         Ratio("original mixing", "plain network"),
     ]
     name = "forward, batch 1, " + ("SWRN-16-2-2" if settings.quick else "SWRN-28-10-6")
-    return Case(TOPIC, name, forms, ratios, 11, frozenset({"plain network"}), tolerance=1e-4)
+    return Case(TOPIC, name, variants, ratios, 11, frozenset({"plain network"}), tolerance=1e-4)
 
 
 def mixing_case(layers: int, channels: int, size: float | None = None) -> Case:
@@ -92,12 +92,12 @@ def mixing_case(layers: int, channels: int, size: float | None = None) -> Case:
 
         return forward_backward
 
-    forms: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "two copies": lambda: (floor.copy_(bank.templates.detach()), floor.clone()),
         "thriftnet": run(lambda conv: conv.weight),
         "one product per layer": run(lambda conv: bank.mix(conv.coefficients)),
         "original": run(lambda conv: (bank.templates * conv.coefficients.view(-1, 1, 1, 1, 1)).sum(0)),
     }
-    ratios = [Ratio(name, "two copies") for name in list(forms)[1:]]
+    ratios = [Ratio(name, "two copies") for name in list(variants)[1:]]
     name = f"mixing forward + backward, {layers} layers and templates of {channels} x {channels} x 3 x 3"
-    return Case(TOPIC, name, forms, ratios, 9, frozenset({"two copies"}), tolerance=1e-3, size=size)
+    return Case(TOPIC, name, variants, ratios, 9, frozenset({"two copies"}), tolerance=1e-3, size=size)

@@ -42,7 +42,7 @@ def cases(settings: Settings) -> Iterator[Case | Fact]:
         yield overhead_case(count, Path(folder), settings)
     yield precision_case(count, settings)
     if settings.device == "cpu" and STATUS.exists():
-        bare, ours = (peak_memory(form, count) for form in ("bare", "loop"))
+        bare, ours = (peak_memory(variant, count) for variant in ("bare", "loop"))
         yield Fact(TOPIC, f"memory that training ResNet20 adds, batch {count}", ours / bare, MEMORY)
 
 
@@ -51,12 +51,12 @@ def overhead_case(count: int, folder: Path, settings: Settings) -> Case:
     torch.manual_seed(0)
     model = create_model("resnet20")
     images, labels = torch.randn(count, 3, 32, 32), torch.arange(count) % 10
-    forms = {
+    variants = {
         "bare loop": bare_loop(copy.deepcopy(model), images, labels, settings.device),
         "thriftnet": our_loop(model, images, labels, folder, settings.device),
     }
     ratio = Ratio("thriftnet", "bare loop", OVERHEAD)
-    return Case(TOPIC, f"{STEPS} training steps of ResNet20, batch {count}", forms, [ratio], 15, tolerance=1e-5)
+    return Case(TOPIC, f"{STEPS} training steps of ResNet20, batch {count}", variants, [ratio], 15, tolerance=1e-5)
 
 
 def bare_loop(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> Callable[[], Tensor]:
@@ -115,13 +115,13 @@ def precision_case(count: int, settings: Settings) -> Case:
     torch.manual_seed(0)
     model = create_model("resnet20").to(settings.device)
     images, labels = torch.randn(count, 3, 32, 32, device=settings.device), torch.arange(count, device=settings.device) % 10
-    forms = {
+    variants = {
         "fp32 NCHW": step(copy.deepcopy(model), images, labels, torch.contiguous_format, None),
         "fp32 channels_last": step(copy.deepcopy(model), images, labels, torch.channels_last, None),
         "bf16 channels_last": step(copy.deepcopy(model), images, labels, torch.channels_last, torch.bfloat16),
     }
     ratios = [Ratio("fp32 NCHW", "bf16 channels_last", P6T), Ratio("fp32 NCHW", "fp32 channels_last")]
-    return Case(TOPIC, f"training step of ResNet20, batch {count}", forms, ratios, 11, tolerance=0.05)
+    return Case(TOPIC, f"training step of ResNet20, batch {count}", variants, ratios, 11, tolerance=0.05)
 
 
 def step(
@@ -143,14 +143,14 @@ def step(
     return run
 
 
-def peak_memory(form: str, count: int) -> float:
+def peak_memory(variant: str, count: int) -> float:
     """MiB that training adds to a fresh process that has imported everything."""
-    script = f"from benchmarks.train import added_memory; added_memory({form!r}, {count})"
+    script = f"from benchmarks.train import added_memory; added_memory({variant!r}, {count})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def added_memory(form: str, count: int) -> None:
+def added_memory(variant: str, count: int) -> None:
     """Print the memory of some steps in this process, in MiB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -159,8 +159,8 @@ def added_memory(form: str, count: int) -> None:
     Distributed("cpu", "fp32")
     before = peak_mebibytes()
     with tempfile.TemporaryDirectory() as folder:
-        make: Any = bare_loop if form == "bare" else our_loop
-        places = () if form == "bare" else (Path(folder),)
+        make: Any = bare_loop if variant == "bare" else our_loop
+        places = () if variant == "bare" else (Path(folder),)
         run = make(model, images, labels, *places, "cpu")
         for _ in range(3):
             run()

@@ -4,7 +4,7 @@ One training gives all widths: the sandwich of the recipe slimmable-resnet-cifar
 architecture that `freeze` gives at its width, starts from random weights and trains by the same recipe, for as many steps, but with the
 plain loss. Data are the bundled digits, whose 450 test images make one image worth 0.22 points.
 
-    python benchmarks/twins.py --write docs/results/slimmable-twins.md
+    python -m benchmarks.twins --write docs/results/slimmable-twins.md
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def report(together: Scores, alone: Scores, options: argparse.Namespace, seconds
         f"Measured {date.today()} with thriftnet {thriftnet.__version__} and torch {torch.__version__.partition('+')[0]}, one CPU thread, "
         f"{seconds / 60:.0f} minutes:",
         "",
-        f"    python benchmarks/twins.py --epochs {options.epochs} --seeds {options.seeds} --write docs/results/slimmable-twins.md",
+        f"    python -m benchmarks.twins --epochs {options.epochs} --seeds {options.seeds} --write docs/results/slimmable-twins.md",
     ]
     return "\n".join(lines)
 

@@ -49,7 +49,7 @@ def file_size(sizes: dict[str, int]) -> Fact:
 
 
 def forward_case(sizes: dict[str, int], images: int, side: int) -> Case:
-    """Eager as written, eager with our forms, and compiled with its weights frozen."""
+    """Eager as written, eager with our variants, and compiled with its weights frozen."""
     torch.manual_seed(0)
     model = settled(create_model("ws_convmixer", **sizes)).eval()
     x, _ = batch(images, side)
@@ -57,15 +57,15 @@ def forward_case(sizes: dict[str, int], images: int, side: int) -> Case:
     half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
     small = x.to(torch.bfloat16, memory_format=torch.channels_last)
 
-    def eager(network: nn.Module, given: Tensor, form: str) -> Callable[[], Tensor]:
+    def eager(network: nn.Module, given: Tensor, variant: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with torch.no_grad(), force(**{"act-norm": form}):
+            with torch.no_grad(), force(**{"act-norm": variant}):
                 out: Tensor = network(given)
             return out
 
         return run
 
-    forms = {
+    variants = {
         "eager, separate norms": eager(model, x, "separate"),
         "thriftnet, eager": eager(model, x, "in place"),
         "thriftnet, packed": eager(pack(model, input_size=(3, side, side)), x, "in place"),
@@ -79,7 +79,7 @@ def forward_case(sizes: dict[str, int], images: int, side: int) -> Case:
         Ratio("eager, separate norms", "thriftnet, eager bf16"),
     ]
     name = f"shared ConvMixer-{sizes['dim']}/{sizes['depth']}, forward, batch {images}, {side} x {side}"
-    return Case(TOPIC, name, forms, ratios, 9, frozenset({"thriftnet, eager bf16"}), tolerance=1e-3)
+    return Case(TOPIC, name, variants, ratios, 9, frozenset({"thriftnet, eager bf16"}), tolerance=1e-3)
 
 
 def compiled_and_frozen(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -105,23 +105,23 @@ def fusing_case(sizes: dict[str, int], side: int) -> Case:
     shared = create_model("ws_convmixer", drop_rate=0.0, **sizes).train()
     x, labels = batch(2, side)
 
-    def in_form(form: str) -> Callable[[], Tensor]:
+    def in_variant(variant: str) -> Callable[[], Tensor]:
         step = trained_step(copy.deepcopy(fused), x, labels)
 
         def run() -> Tensor:
-            with force(fusion=form):
+            with force(fusion=variant):
                 return step()
 
         return run
 
-    forms = {
+    variants = {
         "shared, nothing to fuse": trained_step(shared, x, labels),
-        "thriftnet, fused once": in_form("once"),
-        "fused for each use": in_form("each"),
+        "thriftnet, fused once": in_variant("once"),
+        "fused for each use": in_variant("each"),
     }
-    ratios = [Ratio(name, "shared, nothing to fuse") for name in list(forms)[1:]]
+    ratios = [Ratio(name, "shared, nothing to fuse") for name in list(variants)[1:]]
     name = f"ConvMixer-{sizes['dim']}/{sizes['depth']} training step with fusion, batch 2"
-    return Case(TOPIC, name, forms, ratios, 7, frozenset({"shared, nothing to fuse"}), tolerance=1e-4)
+    return Case(TOPIC, name, variants, ratios, 7, frozenset({"shared, nothing to fuse"}), tolerance=1e-4)
 
 
 def fused_weight_case(channels: int) -> Case:
@@ -131,20 +131,20 @@ def fused_weight_case(channels: int) -> Case:
     scales = nn.Parameter(torch.rand(4, channels))
     grad = torch.randn(channels, channels)
 
-    def in_form(form: str) -> Callable[[], object]:
+    def in_variant(variant: str) -> Callable[[], object]:
         def run() -> object:
             fuser = Fuser()
-            with force(fusion=form):
+            with force(fusion=variant):
                 used = fuser.weight(members, scales) + fuser.weight(members, scales)
             return used.detach(), torch.autograd.grad(used, [members, scales], grad)
 
         return run
 
-    forms = {
+    variants = {
         "copies of the members, twice": lambda: (members.detach().clone(), members.detach().clone()),
-        "thriftnet, fused once": in_form("once"),
-        "fused for each use": in_form("each"),
+        "thriftnet, fused once": in_variant("once"),
+        "fused for each use": in_variant("each"),
     }
-    ratios = [Ratio(name, "copies of the members, twice") for name in list(forms)[1:]]
+    ratios = [Ratio(name, "copies of the members, twice") for name in list(variants)[1:]]
     apart = frozenset({"copies of the members, twice"})
-    return Case(TOPIC, f"weight of 2 layers from 4, {channels} channels", forms, ratios, 9, apart, 1e-4, size=channels)
+    return Case(TOPIC, f"weight of 2 layers from 4, {channels} channels", variants, ratios, 9, apart, 1e-4, size=channels)

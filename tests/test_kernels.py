@@ -1,9 +1,12 @@
-"""The fast forms: every one computes the same, in every layout and type, and what is kept between uses never grows stale."""
+"""The kernels: every implementation computes the same in every layout and type, and nothing kept between uses grows stale."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +17,17 @@ import thriftnet as tn
 from networks import NETWORKS, perturb
 from test_laws import CONFIGS, converted
 from thriftnet.kernels import force
-from thriftnet.kernels.arena import SMALLEST, Arena
-from thriftnet.kernels.dispatch import FORMS
+from thriftnet.kernels.dispatch import IMPLEMENTATIONS
 from thriftnet.kernels.orthogonality import BlockPenalty, penalty
 from thriftnet.kernels.shift import choose
 from thriftnet.techniques.filter_basis import BasisConv2d
 
 PACKED = ("convolution",)  # of packed networks, which nothing is converted in: tests/test_pack.py forces it
-CPU_FORMS = [
-    (kernel, form)
-    for kernel, forms in FORMS.items()
-    for form in forms
-    if form not in ("triton", "fused") and kernel not in PACKED
+CPU_IMPLEMENTATIONS = [
+    (kernel, implementation)
+    for kernel, implementations in IMPLEMENTATIONS.items()
+    for implementation in implementations
+    if implementation not in ("triton", "fused") and kernel not in PACKED
 ]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 USING = {
@@ -39,10 +41,10 @@ USING = {
 # ------------------------------------------------------------------------------------------------ every choice, forced
 
 
-@pytest.mark.parametrize(("kernel", "form"), CPU_FORMS)
-def test_laws_hold_whatever_is_forced(kernel: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "implementation"), CPU_IMPLEMENTATIONS)
+def test_laws_hold_whatever_is_forced(kernel: str, implementation: str, tmp_path: Path) -> None:
     network = NETWORKS["chain"]
-    with force(**{kernel: form}):
+    with force(**{kernel: implementation}):
         for config in USING[kernel]:
             model, x = converted(network, config), network.image()
             laws.law_fold_is_equal(model, x)
@@ -54,42 +56,66 @@ def test_laws_hold_whatever_is_forced(kernel: str, form: str, tmp_path: Path) ->
             laws.law_save_load(model, network.make(7), x, tmp_path / config)
 
 
-@pytest.mark.parametrize(("kernel", "form"), CPU_FORMS)
-def test_forced_forms_give_the_gradients_of_the_loops(kernel: str, form: str) -> None:
-    """Against the network that computes weights and shifts in no fast form: folded, with its weights as leaves."""
+@pytest.mark.parametrize(("kernel", "implementation"), CPU_IMPLEMENTATIONS)
+def test_forced_implementations_give_the_gradients_of_the_loops(kernel: str, implementation: str) -> None:
+    """Against the network that computes weights and shifts the plain way: folded, with its weights as leaves."""
     network = NETWORKS["residual"]
     for config in USING[kernel]:
         model = converted(network, config)
         x = network.image().requires_grad_()
         y = network.image().requires_grad_()
-        with force(**{kernel: form}):
+        with force(**{kernel: implementation}):
             (one,) = torch.autograd.grad(model(x).square().sum(), x)
         (other,) = torch.autograd.grad(tn.fold(model)(y).square().sum(), y)
-        laws.assert_close(one, other, 1e-12, f"{config} with {kernel}={form}")
+        laws.assert_close(one, other, 1e-12, f"{config} with {kernel}={implementation}")
 
 
-def test_unknown_forms_are_refused() -> None:
+def test_unknown_implementations_are_refused() -> None:
     with pytest.raises(tn.ConfigError, match=r"unknown kernel 'shifts': did you mean 'shift'"), force(shifts="planes"):
         pass
     with (
-        pytest.raises(tn.ConfigError, match=r"unknown form of kernel shift 'plane': did you mean 'planes'"),
+        pytest.raises(tn.ConfigError, match=r"unknown implementation of kernel shift 'plane': did you mean 'planes'"),
         force(shift="plane"),
     ):
         pass
     with (
         force(shift="triton"),
-        pytest.raises(tn.ConfigError, match=r"forced, but the input is on cpu: possible there are planes"),
+        pytest.raises(tn.ConfigError, match=r"forced, but the input is on cpu: expected planes"),
     ):
         tn.Shift2d(9)(torch.zeros(1, 9, 2, 2))
+
+
+def test_importing_the_techniques_loads_no_compiler() -> None:
+    """It takes seconds, more than torch itself."""
+    code = "import sys, thriftnet.techniques, thriftnet.kernels.pack; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_compiled_graphs_follow_what_is_forced() -> None:
+    graphs: list[str] = []
+
+    def record(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(str(module.graph))
+        return module.forward
+
+    layer, x = tn.Shift2d(9), torch.randn(1, 9, 4, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend=record)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), layer(x))
+            with force(shift="windows"):
+                assert torch.equal(compiled(x), layer(x))
+    assert ["conv2d" in graph for graph in graphs] == [True, False]
 
 
 def test_force_nests_and_ends() -> None:
     x = torch.zeros(1, 9, 4, 4)
     with force(shift="windows"):
         with force(bank="alone", shift="depthwise"):
-            assert choose(x).form == "depthwise"
-        assert choose(x).form == "windows"
-    assert choose(x).form == "planes"
+            assert choose(x).implementation == "depthwise"
+        assert choose(x).implementation == "windows"
+    assert choose(x).implementation == "planes"
 
 
 def test_explain_names_every_layer_and_leaves_the_network_alone() -> None:
@@ -98,19 +124,19 @@ def test_explain_names_every_layer_and_leaves_the_network_alone() -> None:
     found = tn.kernels.explain(model, torch.randn(2, 3, 32, 32))
     assert laws.everything_about(model) == before
     assert {name for name, _ in found.rows} == {n for n, m in model.named_modules() if isinstance(m, tn.Shift2d)}
-    assert {choice.form for _, choice in found.rows} == {"planes"}
+    assert {choice.implementation for _, choice in found.rows} == {"planes"}
     model = model.to(memory_format=torch.channels_last)
     last = tn.kernels.explain(model, torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
-    assert {choice.form for _, choice in last.rows} == {"depthwise"}
+    assert {choice.implementation for _, choice in last.rows} == {"depthwise"}
     assert "channels_last: a depthwise convolution" in str(last)
-    assert last.to_dict()["layer1.0.conv.shift"]["form"] == "depthwise"
+    assert last.to_dict()["layer1.0.conv.shift"]["implementation"] == "depthwise"
 
 
 def test_explain_sees_banks_at_work() -> None:
     model = tn.convert(NETWORKS["chain"].make(), "soft-sharing(templates=2)")
-    assert {c.form for _, c in tn.kernels.explain(model, NETWORKS["chain"].image()).rows} == {"together"}
+    assert {c.implementation for _, c in tn.kernels.explain(model, NETWORKS["chain"].image()).rows} == {"together"}
     with torch.no_grad():
-        assert {c.form for _, c in tn.kernels.explain(model, NETWORKS["chain"].image()).rows} == {"alone"}
+        assert {c.implementation for _, c in tn.kernels.explain(model, NETWORKS["chain"].image()).rows} == {"alone"}
 
 
 # ------------------------------------------------------------------------------------------------ shift
@@ -118,16 +144,16 @@ def test_explain_sees_banks_at_work() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", ["planes", "windows", "depthwise"])
+@pytest.mark.parametrize("implementation", ["planes", "windows", "depthwise"])
 @pytest.mark.parametrize(("channels", "kernel_size", "dilation"), [(9, 3, 1), (20, 3, 2), (5, 2, 1), (27, 5, 1), (9, 3, 7)])
 def test_shift_moves_bits(
-    form: str, layout: str, dtype: torch.dtype, channels: int, kernel_size: int, dilation: int
+    implementation: str, layout: str, dtype: torch.dtype, channels: int, kernel_size: int, dilation: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, 6, 5, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     layer = tn.Shift2d(channels, kernel_size, dilation).to(dtype)
     x.requires_grad_()
-    with force(shift=form):
+    with force(shift=implementation):
         out = layer(x)
         (back,) = torch.autograd.grad(out, x, torch.ones_like(out))
     assert out.dtype == dtype
@@ -145,11 +171,11 @@ def test_large_maps_take_the_same_values() -> None:
         assert torch.equal(tn.Shift2d(20)(x.contiguous(memory_format=memory_format)), reference.shift(x, 3, 1))
 
 
-def test_infinities_spread_in_the_depthwise_form_only() -> None:
+def test_infinities_spread_in_the_depthwise_implementation_only() -> None:
     x = torch.zeros(1, 9, 5, 5)
     x[0, 0, 2, 2] = float("inf")
-    for form, broken in (("planes", 1), ("windows", 1), ("depthwise", 9)):
-        with force(shift=form):
+    for implementation, broken in (("planes", 1), ("windows", 1), ("depthwise", 9)):
+        with force(shift=implementation):
             out = tn.Shift2d(9)(x)
         assert out[0, 0, 3, 3] == float("inf")
         assert int((~out.isfinite()).sum()) == broken
@@ -169,32 +195,18 @@ def test_shift_takes_part_in_transforms() -> None:
     assert torch.equal(grad, y.grad)
 
 
-# ------------------------------------------------------------------------------------------------ memory, fusion, penalty
-
-
-def test_an_arena_gives_memory_only_when_nobody_holds_it() -> None:
-    arena, like = Arena(), torch.empty(0)
-    size = SMALLEST // 4
-    first = arena.empty((size,), like)
-    place = first.data_ptr()
-    assert place % 64 == 0
-    view = first[10:]
-    del first
-    second = arena.empty((size,), like)
-    assert second.data_ptr() != place, "a view still holds the memory"
-    del view
-    assert arena.empty((size,), like).data_ptr() == place
-    held = [arena.empty((size,), like) for _ in range(9)]
-    assert len({tensor.data_ptr() for tensor in [second, *held]}) == 10
-    assert len(arena._blocks) <= 5
-    assert sys.getrefcount(arena._blocks) >= 1
+# ------------------------------------------------------------------------------------------------ banks, fusion, penalty
 
 
 def test_gradients_are_not_overwritten_by_the_next_step() -> None:
-    bank = tn.TemplateBank(3, 128, 128, 3)  # large enough for the arena
+    bank = tn.TemplateBank(3, 8, 8, 3)
     layers = [tn.SConv2d(bank) for _ in range(4)]
-    assert tn.kernels.dispatch.FORMS["bank"][0] == layers[0].kernel_choice(torch.empty(0)).form == "together"
-    x = torch.randn(1, 128, 2, 2)
+    assert (
+        tn.kernels.dispatch.IMPLEMENTATIONS["bank"][0]
+        == layers[0].kernel_choice(torch.empty(0)).implementation
+        == "together"
+    )
+    x = torch.randn(1, 8, 2, 2)
     kept = []
     for scale in (1.0, 2.0, 3.0):
         bank.templates.grad = None

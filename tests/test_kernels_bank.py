@@ -24,9 +24,9 @@ def soft(seed: int = 0) -> nn.Module:
     return perturb(tn.convert(NETWORKS["chain"].make(seed), "soft-sharing(templates=2)")).eval()
 
 
-def loss_and_gradients(model: nn.Module, x: Tensor, form: str) -> list[Tensor]:
+def loss_and_gradients(model: nn.Module, x: Tensor, implementation: str) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
-    with force(bank=form):
+    with force(bank=implementation):
         loss = model(x).square().sum()
         loss.backward()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
@@ -103,11 +103,11 @@ def test_two_forwards_and_two_backwards() -> None:
     """In either order, with weights that both graphs share."""
     x, y = NETWORKS["chain"].image(), NETWORKS["chain"].image(1)
     sums = []
-    for form in ("together", "alone"):
+    for implementation in ("together", "alone"):
         model = soft()
         model(x).sum().backward()
         model.zero_grad(set_to_none=True)
-        with force(bank=form):
+        with force(bank=implementation):
             one, other = model(x).square().sum(), model(y).square().sum()
         one.backward()
         other.backward()
@@ -118,9 +118,9 @@ def test_two_forwards_and_two_backwards() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpoints(reentrant: bool) -> None:
     found = []
-    for form in ("together", "alone"):
+    for implementation in ("together", "alone"):
         model, x = soft(), torch.randn(2, 8, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        with force(bank=form):
+        with force(bank=implementation):
             for _ in range(2):
                 model.zero_grad(set_to_none=True)
                 out = x.requires_grad_()
@@ -154,11 +154,11 @@ def test_layers_that_do_not_train() -> None:
 
 def test_gradients_of_gradients() -> None:
     results = []
-    for form in ("together", "alone"):
+    for implementation in ("together", "alone"):
         model, x = soft(), NETWORKS["chain"].image()
         model(x).sum().backward()
         parameters = list(model.convs.parameters())
-        with force(bank=form):
+        with force(bank=implementation):
             grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
             results.append(list(torch.autograd.grad(sum(grad.square().sum() for grad in grads), parameters)))
     assert_same(*results)
@@ -220,9 +220,9 @@ def test_few_layers_mix_alone() -> None:
     layers = [tn.SConv2d(bank) for _ in range(3)]
     assert "3 layers" in layers[0].kernel_choice(torch.empty(0)).reason
     one_more = tn.SConv2d(bank)
-    assert layers[0].kernel_choice(torch.empty(0)).form == "together"
+    assert layers[0].kernel_choice(torch.empty(0)).implementation == "together"
     del one_more
-    assert layers[0].kernel_choice(torch.empty(0)).form == "alone"
+    assert layers[0].kernel_choice(torch.empty(0)).implementation == "alone"
 
 
 def test_widths_change_between_forwards() -> None:

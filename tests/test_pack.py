@@ -65,8 +65,8 @@ def test_computes_what_it_was_packed_from(name: str) -> None:
     with torch.no_grad():
         wanted = model(images)
         for layout in (torch.contiguous_format, torch.channels_last):
-            for form in ("packed", "plain"):
-                with tn.kernels.force(convolution=form):
+            for implementation in ("packed", "plain"):
+                with tn.kernels.force(convolution=implementation):
                     assert close(packed(images.contiguous(memory_format=layout)), wanted)
             assert close(packed(images.contiguous(memory_format=layout)), wanted)
     assert not any(isinstance(module, PackedConv2d) for module in model.modules())
@@ -122,7 +122,7 @@ def test_weights_and_sizes_may_change() -> None:
 
 
 def test_gradients_types_and_transforms() -> None:
-    """Wherever the fast form does not apply, the layer is a convolution and its activation."""
+    """Wherever the fast implementation does not apply, the layer is a convolution and its activation."""
     plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()).eval()
     packed = tn.pack(plain, input_size=(16, 8, 8))
     images = torch.randn(2, 16, 8, 8, requires_grad=True)
@@ -164,7 +164,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_leaves_odd_geometries_alone(name: str) -> None:
-    """In some of them oneDNN's packed form gives wrong values or crashes, depending on the version."""
+    """In some of them oneDNN's packed convolution gives wrong values or crashes, depending on the version."""
     assert type(tn.pack(nn.Sequential(ODD[name]).eval(), input_size=(ODD[name].in_channels, 9, 9))[0]) is nn.Conv2d
 
 
@@ -211,14 +211,14 @@ def test_bfloat16() -> None:
     packed = tn.pack(plain, input_size=(16, 8, 8))
     images = torch.randn(2, 16, 8, 8).bfloat16()
     with torch.no_grad():
-        assert tn.kernels.explain(packed, images).rows[0][1].form == "packed"
+        assert tn.kernels.explain(packed, images).rows[0][1].implementation == "packed"
         assert close(packed(images).float(), plain(images).float(), 1e-2)
 
 
 def test_explains_what_runs() -> None:
     packed = tn.pack(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval(), input_size=(64, 32, 32))
     with torch.no_grad():
-        assert tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32)).rows[0][1].form == "packed"
+        assert tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32)).rows[0][1].implementation == "packed"
         assert "longer than such little work" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 2, 2)))
     assert "with gradients" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32, requires_grad=True)))
 
@@ -252,7 +252,7 @@ def test_refusals() -> None:
         packed.conv1(torch.zeros(1, 4, 32, 32))
 
 
-def test_large_batches_run_in_pieces() -> None:
+def test_large_batches_run_in_micro_batches() -> None:
     """As many images at a time as keep the largest tensor small; the outputs are those of all at once."""
     part = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1))
     size = (3, 64, 64)
@@ -261,11 +261,11 @@ def test_large_batches_run_in_pieces() -> None:
         ghost(torch.empty(2, *size, device="meta"))
 
     assert bytes_per_image(part, run) == 16 * 64 * 64 * 4
-    pieces = MicroBatched(part, run)
-    assert pieces.most == 63
+    split = MicroBatched(part, run)
+    assert split.micro_batch_size == 63
     seen: list[int] = []
     part[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     images = torch.randn(130, *size)
     with torch.no_grad():
-        assert close(pieces(images), part(images))
+        assert close(split(images), part(images))
     assert seen == [44, 43, 43, 130]

@@ -83,7 +83,7 @@ def check_layer(device: str) -> None:
     """The layer takes the kernel when it is forced, or by itself on a GPU."""
     layer, x = tn.Shift2d(20).to(device), torch.randn(2, 20, 6, 6, device=device)
     if device == "cuda":
-        assert choose(x).form == "triton"
+        assert choose(x).implementation == "triton"
     with force(shift="triton"):
         assert torch.equal(layer(x).cpu(), loops(x.cpu(), 3))
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -101,10 +101,10 @@ def check_block(device: str) -> None:
         block = tn.ShiftConv2d(6, 8, stride=stride, expansion=2.0, bias=True).to(device)
         x, y = (torch.randn(2, 6, 7, 7, generator=torch.Generator().manual_seed(0)).to(device) for _ in range(2))
         results = []
-        for form, given in (("triton", x), ("fused", y)):
+        for implementation, given in (("triton", x), ("fused", y)):
             given.requires_grad_()
             block.zero_grad()
-            with force(shift=form):
+            with force(shift=implementation):
                 out = block(given)
             out.square().sum().backward()
             results.append([out, given.grad, *(parameter.grad.clone() for parameter in block.parameters())])

@@ -19,7 +19,7 @@ VERBS = {
     "evaluate": "measure how well a network classifies",
     "recipes": "list the training recipes, or show one",
     "import": "import a checkpoint of one of the five original projects",
-    "bench": "time every technique against its floor and against the targets",
+    "bench": "time a network as it is, converted, folded, packed and compiled",
     "recalibrate": "fresh batch-norm statistics from training images, at every width",
     "search": "find the best widths of a supernet within a budget, as a plain network",
     "fold": "turn a converted network into plain layers, check that it computes the same, and save it",

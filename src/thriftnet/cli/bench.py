@@ -1,92 +1,221 @@
-"""`thriftnet bench`: every technique against its floor, and against the targets of the project."""
+"""`thriftnet bench`: how long a network takes as it is, converted, folded, packed and compiled, compared in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import TOPICS
-
-from thriftnet.cli.common import add_machine_options, emit, new_parser, parse, use_machine
-from thriftnet.errors import unknown_name
+from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.inputs import processes
+from thriftnet.cli.machine import add_fast_malloc, use_allocator, use_threads
+from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
-    from benchmarks.report import Results
+    import torch
+    from torch import Tensor, nn
+
+    from thriftnet.measure.latency import Spread
 
 DESCRIPTION = (
-    "Time every technique against its floor and against what one would write without it. Forms are first checked to compute "
-    "the same, then timed in an order drawn anew for every round. Trust the ratios: absolute times depend on the machine."
+    "Time a network as it is, converted by each --technique, and each of these folded, packed and compiled. Everything runs in "
+    "rounds, in random order; speedups are against the network as it is and are taken within each round."
 )
-COLUMNS = ("case", "ratio", "value", "quartiles", "target", "")
+COLUMNS = ("batch", "threads", "network", "implementation", "ms", "quartiles", "speedup", "quartiles", "note")
+TOLERANCE = 1e-3  # of outputs that should be equal, relative to the largest
+AS_IT_IS = "as it is"
 
 
-def run(arguments: Sequence[str]) -> int:
-    parser = new_parser("bench", DESCRIPTION)
+@dataclass(frozen=True)
+class Row:
+    """One time, or why there is none.
+
+    Args:
+        network: The technique that converted the network, or "as it is".
+        implementation: One of `IMPLEMENTATIONS`.
+        batch_size, threads: Of the run; None for what was left out.
+        ms: Wall-clock time of one batch.
+        speedup: Time of the network as it is, divided by this one.
+        note: Why it was left out.
+    """
+
+    network: str
+    implementation: str
+    batch_size: int | None = None
+    threads: int | None = None
+    ms: Spread | None = None
+    speedup: Spread | None = None
+    note: str = ""
+
+    def cells(self) -> list[object]:
+        """As a line of the table."""
+        if self.ms is None or self.speedup is None:
+            return [None, None, self.network, self.implementation, None, "", None, "", self.note]
+        times = [self.ms.median, self.ms.quartiles, self.speedup.median, self.speedup.quartiles]
+        return [self.batch_size, self.threads, self.network, self.implementation, *times, self.note]
+
+
+def run(arguments: Sequence[str]) -> None:
+    parser = new_parser("bench", DESCRIPTION, takes_model=True)
     add = parser.add_argument
-    add("topics", metavar="TOPIC", nargs="*", help=f"left out: all of {', '.join(TOPICS)}")
-    add("--quick", action="store_true", help="small sizes, three rounds: shows that everything runs, proves nothing")
-    add("--check", action="store_true", help="exit with 1 when a target is missed")
-    add("--sweep", action="store_true", help="time against size instead of targets, for --svg")
-    add_machine_options(parser)
-    add("--svg", metavar="FILE", help="draw the ratios beside their targets, or the sweep")
-    add("--floors", metavar="FILE", help="draw each case as multiples of its floor, an SVG")
-    options = parse(parser, arguments)
-    topics = options.topics or list(TOPICS)
-    for topic in topics:
-        if topic not in TOPICS:
-            raise unknown_name("topic", topic, TOPICS)
-    results = _measured(topics, options)
-    _draw(results, options.svg, options.floors)
-    emit(_text(results), results.to_dict(), as_json=options.json)
-    return 1 if options.check and results.missed() else 0
+    add(
+        "--technique",
+        action="append",
+        default=[],
+        metavar="T",
+        help="as 'shift()'; several: each makes a network of its own",
+    )
+    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="images at a time; several are timed one by one")
+    add("--threads", type=int, nargs="+", metavar="N", help="threads within an operation; default: 1 for single images")
+    add("--input-size", metavar="C,H,W", help="as 3,32,32; default: the network's own")
+    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--rounds", type=int, default=11, metavar="N", help="turns of each implementation")
+    add("--svg", metavar="FILE", help="draw the times, an SVG")
+    add_fast_malloc(parser)
+    options, kwargs = parse_with_kwargs(parser, arguments)
+    for name in ("batch_size", "threads", "rounds"):
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected an integer >= 1")
+
+    from thriftnet.measure.latency import conditions
+
+    allocator = use_allocator(fast_malloc=options.fast_malloc)
+    with processes(options.device) as (device, _, _):
+        model = open_network(options.model, kwargs).eval().to(device)
+        size = input_size(options.input_size, model)
+        rows = measured(model, options.technique, size, device, options)
+    facts = {**conditions(str(device)), "allocator": allocator, "input_size": list(size)}
+    if options.svg:
+        Path(options.svg).write_text(picture(options.model, rows), encoding="utf-8")
+    head = "  ".join(f"{key}: {value}" for key, value in facts.items())
+    text = f"{head}\n\n{table(COLUMNS, [row.cells() for row in rows])}"
+    emit(text, {"model": options.model, "conditions": facts, "rows": [asdict(row) for row in rows]}, as_json=options.json)
 
 
-def _measured(topics: Sequence[str], options: Any) -> Results:
-    """Everything that the topics measure."""
+def measured(
+    model: nn.Module, techniques: Sequence[str], size: tuple[int, int, int], device: torch.device, options: Any
+) -> list[Row]:
+    """Time everything at every batch size and number of threads; what cannot run comes last, with the reason."""
     import torch
-    from benchmarks import cases
-    from benchmarks.measuring import Case, Settings, measure
-    from benchmarks.report import Results, conditions
 
-    memory = use_machine(options, batch_size=1)
-    torch.manual_seed(0)
-    settings = Settings(quick=options.quick, sweep=options.sweep)
-    results = Results(conditions(memory, options.quick), fast_malloc=options.fast_malloc)
-    if len(topics) > 1:  # what a topic leaves in memory would change the times of the next
-        for topic in topics:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found = process.submit(_measured, [topic], options).result()
-            results.measured += found.measured
-            results.facts += found.facts
-        return results
-    for item in cases(topics[0], settings):
-        if isinstance(item, Case):
-            results.measured.append(measure(item, settings))
-        else:
-            results.facts.append(item)
-    return results
+    from thriftnet.measure.latency import Spread, time_rounds
+
+    networks, left_out = converted(model, techniques)
+    default, rows = torch.get_num_threads(), []
+    for wanted in options.threads or [None]:
+        for batch_size in options.batch_size:
+            torch.set_num_threads(default)
+            threads = use_threads(batch_size, wanted)
+            images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
+            with torch.no_grad():
+                runs = dict(runnable(networks, images, left_out))
+                seconds = time_rounds(runs, options.rounds, device=device.type)
+            base = seconds[AS_IT_IS, "eager"]
+            for key, spent in seconds.items():
+                ms = Spread.of([1e3 * value for value in spent])
+                rows.append(Row(*key, batch_size, threads, ms, Spread.of_ratios(base, spent)))
+    return rows + [Row(*key, note=reason) for key, reason in left_out.items()]
 
 
-def _draw(results: Results, targets: str | None, multiples: str | None) -> None:
-    """Write the pictures that were asked for."""
-    from benchmarks.report import floors, picture
-
-    for path, draw in ((targets, picture), (multiples, floors)):
-        if path:
-            Path(path).write_text(draw(results), encoding="utf-8")
+Key = tuple[str, str]  # network and implementation
 
 
-def _text(results: Results) -> str:
-    """Times, then ratios with their targets."""
-    lines = ["  ".join(f"{key}: {value}" for key, value in results.conditions.items()), ""]
-    for measured in results.measured:
-        lines.append(f"{measured.topic}: {measured.name}")
-        rows = [[name, spread.median, f"{spread.low:.3g} to {spread.high:.3g}"] for name, spread in measured.ms.items()]
-        lines += ["  " + line for line in table(["form", "ms", "quartiles"], rows).splitlines()]
-        lines.append("")
-    rows = [[row.case, row.what, f"{row.value:.3g}", row.quartiles, row.bound, row.verdict] for row in results.rows()]
-    return "\n".join([*lines, table(list(COLUMNS), rows)])
+def converted(model: nn.Module, techniques: Sequence[str]) -> tuple[dict[str, nn.Module], dict[Key, str]]:
+    """The network as it is and converted by each technique; and the techniques that do not apply, with the reason."""
+    from thriftnet.techniques import convert
+
+    networks, left_out = {AS_IT_IS: model}, {}
+    for technique in techniques:
+        try:
+            networks[technique] = convert(model, technique).eval()
+        except IncompatibleModelError as error:
+            left_out[technique, "eager"] = str(error)
+    return networks, left_out
+
+
+def runnable(
+    networks: dict[str, nn.Module], images: Tensor, left_out: dict[Key, str]
+) -> Iterator[tuple[Key, Callable[[], object]]]:
+    """Every implementation of every network that computes what the network does; the reason goes to ``left_out`` for the others."""
+    import torch
+
+    torch.compiler.reset()  # compiled code is made for one number of threads
+    for network, model in networks.items():
+        try:
+            expected = model(images)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the network does not run on images {tuple(images.shape[1:])}: {first_line(error)}. Give --input-size C,H,W"
+            ) from None
+        for implementation, prepare in IMPLEMENTATIONS.items():
+            key = network, implementation
+            try:
+                function = prepare(model, images)
+                difference = float((function(images) - expected).abs().max() / expected.abs().max())
+            except (ThriftnetError, RuntimeError) as error:  # torch's compiler raises RuntimeErrors
+                left_out[key] = first_line(error)
+                continue
+            if difference <= TOLERANCE or implementation == "eager":  # which is what others are compared with
+                yield key, partial(function, images)
+            else:
+                left_out[key] = f"its outputs differ by {difference:.1e} of the largest"
+
+
+def folded(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """In plain layers."""
+    from thriftnet.core.fold import fold, is_foldable
+
+    if not any(is_foldable(module) for module in model.modules()):
+        raise IncompatibleModelError("plain layers only: nothing to fold")
+    return fold(model)
+
+
+def packed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Folded, norms merged, weights laid out for oneDNN."""
+    from thriftnet.kernels.pack import pack
+
+    if images.device.type != "cpu":
+        raise IncompatibleModelError("packing is for CPUs")
+    return pack(model, input_size=tuple(images.shape[1:]))
+
+
+def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Folded, and compiled by torch for this batch size."""
+    import torch
+
+    from thriftnet.core.fold import fold, is_foldable
+
+    plain = fold(model) if any(is_foldable(module) for module in model.modules()) else model
+    return torch.compile(plain, dynamic=False)
+
+
+# Each takes a network and a batch, and returns what computes the same.
+IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda model, images: model,
+    "folded": folded,
+    "packed": packed,
+    "compiled": compiled,
+}
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def picture(model: str, rows: Sequence[Row]) -> str:
+    """An SVG: a panel for each batch size and number of threads, a bar for each implementation."""
+    from thriftnet.report.plots import latencies
+
+    panels: dict[str, dict[str, tuple[float, float, float, str]]] = {}
+    for row in rows:
+        if row.ms is not None and row.speedup is not None:
+            panel = f"batch {row.batch_size}, {row.threads} thread{'s' if row.threads != 1 else ''}"
+            name = row.implementation if row.network == AS_IT_IS else f"{row.network}, {row.implementation}"
+            label = f"{row.ms.median:.3g} ms, {row.speedup.median:.2f} x"
+            panels.setdefault(panel, {})[name] = (row.ms.median, row.ms.low, row.ms.high, label)
+    return latencies(model, panels)

@@ -38,32 +38,6 @@ def new_parser(verb: str, description: str, *, takes_model: bool = False) -> Arg
     return parser
 
 
-def add_machine_options(parser: ArgumentParser) -> None:
-    """Options on threads and memory of a long job, for `use_machine`."""
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads within an operation; left out, one for single images"
-    )
-    parser.add_argument(
-        "--fast-malloc",
-        action="store_true",
-        help="let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
-    )
-
-
-def use_machine(options: Namespace, batch_size: int) -> str:
-    """Set threads and allocator for the rest of this process; returns the allocator in words.
-
-    Args:
-        options: Parsed, with those of `add_machine_options`.
-        batch_size: Images at a time.
-    """
-    from thriftnet.runtime_options import allocator, use_fast_malloc, use_threads
-
-    memory = use_fast_malloc() if options.fast_malloc else allocator()
-    use_threads(batch_size, options.threads)
-    return memory
-
-
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse, with a one-line error for wrong use, and close matches for unknown options."""
     known = _options(parser)

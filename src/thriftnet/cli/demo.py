@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
-from thriftnet.cli.common import add_machine_options, emit, new_parser, parse, use_machine
+from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.machine import add_machine_options, use_machine
 from thriftnet.text import table
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs, use_machine
+from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers, processes
+from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table
 

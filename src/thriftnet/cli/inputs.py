@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_machine_options, open_network
+from thriftnet.cli.common import open_network
+from thriftnet.cli.machine import add_machine_options
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs, use_machine
+from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
+from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError
 
 

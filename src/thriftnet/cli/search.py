@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, quantity, use_machine
+from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, quantity
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
+from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:

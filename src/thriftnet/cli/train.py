@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from thriftnet.cli.common import (
     KWARGS_HELP,
     MODEL_HELP,
-    add_machine_options,
     emit,
     new_parser,
     parse_with_kwargs,
     quantity,
-    use_machine,
 )
+from thriftnet.cli.machine import add_machine_options, use_machine
 from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""Large batches on a CPU in pieces, so that the allocator keeps the memory of every tensor within.
+"""Splits large CPU batches so that glibc keeps the memory.
 
-glibc gives blocks of more than 32 MiB back to the system whenever they are freed, and fetches them again page by page: a network
-on a large batch may take twice the time of the same network on parts of it.
+glibc returns blocks of more than 32 MiB to the system as soon as they are freed, and fetches them again page by page: a network may
+take twice as long on a large batch as on its parts.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from thriftnet.core.probe import IgnoreOuterModes, on_meta
 
-LARGEST = 16 << 20  # bytes: half of what the dynamic mmap threshold of glibc grows to on 64-bit systems
+LARGEST = 16 << 20  # bytes: half of the most that glibc's dynamic mmap threshold grows to on 64-bit systems
 
 
 class MicroBatched(nn.Module):
-    """Runs a part of a network on as many images at a time as keep its largest tensor under 16 MiB; on a GPU on all.
+    """Runs a part of a network in micro-batches that keep its largest tensor under 16 MiB; on a GPU on the whole batch.
 
-    Shape: as ``part``, whose tensors, in and out, all have images along their first dimension.
+    Shape: as ``part``; the first dimension of every tensor, in and out, is the batch.
 
     Args:
         part: The part.
         run: Runs a copy of it on the meta device once, on two images.
-        compiled: What runs in place of ``part``, if it was compiled.
+        compiled: The compiled ``part``, which then runs instead.
     """
 
     def __init__(
@@ -34,22 +34,22 @@ class MicroBatched(nn.Module):
     ) -> None:
         super().__init__()
         self.part, self.compiled = part, compiled
-        self.most = max(1, (LARGEST - 1) // max(1, bytes_per_image(part, run)))
+        self.micro_batch_size = max(1, (LARGEST - 1) // max(1, bytes_per_image(part, run)))
 
     def forward(self, *args: Any) -> Any:
         run = self.part if self.compiled is None else self.compiled
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        number = -(-len(first) // self.most)
+        number = -(-len(first) // self.micro_batch_size)
         if number < 2 or first.device.type != "cpu":
             return run(*args)
         leaves, structure = tree_flatten(args)
-        cut = [leaf.tensor_split(number) if isinstance(leaf, Tensor) else [leaf] * number for leaf in leaves]
-        outputs = [run(*tree_unflatten(list(piece), structure)) for piece in zip(*cut, strict=True)]
-        return tree_map(lambda *pieces: torch.cat(pieces), *outputs)
+        split = [leaf.tensor_split(number) if isinstance(leaf, Tensor) else [leaf] * number for leaf in leaves]
+        outputs = [run(*tree_unflatten(list(inputs), structure)) for inputs in zip(*split, strict=True)]
+        return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
 
 def bytes_per_image(part: nn.Module, run: Callable[[nn.Module], object]) -> int:
-    """Size of the largest tensor that a layer of ``part`` gives for one image.
+    """Size of the largest output of a layer of ``part`` for one image.
 
     Args:
         part: Any network.

@@ -1,11 +1,11 @@
 """Template banks: the weights of all layers of a bank in one matrix product, forward and backward.
 
-Layer l's weight is ``sum_t a[l, t] * template_t``. One layer after the other, that reads all templates once per layer and
-direction. Together it is one product of (L, T) and (T, n), done in pieces of n that stay in the processor's cache.
+Layer l's weight is ``sum_t a[l, t] * template_t``. Layer by layer, that reads all templates once per layer and direction. Together
+it is one product of (L, T) and (T, n), computed in chunks of n that stay in the processor's cache.
 
-The weights are computed for all layers when the first of them asks, and handed out as the others ask. Nothing is kept
-that could grow stale: a weight that has been handed out is forgotten as soon as nobody holds it, and all of them when a
-parameter changed, when gradients have flown back, or when a layer asks a second time (as the next forward does).
+The first layer that asks computes the weights of all layers; the others take theirs from it. Nothing kept can grow stale: a weight
+that was handed out is held by a weak reference only, and all of them are dropped when a parameter changed, when gradients have
+flown back, or when a layer asks a second time (as the next forward does).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from thriftnet.kernels.arena import Arena
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
 
-FEWEST = 4  # layers from which one product is faster than one for each
-PIECE = 65536  # columns of the templates that one product of the CPU reads
+MIN_LAYERS = 4  # from which one product is faster than one per layer
+CHUNK = 65536  # columns of the templates that one product on a CPU reads
 
 
 class User(Protocol):
@@ -72,11 +71,10 @@ class Mixer:
     def __init__(self) -> None:
         self._layers: dict[int, weakref.ref[User]] = {}
         self._round: MixedWeights | None = None
-        self._arena = Arena()
 
     def join(self, layer: User) -> None:
-        """Get to know a layer. All must be known from the start: rounding depends on how many rows a product has, and a
-        training that is taken up again must repeat the bits."""
+        """Add a layer. All must be there from the start: rounding depends on the rows of a product, and a resumed training must
+        repeat the bits."""
         key = id(layer)
         if key not in self._layers:
             self._layers[key] = weakref.ref(layer, lambda _: self._layers.pop(key, None))
@@ -84,7 +82,7 @@ class Mixer:
     def weight(self, layer: User, templates: nn.Parameter) -> Tensor:
         """The layer's weight, (O, I, kh, kw)."""
         self.join(layer)
-        if self.choose(layer, templates).form == "alone":
+        if self.choose(layer, templates).implementation == "alone":
             return alone(layer.coefficients, templates)
         if self._round is not None:
             weight = self._round.take(layer, templates)
@@ -94,20 +92,22 @@ class Mixer:
         found = self._round.take(layer, templates)
         return alone(layer.coefficients, templates) if found is None else found
 
-    def choose(self, layer: User, templates: Tensor) -> Choice:
+    def choose(self, layer: User, templates: Tensor) -> KernelChoice:
         """Together or alone."""
         if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return Choice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
+            return KernelChoice("bank", "alone", "a compiled or exported graph holds one operation for each layer")
         if not can_join(templates, layer.coefficients):
-            return Choice("bank", "alone", "bank and coefficients are no plain parameters of one type and device")
+            return KernelChoice("bank", "alone", "bank and coefficients are not plain parameters of one type and device")
         choice = forced("bank")
         if choice is not None:
             return choice
         if not torch.is_grad_enabled():
-            return Choice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
-        if len(self._layers) < FEWEST:
-            return Choice("bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {FEWEST} on")
-        return Choice("bank", "together", f"one product for {len(self._layers)} layers")
+            return KernelChoice("bank", "alone", "without gradients; eval_fold or fold spares all of it")
+        if len(self._layers) < MIN_LAYERS:
+            return KernelChoice(
+                "bank", "alone", f"{len(self._layers)} layers: one product for all pays off from {MIN_LAYERS}"
+            )
+        return KernelChoice("bank", "together", f"one product for {len(self._layers)} layers")
 
     def _begin(self, layer: User, templates: nn.Parameter) -> MixedWeights:
         """Compute the weights of all layers that can be computed with this one."""
@@ -116,13 +116,13 @@ class Mixer:
         known = [found for ref in self._layers.values() if (found := ref()) is not None]
         layers = [other for other in known if other is layer or can_join(templates, other.coefficients)]
         begun = MixedWeights(version(templates), {id(other): version(other.coefficients) for other in layers})
-        weights = TogetherFunction.apply(begun, self._arena, templates, *(other.coefficients for other in layers))
+        weights = TogetherFunction.apply(begun, templates, *(other.coefficients for other in layers))
         begun.waiting.update(zip(map(id, layers), weights))
         return begun
 
 
 def can_join(templates: Tensor, coefficients: Tensor) -> bool:
-    """Whether a layer's weight can be computed together with others: plain parameters, nothing that stands for one."""
+    """Whether a layer's weight can be computed together with others: from plain parameters of one type and device."""
     return (
         is_plain(templates)
         and is_plain(coefficients)
@@ -144,12 +144,12 @@ class TogetherFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, begun: MixedWeights, arena: Arena, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, begun: MixedWeights, templates: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.begun, ctx.arena = weakref.ref(begun), arena
+        ctx.begun = weakref.ref(begun)
         ctx.templates, ctx.coefficients = templates, coefficients
         ctx.versions = [version(parameter) for parameter in (templates, *coefficients)]
-        mixed = arena.empty((len(coefficients), templates[0].numel()), templates)
+        mixed = templates.new_empty(len(coefficients), templates[0].numel())
         mix(torch.stack(coefficients), templates.flatten(1), mixed)
         return tuple(row.view(templates.shape[1:]) for row in mixed.unbind())
 
@@ -162,23 +162,23 @@ class TogetherFunction(torch.autograd.Function):
         used = [place for place, grad in enumerate(grads) if grad is not None]
         rows = [grad.flatten() for grad in grads if grad is not None]
         if not rows:
-            return (None,) * (3 + len(grads))
+            return (None,) * (2 + len(grads))
         matrix, templates = torch.stack([ctx.coefficients[place] for place in used]), ctx.templates.flatten(1)
         if torch.is_grad_enabled():  # of a gradient that is differentiated in turn
             stacked = torch.stack(rows)
             for_templates, for_matrix = matrix.T @ stacked, stacked @ templates.T
         else:
-            for_templates = ctx.arena.empty(templates.shape, templates)
+            for_templates = torch.empty_like(templates)
             for_matrix = mix_backward(rows, matrix, templates, for_templates)
         found: list[Tensor | None] = [None] * len(grads)
         for place, row in zip(used, for_matrix.unbind()):
-            found[place] = row if ctx.needs_input_grad[3 + place] else None
-        return None, None, for_templates.view(ctx.templates.shape) if ctx.needs_input_grad[2] else None, *found
+            found[place] = row if ctx.needs_input_grad[2 + place] else None
+        return None, for_templates.view(ctx.templates.shape) if ctx.needs_input_grad[1] else None, *found
 
 
 def mix(matrix: Tensor, templates: Tensor, out: Tensor) -> None:
-    """Write ``matrix @ templates``, of (L, T) and (T, n), into ``out`` (L, n), in pieces of n."""
-    for start, stop in pieces(templates):
+    """Write ``matrix @ templates``, of (L, T) and (T, n), into ``out`` (L, n), in chunks of n."""
+    for start, stop in chunks(templates):
         torch.mm(matrix, templates[:, start:stop], out=out[:, start:stop])
 
 
@@ -194,16 +194,16 @@ def mix_backward(grads: Sequence[Tensor], matrix: Tensor, templates: Tensor, for
     Returns:
         The gradient with respect to the matrix, (L, T).
     """
-    turned, for_matrix = matrix.T.contiguous(), torch.zeros_like(matrix)
-    for start, stop in pieces(templates):
-        piece = torch.stack([grad[start:stop] for grad in grads])
-        torch.mm(turned, piece, out=for_templates[:, start:stop])
-        for_matrix.addmm_(piece, templates[:, start:stop].T)
+    transposed, for_matrix = matrix.T.contiguous(), torch.zeros_like(matrix)
+    for start, stop in chunks(templates):
+        chunk = torch.stack([grad[start:stop] for grad in grads])
+        torch.mm(transposed, chunk, out=for_templates[:, start:stop])
+        for_matrix.addmm_(chunk, templates[:, start:stop].T)
     return for_matrix
 
 
-def pieces(templates: Tensor) -> list[tuple[int, int]]:
-    """First and last + 1 column of each piece: small ones on a CPU, all at once elsewhere."""
+def chunks(templates: Tensor) -> list[tuple[int, int]]:
+    """First and last + 1 column of each chunk; one chunk on a GPU."""
     size = templates.shape[1]
-    step = PIECE if templates.device.type == "cpu" else size
+    step = CHUNK if templates.device.type == "cpu" else size
     return [(start, min(start + step, size)) for start in range(0, size, step)]

@@ -1,6 +1,6 @@
-"""Which form of a kernel runs, and why: chosen by layout, size and device, or forced.
+"""Which implementation of a kernel runs, and why: chosen by layout, size and device, or forced.
 
-All forms of a kernel compute the same; they differ in time and memory. A form that cannot run where it is forced raises.
+All implementations of a kernel compute the same; they differ in time and memory.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import unknown_name
 from thriftnet.text import table
 
-FORMS: dict[str, tuple[str, ...]] = {
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "shift": ("planes", "windows", "depthwise", "triton", "fused"),
     "bank": ("together", "alone"),
     "fusion": ("once", "each"),
@@ -26,111 +24,98 @@ FORMS: dict[str, tuple[str, ...]] = {
     "convolution": ("packed", "plain"),
 }
 
-_FORCED: ContextVar[dict[str, str] | None] = ContextVar("thriftnet_forced_forms", default=None)
+# Of the process, as torch.backends.cudnn.enabled is: threads of autograd see it, and compiled graphs are guarded on it. torch 2.11
+# compiles no ContextVar, and its marker for what it cannot read (assume_constant_result) takes seconds to import and sets no guard.
+_forced: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A form that was picked.
+class KernelChoice:
+    """An implementation that was picked.
 
     Args:
-        kernel: One of `FORMS`.
-        form: One of its forms.
+        kernel: One of `IMPLEMENTATIONS`.
+        implementation: One of the kernel's implementations.
         reason: Why, in a few words.
     """
 
     kernel: str
-    form: str
+    implementation: str
     reason: str
 
 
 @contextmanager
-def force(**forms: str) -> Iterator[None]:
-    """Let kernels take these forms, wherever this context is active, whatever would be faster.
+def force(**implementations: str) -> Iterator[None]:
+    """Make kernels run these implementations while the context is active, in all threads, even if others are faster.
 
     Args:
-        forms: ``shift="windows"``, ``bank="alone"``, ... as in `FORMS`.
+        implementations: ``shift="windows"``, ``bank="alone"``, ... as in `IMPLEMENTATIONS`.
 
     Raises:
-        ConfigError: An unknown kernel or form, with those that exist.
+        ConfigError: An unknown kernel or implementation. A kernel raises it when what is forced cannot run on its input.
     """
-    check_forms(forms)
-    token = _FORCED.set({**(_FORCED.get() or {}), **forms})
+    global _forced
+    for kernel, implementation in implementations.items():
+        if kernel not in IMPLEMENTATIONS:
+            raise unknown_name("kernel", kernel, IMPLEMENTATIONS)
+        if implementation not in IMPLEMENTATIONS[kernel]:
+            raise unknown_name(f"implementation of kernel {kernel}", implementation, IMPLEMENTATIONS[kernel])
+    outer, _forced = _forced, {**_forced, **implementations}
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _forced = outer
 
 
-def check_forms(forms: dict[str, str]) -> None:
-    """Raise for a kernel or form that does not exist."""
-    for kernel, form in forms.items():
-        if kernel not in FORMS:
-            raise unknown_name("kernel", kernel, FORMS)
-        if form not in FORMS[kernel]:
-            raise unknown_name(f"form of kernel {kernel}", form, FORMS[kernel])
-
-
-def forced(kernel: str) -> Choice | None:
-    """What `force` says about a kernel here; None where it says nothing."""
-    form = _forced_form(kernel)
-    return None if form is None else Choice(kernel, form, "forced")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _forced_form(kernel: str) -> str | None:
-    """Looked up while a graph is compiled: the compiler of torch 2.11 does not read context variables."""
-    return (_FORCED.get() or {}).get(kernel)
-
-
-class Explained(Protocol):
-    """A layer that runs a kernel."""
-
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """The form that it takes for this input."""
-        ...
+def forced(kernel: str) -> KernelChoice | None:
+    """What `force` asks of a kernel; None if nothing."""
+    implementation = _forced.get(kernel)
+    return None if implementation is None else KernelChoice(kernel, implementation, "forced")
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which form each layer of a network takes; prints as a table.
+    """Which implementation each layer of a network runs; prints as a table.
 
     Args:
-        rows: Name of the layer and its choice, in the order in which they run first.
+        rows: Name of each layer and its choice, in the order of their first call.
     """
 
-    rows: tuple[tuple[str, Choice], ...]
+    rows: tuple[tuple[str, KernelChoice], ...]
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no layer of this network runs a kernel that has several forms"
-        return table(["layer", "kernel", "form", "because"], [[name, c.kernel, c.form, c.reason] for name, c in self.rows])
+            return "no layer of this network runs a kernel with several implementations"
+        rows = [[name, choice.kernel, choice.implementation, choice.reason] for name, choice in self.rows]
+        return table(["layer", "kernel", "implementation", "because"], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {name: {"kernel": c.kernel, "form": c.form, "reason": c.reason} for name, c in self.rows}
+        return {
+            name: {"kernel": choice.kernel, "implementation": choice.implementation, "reason": choice.reason}
+            for name, choice in self.rows
+        }
 
 
 def explain(model: nn.Module, input: Tensor) -> Explanation:
-    """Which form of its kernel each layer of ``model`` takes for ``input``, and why.
+    """Which implementation of its kernel each layer of ``model`` runs on ``input``, and why.
 
-    A copy of the network runs, in the mode it is in (training or eval, with gradients or without), so that layout, size and
-    device are those that each layer meets.
+    A copy of the network runs in its current mode (training or eval, with or without gradients), so that each layer sees the
+    layout, size and device that it meets in use.
 
     Example:
         >>> import torch
         >>> print(explain(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8)))
-        no layer of this network runs a kernel that has several forms
+        no layer of this network runs a kernel with several implementations
     """
     network = copy.deepcopy(model)
-    found: dict[str, Choice] = {}
+    found: dict[str, KernelChoice] = {}
 
-    def note(name: str, layer: Explained, x: Tensor) -> None:
+    def note(name: str, layer: Any, x: Tensor) -> None:
         found.setdefault(name, layer.kernel_choice(x))
 
     for name, module in network.named_modules():
         if callable(getattr(type(module), "kernel_choice", None)):
-            layer = cast(Explained, module)
-            module.register_forward_pre_hook(lambda _, args, name=name, layer=layer: note(name, layer, args[0]))
+            module.register_forward_pre_hook(lambda layer, args, name=name: note(name, layer, args[0]))
     network(input)
     return Explanation(tuple(found.items()))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.versions import Version, check_unchanged, is_plain, version
 
 
@@ -25,7 +25,7 @@ class Fuser:
 
     def weight(self, members: Tensor, scales: Tensor | None) -> Tensor:
         """The fused weight."""
-        if choose(members, scales).form == "each":
+        if choose(members, scales).implementation == "each":
             return fuse(members, scales)
         sources = [members] if scales is None else [members, scales]
         weight = None if self._latest is None else self._latest()
@@ -36,22 +36,22 @@ class Fuser:
         return made
 
     def forget(self) -> None:
-        """Compute anew next time."""
+        """Compute it again next time."""
         self._latest = None
 
 
-def choose(members: Tensor, scales: Tensor | None) -> Choice:
+def choose(members: Tensor, scales: Tensor | None) -> KernelChoice:
     """Whether the weight is computed once for all its users, or for each use."""
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return Choice("fusion", "each", "a compiled or exported graph finds equal parts by itself")
+        return KernelChoice("fusion", "each", "a compiled or exported graph finds equal parts by itself")
     if not is_plain(members) or not (scales is None or is_plain(scales)):
-        return Choice("fusion", "each", "the members are no plain parameters")
+        return KernelChoice("fusion", "each", "the members are not plain parameters")
     choice = forced("fusion")
     if choice is not None:
         return choice
     if not torch.is_grad_enabled():
-        return Choice("fusion", "each", "without gradients; eval_fold or fold spares all of it")
-    return Choice("fusion", "once", f"the graph holds one weight for all uses of {len(members)} members")
+        return KernelChoice("fusion", "each", "without gradients; eval_fold or fold spares all of it")
+    return KernelChoice("fusion", "once", f"the graph holds one weight for all uses of {len(members)} members")
 
 
 def fuse(members: Tensor, scales: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Convolutions for inference on a CPU whose weights lie as oneDNN's kernels read them, with the activation taken in the same pass.
 
-Eager torch hands 1 x 1 convolutions on one thread to a slower library, and lays every weight out anew in each call. oneDNN with
+Eager torch hands 1 x 1 convolutions on one thread to a slower library, and repacks every weight in each call. oneDNN with
 weights laid out once is what torch's own compiler calls for frozen networks; these operators of torch do it without compiling.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.versions import Version, version
 
 Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, its numbers, and how it is computed
@@ -40,7 +40,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 class PackedConv2d(nn.Conv2d):
     """A convolution and the activation after it. Parameters and state dict are the convolution's own.
 
-    Where the fast form does not apply - gradients, other devices and types, autocast, graphs, transforms - it runs as
+    Where the fast implementation does not apply - gradients, other devices and types, autocast, graphs, transforms - it runs as
     `nn.Conv2d` and the activation do.
 
     Shape: (N, I, H, W) -> (N, O, H', W').
@@ -60,23 +60,25 @@ class PackedConv2d(nn.Conv2d):
         self.train(like.training)
         self._packed: tuple[Version, torch.Size, Tensor] | None = None
 
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """Which form runs for ``x``, and why."""
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation runs for ``x``, and why."""
         obstacle = self._obstacle(x)
         if obstacle:
-            return Choice("convolution", "plain", obstacle)
+            return KernelChoice("convolution", "plain", obstacle)
         if self._is_little_work(x):
-            return forced("convolution") or Choice(
+            return forced("convolution") or KernelChoice(
                 "convolution", "plain", "calling the library takes longer than such little work"
             )
-        return forced("convolution") or Choice("convolution", "packed", "weights laid out once, activation in the same pass")
+        return forced("convolution") or KernelChoice(
+            "convolution", "packed", "weights laid out once, activation in the same pass"
+        )
 
     def _packs(self, x: Tensor) -> bool:
         """What `kernel_choice` says, without the words."""
         if self._obstacle(x):
             return False
         wanted = forced("convolution")
-        return not self._is_little_work(x) if wanted is None else wanted.form == "packed"
+        return not self._is_little_work(x) if wanted is None else wanted.implementation == "packed"
 
     def _is_little_work(self, x: Tensor) -> bool:
         """Calling oneDNN takes as long as eager torch takes for some multiply-accumulates; for matrix products for more."""
@@ -114,7 +116,7 @@ class PackedConv2d(nn.Conv2d):
         return out if self.activation is None else self.activation(out)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """The weight as oneDNN reads it, made anew when the weight or the size of the maps has changed.
+        """The weight as oneDNN reads it, repacked when the weight or the size of the maps has changed.
 
         Which layout is right depends on height and width; with another one each call would lay the weight out again.
         """
@@ -135,9 +137,9 @@ _HELD_BY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def can_pack(conv: nn.Module) -> bool:
-    """Whether a layer is a convolution that `PackedConv2d` can stand for.
+    """Whether `PackedConv2d` can replace a layer.
 
-    One with hooks would lose them. Odd geometries are left alone: in some of them oneDNN's packed form gives wrong values (a single
+    One with hooks would lose them. Odd geometries are left alone: in some of them oneDNN's packed convolution gives wrong values (a single
     channel, steps of 1 and 2, one column left; torch 2.15) or crashes (dilation with more padding than the kernel needs; torch 2.11).
     """
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or has_hooks(conv):

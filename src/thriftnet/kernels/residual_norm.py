@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 
 
 def normalised_sum(norm: nn.Module, active: Tensor, shortcut: Tensor) -> Tensor:
@@ -20,15 +20,17 @@ def normalised_sum(norm: nn.Module, active: Tensor, shortcut: Tensor) -> Tensor:
         shortcut: Of the same shape.
     """
     normalised: Tensor = norm(active)
-    if choose(norm, active).form == "in place" and normalised.dtype == shortcut.dtype:
+    if choose(norm, active).implementation == "in place" and normalised.dtype == shortcut.dtype:
         return normalised.add_(shortcut)
     return shortcut + normalised
 
 
-def choose(norm: nn.Module, active: Tensor) -> Choice:
+def choose(norm: nn.Module, active: Tensor) -> KernelChoice:
     """Whether the sum is taken in place. Writing norm and sum as one affine map was slower: torch has a kernel for norms."""
     if norm._forward_hooks or not isinstance(norm, nn.BatchNorm2d):
-        return Choice("act-norm", "separate", "somebody else may hold what the norm gives")
+        return KernelChoice("act-norm", "separate", "somebody else may hold what the norm gives")
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return Choice("act-norm", "separate", "with gradients, or in a graph that is fused anyway")
-    return forced("act-norm") or Choice("act-norm", "in place", "without gradients nobody else needs what the norm gives")
+        return KernelChoice("act-norm", "separate", "with gradients, or in a graph that is fused anyway")
+    return forced("act-norm") or KernelChoice(
+        "act-norm", "in place", "without gradients nobody else needs what the norm gives"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thriftnet.errors import ConfigError
 from thriftnet.kernels import triton_shift
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 
 CONVOLVED = (torch.float32, torch.bfloat16)  # types in which the CPU has a fast depthwise convolution
 ON_GPU = ("triton", "fused")  # the second one with the 1 x 1 convolution that follows, where one does
@@ -80,53 +80,54 @@ def one_hot(channels: int, kernel_size: int = 3) -> Tensor:
 
 
 def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int) -> Tensor:
-    """Shift ``x``, in the form that `choose` picks.
+    """Shift ``x``, by the implementation that `choose` picks.
 
     Args:
         x: (N, C, H, W).
-        kernel: The one-hot form, (C, 1, m, m).
+        kernel: The one-hot kernel, (C, 1, m, m).
         kernel_size: Side k of the set of offsets.
         dilation: Pixels per step.
         moved: How many channels, from the first, move.
 
     Raises:
-        ConfigError: The Triton form is forced where it cannot run.
+        ConfigError: A Triton implementation is forced on a device without Triton.
     """
-    moves, form = Moves(kernel_size, dilation, moved), choose(x).form
-    if form in ON_GPU:
+    moves, implementation = Moves(kernel_size, dilation, moved), choose(x).implementation
+    if implementation in ON_GPU:
         return triton_shift.moved(x, *moves)
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if form == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
+    if implementation == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
         return depthwise(x, kernel, moves)
-    shifted: Tensor = ShiftFunction.apply(x, kernel, moves, form) if needs_grad else run(x, kernel, moves, form)
+    shifted: Tensor = (
+        ShiftFunction.apply(x, kernel, moves, implementation) if needs_grad else run(x, kernel, moves, implementation)
+    )
     return shifted
 
 
-def choose(x: Tensor) -> Choice:
-    """The form for this input.
+def choose(x: Tensor) -> KernelChoice:
+    """Which implementation runs on this input.
 
     Args:
         x: (N, C, H, W); its device, layout and type count.
     """
     choice = forced("shift")
     if choice is not None:
-        if choice.form in ON_GPU and not triton_shift.runs_on(x.device):
+        if choice.implementation in ON_GPU and not triton_shift.runs_on(x.device):
             raise ConfigError(
-                f"shift={choice.form!r} is forced, but the input is on {x.device}: possible there are planes, windows and "
-                "depthwise"
+                f"shift={choice.implementation!r} is forced, but the input is on {x.device}: expected planes, windows or depthwise"
             )
         return choice
     if torch.compiler.is_exporting():
-        return Choice("shift", "depthwise", "an exported graph holds standard operations only")
+        return KernelChoice("shift", "depthwise", "an exported graph holds standard operations only")
     if x.device.type == "cuda" and triton_shift.runs_on(x.device):
-        return Choice("shift", "triton", "on a GPU one kernel reads and writes everything once")
+        return KernelChoice("shift", "triton", "on a GPU one kernel reads and writes everything once")
     if torch.compiler.is_compiling():
-        return Choice("shift", "depthwise", "a compiled graph has one operation for it")
+        return KernelChoice("shift", "depthwise", "a compiled graph has one operation for it")
     if not is_channels_last(x):
-        return Choice("shift", "planes", "NCHW: one run of memory per channel and offset")
+        return KernelChoice("shift", "planes", "NCHW: one run of memory per channel and offset")
     if x.dtype in CONVOLVED or x.device.type != "cpu":
-        return Choice("shift", "depthwise", "channels_last: a depthwise convolution reads every channel at once")
-    return Choice("shift", "windows", f"channels_last: the CPU has no fast depthwise convolution for {x.dtype}")
+        return KernelChoice("shift", "depthwise", "channels_last: a depthwise convolution reads every channel at once")
+    return KernelChoice("shift", "windows", f"channels_last: the CPU has no fast depthwise convolution for {x.dtype}")
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -139,29 +140,29 @@ def is_small(x: Tensor) -> bool:
     return x.numel() * x.element_size() < SMALL
 
 
-def run(x: Tensor, kernel: Tensor, moves: Moves, form: str) -> Tensor:
-    """Shift in one of torch's forms."""
-    if form == "depthwise":
+def run(x: Tensor, kernel: Tensor, moves: Moves, implementation: str) -> Tensor:
+    """Shift by one of the implementations in plain torch."""
+    if implementation == "depthwise":
         return depthwise(x, kernel, moves)
-    return planes(x, moves) if form == "planes" else windows(x, moves)
+    return planes(x, moves) if implementation == "planes" else windows(x, moves)
 
 
 class ShiftFunction(torch.autograd.Function):
-    """One of the forms, with the shift in the other direction as its backward."""
+    """`run`, with the shift in the other direction as its backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, moves: Moves, form: str) -> Tensor:
-        return run(x, kernel, moves, form)
+    def forward(x: Tensor, kernel: Tensor, moves: Moves, implementation: str) -> Tensor:
+        return run(x, kernel, moves, implementation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.kernel, ctx.moves, ctx.form = inputs
+        _, ctx.kernel, ctx.moves, ctx.implementation = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad: Tensor = ShiftFunction.apply(grads[0], ctx.kernel, ctx.moves.back(), ctx.form)
+        grad: Tensor = ShiftFunction.apply(grads[0], ctx.kernel, ctx.moves.back(), ctx.implementation)
         return grad, None, None, None
 
 

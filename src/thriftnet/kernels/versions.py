@@ -34,7 +34,7 @@ def version(parameter: Tensor) -> Version:
 
 
 def is_plain(parameter: Tensor) -> bool:
-    """Whether a tensor is a parameter with memory and a version: none that stands for one, as in a transform or a replica."""
+    """Whether a tensor is a parameter with memory and a version, not a transform's or replica's substitute."""
     return type(parameter) is nn.Parameter and not parameter.is_meta and not parameter.is_inference()
 
 

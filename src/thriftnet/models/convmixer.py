@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
 from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
 from thriftnet.models.compose import apply_technique
@@ -41,8 +41,8 @@ class MixerBlock(nn.Module):
         x = normalised_sum(self.norm1, self.act(self.depthwise(x)), x)
         return normalised_sum(self.norm2, self.act(self.pointwise(x)), x)
 
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """The form of the kernel that its norms take now."""
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation sums norm and shortcut now."""
         return choose(self.norm2, x)
 
 

@@ -161,3 +161,27 @@ def decisions(counts: Sequence[Sequence[int]], classes: Sequence[str], widths: S
         axes.grid(visible=False)
         drawn.legend(loc="outside right upper", title="width", frameon=False)
         return svg(drawn)
+
+
+def latencies(title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float, str]]]) -> str:
+    """Milliseconds as bars, a panel for each batch size and number of threads; the first bar is what others are compared with.
+
+    Args:
+        title: The network's name.
+        panels: For each panel's title and each bar's name: median, quartiles and a label.
+    """
+    count = max(map(len, panels.values()))
+    with figure(7.6, (0.9 + 0.3 * count) * len(panels) + 0.4) as drawn:
+        for axes, (name, bars) in zip(drawn.subplots(len(panels), 1, squeeze=False).flat, panels.items(), strict=True):
+            for place, (median, low, high, label) in enumerate(bars.values()):
+                axes.barh(place, median, height=0.62, color="#9a9a9a" if place == 0 else COLOURS[6])
+                axes.plot([low, high], [place, place], color="#000000", linewidth=1.5)
+                axes.annotate(label, (max(median, high), place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.set_yticks(range(len(bars)), bars, fontsize=9)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.35 * max(max(median, high) for median, _, high, _ in bars.values()))
+            axes.grid(visible=False, axis="y")
+            axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("ms per batch (black line: quartiles); x: times as fast as the first")
+        drawn.suptitle(title, fontsize=10)
+        return svg(drawn)

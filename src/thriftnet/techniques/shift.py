@@ -22,7 +22,7 @@ from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware, WidthSpec, exact_share
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.kernels.dispatch import Choice, forced
+from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
 from thriftnet.kernels.triton_pointwise import fused
 
@@ -69,8 +69,8 @@ class Shift2d(Tied, WidthAware):
             raise ConfigError(f"Shift2d moves {channels} channels of (N, {channels}, H, W), got {tuple(x.shape)}")
         return shift(x, self.kernel[:channels], self.kernel_size, self.dilation, self.moved)
 
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """The form of the kernel that it takes for this input."""
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation runs on this input."""
         return choose(x)
 
     def moved_bytes(self, output: Tensor) -> int:
@@ -175,7 +175,7 @@ class ShiftConv2d(Tied, WidthAware):
     def forward(self, x: Tensor) -> Tensor:
         active = self.norm(self.expand(x))
         choice = forced("shift")
-        if choice is not None and choice.form == "fused":
+        if choice is not None and choice.implementation == "fused":
             return self._fused(active)
         mixed: Tensor = self.project(self.shift(self.act(active)))
         return mixed

@@ -23,7 +23,7 @@ from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.core.tied import Tied
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
-from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.dispatch import KernelChoice
 
 
 class TemplateBank(Tied):
@@ -140,8 +140,8 @@ class SConv2d(GeneratedConv2d):
             return self.bank.mix(self.coefficients)
         return self.bank.mixer.weight(self, self.bank.templates)
 
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """The form of the kernel that it takes now."""
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation computes the weight now."""
         return self.bank.mixer.choose(self, self.bank.templates)
 
     @property

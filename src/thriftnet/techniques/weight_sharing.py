@@ -23,7 +23,7 @@ from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
-from thriftnet.kernels.dispatch import Choice
+from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.fusion import Fuser, choose, fuse
 
 Layer: TypeAlias = Convolution | nn.Linear
@@ -69,10 +69,10 @@ class Fused(nn.Module):
             self._fuser = Fuser()
         return self._fuser.weight(self.members, self.scales)
 
-    def kernel_choice(self, x: Tensor) -> Choice:
-        """The form of the kernel that it takes now."""
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation computes the weight now."""
         if self.fusion == "choose_first":
-            return Choice("fusion", "each", "the first member is the weight")
+            return KernelChoice("fusion", "each", "the first member is the weight")
         return choose(self.members, self.scales)
 
     def __getstate__(self) -> dict[str, Any]:

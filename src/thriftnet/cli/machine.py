@@ -1,0 +1,75 @@
+"""How a command uses threads and memory. Only the command line sets these: importing the library changes nothing of the process."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from argparse import Namespace
+from typing import Any
+
+from thriftnet.errors import ConfigError
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+NEVER = 2**31 - 1
+
+
+def add_machine_options(parser: Any) -> None:
+    """Add ``--threads`` and ``--fast-malloc``, which `use_machine` reads."""
+    parser.add_argument("--threads", type=int, metavar="N", help="threads within an operation; default: 1 for single images")
+    add_fast_malloc(parser)
+
+
+def add_fast_malloc(parser: Any) -> None:
+    """Add ``--fast-malloc``, which `use_allocator` reads."""
+    parser.add_argument(
+        "--fast-malloc",
+        action="store_true",
+        help="let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
+    )
+
+
+def use_machine(options: Namespace, batch_size: int) -> str:
+    """Set threads and allocator for the rest of this process; returns a description of the allocator.
+
+    Args:
+        options: Parsed, with those of `add_machine_options`.
+        batch_size: Images at a time.
+    """
+    memory = use_allocator(fast_malloc=options.fast_malloc)
+    use_threads(batch_size, options.threads)
+    return memory
+
+
+def use_allocator(*, fast_malloc: bool) -> str:
+    """Set the allocator for the rest of this process; returns a description for notes beside measurements.
+
+    glibc gives each large block back to the system when it is freed and fetches it again page by page, in every training step.
+    ``fast_malloc`` makes it keep them; the process then holds the most memory that it ever used.
+
+    Raises:
+        ConfigError: ``fast_malloc`` on another system, or with another C library.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not fast_malloc:
+        return "glibc default" if hasattr(library, "gnu_get_libc_version") else f"{sys.platform} default"
+    if library is None:
+        raise ConfigError(f"--fast-malloc is for glibc on Linux, this is {sys.platform}: leave it out")
+    if not hasattr(library, "mallopt"):
+        raise ConfigError("--fast-malloc needs glibc, and this C library has no mallopt: leave it out")
+    if not (library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, NEVER)):
+        raise ConfigError("--fast-malloc: the C library refused to keep memory. Leave it out")
+    return "glibc, mallopt (no mmap, no trim)"
+
+
+def use_threads(batch_size: int, threads: int | None = None) -> int:
+    """Set torch's threads within an operation: ``threads``, by default 1 for single images; returns their number.
+
+    One image gives so little work that threads wait for each other longer than they work.
+    """
+    import torch
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads {threads}: expected an integer >= 1")
+    if threads is not None or batch_size == 1:
+        torch.set_num_threads(threads or 1)
+    return torch.get_num_threads()
