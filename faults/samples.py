@@ -20,12 +20,12 @@ from faults import ROOT
 from pickle_bytes import call, dict_of, integer, legacy, list_of, name, text2, tuple_of
 from pickle_bytes import saved as torch_saved
 from test_importer import SMALL, SUPERNET, stirred, theirs
-from thriftnet.importing.dsnet_layout import dsnet_layout
-from thriftnet.importing.filter_basis_resnet import resnet_layout
+from thriftnet.importing.dsnet import layout as dsnet_layout
+from thriftnet.importing.filter_basis import layout as resnet_layout
 from thriftnet.importing.importer import open_file
-from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
-from thriftnet.importing.soft_sharing_layout import swrn_layout
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
+from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
+from thriftnet.importing.soft_sharing import layout as swrn_layout
+from thriftnet.importing.weight_sharing import layout as convmixer_layout
 from thriftnet.store.config import CONFIG, WEIGHTS
 
 SHARED = ROOT.parent / "shared" / "checkpoints"

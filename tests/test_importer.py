@@ -15,21 +15,23 @@ from torch import Tensor, nn
 import thriftnet as tn
 from golden_rules import digest, fill_value, golden_input
 from thriftnet.core.tied import unique_tensors
-from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing import dsnet, filter_basis, shiftresnet, soft_sharing, weight_sharing
 from thriftnet.importing.extract import contents
-from thriftnet.importing.filter_basis_others import mobilenetv2_layout
-from thriftnet.importing.filter_basis_resnet import resnet_layout
 from thriftnet.importing.importer import build, import_checkpoint
 from thriftnet.importing.layout import read
-from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
-from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.importing.systems import recognise
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models.entry import IDENTITY
 from zoo_golden import facts
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
-SYSTEMS = ("shiftresnet", "softsharing", "netrl2", "spin", "dsnet")
+# what the records of the originals are called -> the system whose files they are
+SYSTEMS = {
+    "shiftresnet": "shiftresnet",
+    "softsharing": "soft-sharing",
+    "netrl2": "filter-basis",
+    "spin": "weight-sharing",
+    "dsnet": "dsnet",
+}
 RECORDED = [(system, name) for system in SYSTEMS for name, case in facts(system).items() if "state_dict" in case]
 LARGE = 1_000_000  # parameters, from which a recorded network is run in `make test-slow` only
 FUSED_IN_FORWARD = ("wf2_", "wfws2_")
@@ -110,7 +112,7 @@ def files() -> list[Any]:
 def test_files_of_the_authors_compute_what_theirs_did(path: Path, tmp_path: Path) -> None:
     expected = json.loads((path.parent / "expected.json").read_text())[path.name]["expected"]
     imported = import_checkpoint(path)
-    assert imported.source.system == path.parent.name
+    assert imported.source.system == SYSTEMS[path.parent.name]
     assert not imported.model.training
     json.dumps(dict(imported.metadata), allow_nan=False)
     again = tn.load(tn.save(imported.model, tmp_path / "saved"))
@@ -157,7 +159,7 @@ def test_every_recorded_network_is_recognised(system: str, name: str) -> None:
     case, tensors = facts(system)[name], recorded(system, name)
     found = contents({f"module.{key}": tensor for key, tensor in tensors.items()}, {})
     recognised_as, recognised = recognise(found.tensors, {}, hints_for(system, name))
-    assert recognised_as == system
+    assert recognised_as == SYSTEMS[system]
     model, _ = build(recognised)
     dead = sum(t.numel() for key, t in tensors.items() if key not in recognised.tensors and is_dead(key, name))
     assert sum(p.numel() for p in model.parameters()) == case["params"]["total"] - dead
@@ -176,51 +178,51 @@ def is_dead(key: str, name: str) -> bool:
 # -- files made here, for a clone without the shared material
 
 MADE: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
-    "shift": ("shiftresnet20", {"expansion": 1.5, "num_classes": 3}, shiftresnet_layout, {}),
+    "shift": ("shiftresnet20", {"expansion": 1.5, "num_classes": 3}, shiftresnet.layout, {}),
     "block": (
         "resnet20",
         {"shortcut": "projection", "reduction": 7.5, "reduction_mode": "block", "num_classes": 3},
-        shiftresnet_layout,
+        shiftresnet.layout,
         {},
     ),
-    "net": ("resnet20", {"shortcut": "projection", "reduction": 9.3, "num_classes": 3}, shiftresnet_layout, {}),
-    "depthwise": ("depthwiseresnet20", {"reduction": 3.7, "num_classes": 3}, shiftresnet_layout, {}),
-    "swrn": ("swrn", {"depth": 16, "width": 1, "templates": 3, "num_classes": 3}, swrn_layout, {}),
-    "wrn": ("wrn", {"depth": 10, "width": 2, "num_classes": 3}, swrn_layout, {}),
-    "grey": ("swrn", {"depth": 16, "width": 1, "templates": 1, "in_chans": 1}, swrn_layout, {}),
-    "double": ("resnet32_double_shared", {"depth": 14, "shared_rank": 5, "unique_rank": 2}, resnet_layout, {}),
-    "single": ("resnet56_single_shared", {"depth": 20, "shared_rank": 3, "unique_rank": 0}, resnet_layout, {}),
-    "only": ("resnet32_shared_only", {"depth": 14, "shared_rank": 5}, resnet_layout, {}),
-    "non": ("resnet56_non_shared", {"depth": 14, "unique_rank": 3}, resnet_layout, {}),
-    "mobile": ("cifar_mobilenetv2_shared_double", {"num_classes": 3}, mobilenetv2_layout, {}),
-    "eca": ("mobilenetv2_shared_double", {"num_classes": 3, "eca": True}, mobilenetv2_layout, {}),
-    "mixer": ("convmixer", {**SMALL, "kernel_size": 4}, convmixer_layout, {}),
-    "gelu": ("convmixer", {**SMALL, "activation": "gelu"}, convmixer_layout, {"activation": "gelu"}),
-    "shared": ("ws_convmixer", {**SMALL, "rate": 2, "mapping": "strided"}, convmixer_layout, {"mapping": "strided"}),
-    "scalar": ("wfws_convmixer", {**SMALL, "rate": 4, "fusion": "scalar_weighted_mean"}, convmixer_layout, {"rate": 4}),
+    "net": ("resnet20", {"shortcut": "projection", "reduction": 9.3, "num_classes": 3}, shiftresnet.layout, {}),
+    "depthwise": ("depthwiseresnet20", {"reduction": 3.7, "num_classes": 3}, shiftresnet.layout, {}),
+    "swrn": ("swrn", {"depth": 16, "width": 1, "templates": 3, "num_classes": 3}, soft_sharing.layout, {}),
+    "wrn": ("wrn", {"depth": 10, "width": 2, "num_classes": 3}, soft_sharing.layout, {}),
+    "grey": ("swrn", {"depth": 16, "width": 1, "templates": 1, "in_chans": 1}, soft_sharing.layout, {}),
+    "double": ("resnet32_double_shared", {"depth": 14, "shared_rank": 5, "unique_rank": 2}, filter_basis.layout, {}),
+    "single": ("resnet56_single_shared", {"depth": 20, "shared_rank": 3, "unique_rank": 0}, filter_basis.layout, {}),
+    "only": ("resnet32_shared_only", {"depth": 14, "shared_rank": 5}, filter_basis.layout, {}),
+    "non": ("resnet56_non_shared", {"depth": 14, "unique_rank": 3}, filter_basis.layout, {}),
+    "mobile": ("cifar_mobilenetv2_shared_double", {"num_classes": 3}, filter_basis.layout, {}),
+    "eca": ("mobilenetv2_shared_double", {"num_classes": 3, "eca": True}, filter_basis.layout, {}),
+    "mixer": ("convmixer", {**SMALL, "kernel_size": 4}, weight_sharing.layout, {}),
+    "gelu": ("convmixer", {**SMALL, "activation": "gelu"}, weight_sharing.layout, {"activation": "gelu"}),
+    "shared": ("ws_convmixer", {**SMALL, "rate": 2, "mapping": "strided"}, weight_sharing.layout, {"mapping": "strided"}),
+    "scalar": ("wfws_convmixer", {**SMALL, "rate": 4, "fusion": "scalar_weighted_mean"}, weight_sharing.layout, {"rate": 4}),
     "first": (
         "wfws_convmixer",
         {**SMALL, "rate": 2, "fusion": "choose_first"},
-        convmixer_layout,
+        weight_sharing.layout,
         {"rate": 2, "fusion": "choose_first"},
     ),
-    "supernet": ("dsnet", {"stem": (6, 8), "stages": SUPERNET, "num_classes": 3}, dsnet_layout, {}),
+    "supernet": ("dsnet", {"stem": (6, 8), "stages": SUPERNET, "num_classes": 3}, dsnet.layout, {}),
     "residual": (
         "dsnet",
         {"stem": (6, 8), "stages": SUPERNET, "num_classes": 3, "skip": True, "head": 16},
-        dsnet_layout,
+        dsnet.layout,
         {},
     ),
     "inverted": (
         "dsnet",
         {"stem": (6, 8), "stages": INVERTED, "num_classes": 3, "skip": True, "se_ratio": 0.3},
-        dsnet_layout,
+        dsnet.layout,
         {},
     ),
     "relu": (
         "dsnet",
         {"stem": (6, 8), "stages": SUPERNET, "num_classes": 3, "activation": "relu"},
-        dsnet_layout,
+        dsnet.layout,
         {"activation": "relu"},
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,23 @@ import torch
 from torch import Tensor, nn
 
 import thriftnet as tn
-from test_importer import SMALL, SUPERNET, stirred, theirs
+from test_importer import MADE, SMALL, SUPERNET, stirred, theirs
+from thriftnet.cli.inputs import augmentation_of, network_of
 from thriftnet.core.tied import unique_tensors
+from thriftnet.data.transforms import eval_transform
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.importing.dsnet_layout import dsnet_layout
-from thriftnet.importing.filter_basis_others import densenet_layout
-from thriftnet.importing.filter_basis_resnet import resnet_layout
-from thriftnet.importing.importer import build, import_checkpoint
+from thriftnet.importing import dsnet, filter_basis, shiftresnet, soft_sharing, weight_sharing
+from thriftnet.importing.extract import contents
+from thriftnet.importing.importer import build, folder_facts, import_checkpoint
 from thriftnet.importing.layout import read
-from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
-from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.importing.systems import recognise
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
 from thriftnet.models.entry import IDENTITY
 
 
 def test_repeated_keys_must_be_equal() -> None:
-    state = theirs(tn.create_model("resnet32_double_shared", depth=14, shared_rank=2), resnet_layout)
+    state = theirs(tn.create_model("resnet32_double_shared", depth=14, shared_rank=2), filter_basis.layout)
     state["layer1.1.shared_basis_2.weight"] = state["shared_basis_1_2.weight"].clone()
-    assert recognise(state, {}, {})[0] == "netrl2"
+    assert recognise(state, {}, {})[0] == "filter-basis"
     state["layer1.1.shared_basis_2.weight"] += 1
     with pytest.raises(CheckpointError, match=r"shared_basis_1_2.weight and layer1.1.shared_basis_2.weight are one tensor"):
         recognise(state, {}, {})
@@ -39,7 +38,7 @@ def test_repeated_keys_must_be_equal() -> None:
 def test_a_shared_tensor_under_a_users_name_only() -> None:
     """As files have it whose writer removed repeated tensors."""
     model = stirred(tn.create_model("swrn16_1_2"))
-    state = theirs(model, swrn_layout)
+    state = theirs(model, soft_sharing.layout)
     state["stage_2.1.conv2.bank.templates"] = state.pop("bank_2.templates")
     again, _ = build(recognise(state, {}, {})[1])
     images = torch.randn(1, 3, 32, 32)
@@ -49,7 +48,7 @@ def test_a_shared_tensor_under_a_users_name_only() -> None:
 @pytest.mark.parametrize("original", [True, False])
 def test_which_basis_the_last_dense_block_uses_is_seen_by_its_repeated_key(original: bool) -> None:
     model = stirred(tn.create_model("cifar_densenet121_single_shared", shared_rank=2, original_sharing=original))
-    state = theirs(model, densenet_layout)
+    state = theirs(model, filter_basis.layout)
     if original:
         state["shared_basis_4.weight"] = torch.randn_like(state["shared_basis_3.weight"])
     used = state[f"shared_basis_{3 if original else 4}.weight"]
@@ -76,7 +75,7 @@ def fused_by_hand(state: dict[str, Tensor], rate: int) -> dict[str, Tensor]:
 
 
 def test_fusion_under_the_strided_mapping_takes_neighbours_as_the_authors_do() -> None:
-    state = theirs(stirred(tn.create_model("convmixer", **SMALL)), convmixer_layout)
+    state = theirs(stirred(tn.create_model("convmixer", **SMALL)), weight_sharing.layout)
     hints = {"mapping": "strided", "rate": 2, "fusion": "mean", "activation": "relu"}
     recognised = recognise(state, {}, hints)[1]
     assert any("neighbours" in note for note in recognised.notes)
@@ -87,7 +86,9 @@ def test_fusion_under_the_strided_mapping_takes_neighbours_as_the_authors_do() -
 
 
 def test_the_configuration_of_the_file_tells_mapping_activation_and_fusion() -> None:
-    state = theirs(stirred(tn.create_model("ws_convmixer", **SMALL, mapping="strided", activation="gelu")), convmixer_layout)
+    state = theirs(
+        stirred(tn.create_model("ws_convmixer", **SMALL, mapping="strided", activation="gelu")), weight_sharing.layout
+    )
     share = "  WEIGHT_SHARE:\n    ENABLE: true\n    REDUCTION_FN: mean\n    SHARE_RATE: 2\n    SHARING_MAPPING: strided\n"
     config = f"BN:\n  X: 1\nCONVMIXER:\n  ACT_FUNC: GELU\n  PATCH_STRIDE: 2\n{share}DATA:\n  MEAN:\n  - 0.1\n"
     recognised = recognise(state, {"cfg": config}, {})[1]
@@ -101,7 +102,7 @@ def test_the_configuration_of_the_file_tells_mapping_activation_and_fusion() -> 
     asked = recognise(state, {"cfg": config}, {"mapping": "sequential"})[1]
     assert asked.kwargs["mapping"] == "sequential"
     assert any("as asked" in note for note in asked.notes)
-    dense = theirs(tn.create_model("convmixer", **SMALL), convmixer_layout)
+    dense = theirs(tn.create_model("convmixer", **SMALL), weight_sharing.layout)
     assert recognise(dense, {"cfg": config}, {})[1].name == "wfws_convmixer"
     with pytest.raises(CheckpointError, match="stride 1"):
         recognise(state, {"cfg": config.replace("STRIDE: 2", "STRIDE: 1")}, {})
@@ -109,7 +110,7 @@ def test_the_configuration_of_the_file_tells_mapping_activation_and_fusion() -> 
 
 def test_a_supernet_without_its_gate() -> None:
     model = stirred(tn.create_model("dsnet", stem=(6, 8), stages=SUPERNET, num_classes=3))
-    state = theirs(model, dsnet_layout)
+    state = theirs(model, dsnet.layout)
     del state["blocks.1.first_block.gate.gate.0.weight"]
     recognised = recognise(state, {}, {})[1]
     assert any("gate" in note for note in recognised.notes)
@@ -122,7 +123,7 @@ def test_a_supernet_without_its_gate() -> None:
 
 
 def test_weights_or_their_moving_average(tmp_path: Path) -> None:
-    one = theirs(stirred(tn.create_model("dsnet", stem=(6, 8), stages=SUPERNET, num_classes=3)), dsnet_layout)
+    one = theirs(stirred(tn.create_model("dsnet", stem=(6, 8), stages=SUPERNET, num_classes=3)), dsnet.layout)
     other = OrderedDict((key, tensor * 2 if tensor.is_floating_point() else tensor) for key, tensor in one.items())
     path = tmp_path / "c.pth.tar"
     torch.save({"state_dict": one, "state_dict_ema": other, "optimizer": {"state": {}}}, path)
@@ -132,7 +133,7 @@ def test_weights_or_their_moving_average(tmp_path: Path) -> None:
         (False, one, "as trained"),
     ):
         imported = import_checkpoint(path, ema=ema)
-        got = read(unique_tensors(imported.model), dsnet_layout(imported.model))
+        got = read(unique_tensors(imported.model), dsnet.layout(imported.model))
         assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
         assert words in imported.notes[0]
     torch.save({"state_dict": one}, path)
@@ -149,7 +150,7 @@ def test_extra_shortcuts_of_november_2017_are_kept(everywhere: bool) -> None:
             outs = block.conv2.out_channels
             if isinstance(block.shortcut, nn.Identity):
                 block.shortcut = nn.Sequential(nn.Conv2d(outs, outs, 1, bias=False), nn.BatchNorm2d(outs))
-    recognised = recognise(theirs(stirred(model), shiftresnet_layout), {}, {})[1]
+    recognised = recognise(theirs(stirred(model), shiftresnet.layout), {}, {})[1]
     again, _ = build(recognised)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again(images), model(images))
@@ -158,12 +159,54 @@ def test_extra_shortcuts_of_november_2017_are_kept(everywhere: bool) -> None:
 
 
 def test_banks_that_nothing_uses_are_left_out() -> None:
-    state = theirs(tn.create_model("swrn", depth=10, width=1, templates=2), swrn_layout)
+    state = theirs(tn.create_model("swrn", depth=10, width=1, templates=2), soft_sharing.layout)
     state |= {f"bank_{s}.templates": torch.zeros(2, 16 * 2 ** (s - 1), 16 * 2 ** (s - 1), 3, 3) for s in (1, 2, 3)}
     recognised = recognise(state, {}, {})[1]
     assert (recognised.name, recognised.kwargs["templates"]) == ("swrn", 2)
     assert "96,768 parameters" in recognised.notes[0]
     build(recognised)
+
+
+# -- how images are prepared
+
+
+@pytest.mark.parametrize(
+    ("made", "size", "shorter_side", "interpolation"),
+    [
+        ("mixer", 224, 256, "bicubic"),
+        ("supernet", 224, 256, "bicubic"),
+        ("eca", 224, 256, "bilinear"),
+        ("swrn", 32, 32, "bilinear"),
+    ],
+)
+def test_evaluation_prepares_images_as_the_authors_do(
+    made: str, size: int, shorter_side: int, interpolation: str, tmp_path: Path
+) -> None:
+    """The same for the file and for the network saved from it."""
+    name, kwargs, layout, hints = MADE[made]
+    path = tmp_path / "weights.pth"
+    torch.save(theirs(tn.create_model(name, **kwargs), layout), path)
+    imported = import_checkpoint(path, **hints)
+    folder = tn.save(imported.model, tmp_path / "saved", metadata=folder_facts(imported))
+    options = SimpleNamespace(mean=None, std=None, image_size=None, resize=None, data="folder:images")
+    for place in (path, folder):
+        model, stated = network_of(str(place), {})
+        images: Any = SimpleNamespace(input_size=None, mean=(0.1,) * 3, std=(0.2,) * 3)
+        augmentation = augmentation_of(options, stated, images, images, model)  # type: ignore[arg-type]
+        resize, crop = eval_transform(augmentation).transforms[:2]  # type: ignore[attr-defined]
+        assert (resize.size, resize.interpolation.value, crop.size) == (shorter_side, interpolation, (size, size))
+        known = imported.preprocessing.get("normalisation", {"mean": (0.1,) * 3})
+        assert augmentation.mean == tuple(known["mean"])
+        assert (augmentation.mean == (0.485, 0.456, 0.406)) == (size == 224)
+
+
+def test_metadata_that_unfolds_without_end_is_left_out() -> None:
+    nested: list[Any] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    found = contents({"state_dict": {"weight": torch.zeros(2)}, "epoch": 3, "args": nested}, {})
+    assert found.metadata == {"epoch": 3}
+    assert "args" in found.notes[0]
 
 
 # -- plain networks and our own keys

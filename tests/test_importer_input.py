@@ -16,10 +16,10 @@ import thriftnet as tn
 from test_importer import SMALL, stirred, theirs
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.importing.importer import build, import_checkpoint
-from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
-from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
+from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.importing.systems import recognise
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
+from thriftnet.importing.weight_sharing import layout as convmixer_layout
 
 
 def test_numbers_in_names_are_bounded_by_the_tensors_present() -> None:
@@ -145,17 +145,17 @@ def test_a_folder_of_ours_is_named_as_such(tmp_path: Path) -> None:
     ("hints", "message"),
     [
         ({"mappin": "strided"}, "did you mean 'mapping'"),
-        ({"mapping": "sideways"}, "sequential and strided"),
+        ({"mapping": "sideways"}, "sequential or strided"),
         ({"rate": 3}, "the tensors show rate=2"),
         ({"fusion": "mean"}, "plays no part"),
-        ({"system": "spinn"}, "did you mean 'spin'"),
+        ({"system": "weight-sharin"}, "did you mean 'weight-sharing'"),
         ({"system": "dsnet"}, "it is no file of dsnet"),
         ({"system": "thriftnet"}, "model="),
         ({"strides": (1, 2)}, "says nothing about a file of SPIN"),
         ({"activation": "tanh"}, "tanh"),
         ({"model": "resnet99"}, "unknown model"),
         ({"model": "resnet20"}, "missing: .*unexpected: "),
-        ({"ema": "yes"}, "True and False"),
+        ({"ema": "yes"}, "True or False"),
     ],
 )
 def test_hints_that_make_no_sense(hints: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "0.485" in stored
     assert main(["import", str(path), "--json", "--mapping=strided"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["system"], result["model"], result["kwargs"]["mapping"]) == ("spin", "ws_convmixer", "strided")
+    assert (result["system"], result["model"], result["kwargs"]["mapping"]) == ("weight-sharing", "ws_convmixer", "strided")
     assert result["params"] == sum(p.numel() for p in model.parameters())
     assert result["metadata"] == {"epoch": 7}
 

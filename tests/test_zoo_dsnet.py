@@ -21,7 +21,7 @@ from thriftnet.core.tied import count_params, unique_tensors
 from thriftnet.core.width import WidthSpec, width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of, sparsification_targets
-from thriftnet.importing.dsnet_layout import dsnet_layout
+from thriftnet.importing.dsnet import layout as dsnet_layout
 from thriftnet.importing.layout import fill, read
 from thriftnet.models import MODELS
 from thriftnet.models.dsnet_blocks import SqueezeExcite, WidthGate

@@ -13,8 +13,8 @@ import thriftnet as tn
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
-from thriftnet.importing.filter_basis_others import densenet_layout, mobilenetv2_layout, resnext_layout
-from thriftnet.importing.layout import Layout, fill
+from thriftnet.importing.filter_basis import layout as layout_of
+from thriftnet.importing.layout import fill
 from thriftnet.models import MODELS, densenet, resnext
 from thriftnet.models.mobilenetv2 import ChannelAttention
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
@@ -22,7 +22,6 @@ from zoo_golden import check_logits, check_network, facts, their_tensors
 from zoo_groups import FILTER_BASIS_OTHERS
 
 RECORDED = facts("netrl2")
-LAYOUTS = {"DenseNet": densenet_layout, "ResNeXt": resnext_layout, "MobileNetV2": mobilenetv2_layout}
 DENSENET = "cifar100_DenseNet121_SingleShared_S16U1"
 DEAD = "shared_basis_4.weight"  # used nowhere in the authors' shared DenseNet
 DEEP = ("cifar_densenet161", "cifar_densenet201", "cifar_resnext101")  # over a billion multiply-accumulates
@@ -40,10 +39,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ilsvrc_MobileNetV2_Shared": ("mobilenetv2_shared", {}),
     "ilsvrc_MobileNetV2_SharedDouble_noECA": ("mobilenetv2_shared_double", {"eca": False}),
 }
-
-
-def layout_of(model: nn.Module) -> Layout:
-    return LAYOUTS[type(model).__name__](model)
 
 
 def params_of(model: nn.Module) -> int:

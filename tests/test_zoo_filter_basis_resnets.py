@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import thriftnet as tn
 from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
-from thriftnet.importing.filter_basis_resnet import resnet_layout
+from thriftnet.importing.filter_basis import layout as resnet_layout
 from thriftnet.models.table import MODELS
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
 from zoo_golden import check_network, check_train_step, facts

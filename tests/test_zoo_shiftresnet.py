@@ -10,7 +10,7 @@ from torch import nn
 
 import thriftnet as tn
 from thriftnet.errors import ConfigError
-from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
+from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
 from thriftnet.models import MODELS
 from zoo_golden import check_network, check_train_step, facts
 from zoo_groups import SHIFTRESNETS

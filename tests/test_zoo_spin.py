@@ -13,7 +13,7 @@ from laws import assert_close, law_plan_is_dry
 from networks import perturb
 from thriftnet.core.history import history
 from thriftnet.core.tied import count_params
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
+from thriftnet.importing.weight_sharing import layout as convmixer_layout
 from thriftnet.models import MODELS
 from thriftnet.techniques.weight_sharing import FusedConv2d, FusedLinear
 from zoo_golden import check_logits, check_network, check_train_step, facts

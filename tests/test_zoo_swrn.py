@@ -12,7 +12,7 @@ from torch import nn
 import thriftnet as tn
 from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
-from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.models import MODELS
 from thriftnet.techniques.soft_sharing import SConv2d, TemplateBank
 from zoo_golden import check_logits, check_network, check_train_step, facts

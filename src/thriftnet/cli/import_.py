@@ -1,4 +1,4 @@
-"""`thriftnet import`: a network from an author's file."""
+"""`thriftnet import`: the network in an author's file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (
-    "Further --key value options are hints, for what tensors do not tell and the file does not state: --mapping strided, "
-    "--activation gelu, --strides 1,2,2, --ema false, --system spin, --model resnet20 for a network of the zoo under its own keys."
+    "Further --key value options are hints, for what neither the tensors nor the file tell: --mapping strided, --activation gelu, "
+    "--strides 1,2,2, --ema false, --system weight-sharing, --model resnet20 for a network of the zoo under its own keys."
 )
 
 

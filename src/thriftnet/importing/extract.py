@@ -1,6 +1,6 @@
 """What a stored file holds: its tensors by name, and what it says of itself.
 
-Authors write state dicts, dicts around state dicts, and whole pickled networks. The latter arrive as inert stand-ins, whose
+Authors write state dicts, dicts around state dicts, and whole pickled networks. The last arrive as inert stand-ins, whose
 parameters are collected by walking them as data.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from thriftnet.errors import CheckpointError, ConfigError
@@ -19,10 +18,11 @@ from thriftnet.importing.unpickle import StandIn
 
 WEIGHTS = ("state_dict", "net_state_dict", "model_state", "model_state_dict", "net", "model")  # in this order
 AVERAGED = "state_dict_ema"
-TRAINING = ("optim", "sched", "scaler", "recorder")  # in names of entries that continue a training
+TRAINING = ("optim", "sched", "scaler", "recorder")  # in the names of training state
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and training frameworks
-MODULE_PARTS = 100_000  # modules in a pickled network; more is a trap
-DEPTH = 100  # of nested metadata and modules
+MAX_MODULES = 100_000  # in a pickled network; more is a trap
+MAX_DEPTH = 100  # of nested metadata and modules
+MAX_PARTS = 1_000_000  # of one entry of metadata
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Contents:
     """Tensors and metadata of a file.
 
     Args:
-        tensors: By the authors' names, without the prefix of wrappers.
+        tensors: By the authors' names, without the prefixes of wrappers.
         metadata: Everything plain beside them, JSON-ready.
         notes: What was chosen or left out, a sentence each.
     """
@@ -44,43 +44,43 @@ def contents(stored: Any, hints: Mapping[str, Any]) -> Contents:
     """Find the tensors in what a file holds.
 
     Args:
-        stored: What was read: a state dict, a dict around one, or a stand-in for a pickled network.
+        stored: A state dict, a dict around one, or a stand-in for a pickled network.
         hints: The user's: ``ema`` chooses between weights and their moving average.
 
     Raises:
         CheckpointError: There are no weights in it.
+        ConfigError: ``ema`` is no boolean, or asks for an average that the file lacks.
     """
-    if _is_module(stored):
-        found = Contents(module_tensors(stored), {"net": _facts(stored)})
-    elif isinstance(stored, Mapping) and (_is_state_dict(stored) or _place(stored, hints)):
-        found = Contents(_tensors(stored)) if _is_state_dict(stored) else _around(stored, hints)
+    if _has_weights(stored):
+        found = Contents(_tensors(stored), _attributes(stored) if isinstance(stored, StandIn) else {})
+    elif isinstance(stored, Mapping) and (name := _choose(stored, hints)):
+        found = _around(stored, name)
     else:
         raise CheckpointError(
-            f"it holds no weights: {_seen(stored)}. Possible are state dicts, alone or in a dict, and networks"
+            f"it holds no weights: {_seen(stored)}. Expected a state dict, alone or in a dict, or a network"
         )
-    found.tensors = _without_prefix(found.tensors, found.notes)
+    for prefix in PREFIXES * 3:
+        if found.tensors and all(key.startswith(prefix) for key in found.tensors):
+            found.tensors = {key.removeprefix(prefix): tensor for key, tensor in found.tensors.items()}
+            found.notes.append(f"All keys began with {prefix!r}, of a wrapper: it was removed.")
     return found
 
 
-def _place(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> str | None:
+def _choose(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> str | None:
     """The entry that holds the weights."""
     ema = hints.get("ema")
     if ema not in (None, True, False):
-        raise ConfigError(f"ema={ema!r}: possible are True and False")
+        raise ConfigError(f"ema={ema!r}: expected True or False")
     if ema and AVERAGED not in stored:
         raise ConfigError(f"ema=True: the file has no {AVERAGED}, only {', '.join(map(str, stored))}")
-    holds = [name for name in WEIGHTS if _is_state_dict(stored.get(name)) or _is_module(stored.get(name))]
-    if AVERAGED in stored and _is_state_dict(stored[AVERAGED]) and (ema or ema is None or not holds):
-        return AVERAGED
-    return holds[0] if holds else None
+    names = [*WEIGHTS, AVERAGED] if ema is False else [AVERAGED, *WEIGHTS]
+    return next((name for name in names if _has_weights(stored.get(name))), None)
 
 
-def _around(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> Contents:
+def _around(stored: Mapping[Any, Any], chosen: str) -> Contents:
     """A dict with the weights in one of its entries."""
-    name = str(_place(stored, hints))
-    weights = stored[name]
-    found = Contents(module_tensors(weights) if _is_module(weights) else _tensors(weights))
-    if name == AVERAGED:
+    found = Contents(_tensors(stored[chosen]))
+    if chosen == AVERAGED:
         found.notes.append(
             f"The moving average of the weights ({AVERAGED}) was taken, which the authors evaluate; ema=False takes the others."
         )
@@ -88,9 +88,8 @@ def _around(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> Contents:
         found.notes.append(f"The weights as trained were taken, not their moving average ({AVERAGED}).")
     left_out = []
     for key, value in stored.items():
-        if key in (*WEIGHTS, AVERAGED) and (_is_state_dict(value) or _is_module(value)):
-            if _is_module(value):
-                found.metadata[str(key)] = _facts(value)
+        if key in (*WEIGHTS, AVERAGED) and _has_weights(value):
+            found.metadata |= _attributes(value, str(key)) if isinstance(value, StandIn) else {}
             continue
         training = any(word in str(key) for word in TRAINING)
         plain = None if training else jsonable(value)
@@ -103,8 +102,10 @@ def _around(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> Contents:
     return found
 
 
-def _is_state_dict(value: object) -> bool:
-    """Whether it is a dict of tensors by name."""
+def _has_weights(value: object) -> bool:
+    """Whether it is a dict of tensors by name, or a pickled network."""
+    if _is_module(value):
+        return True
     if not isinstance(value, Mapping) or not value:
         return False
     return all(isinstance(key, str) and _as_tensor(tensor) is not None for key, tensor in value.items())
@@ -114,25 +115,25 @@ def _is_module(value: object) -> bool:
     return isinstance(value, StandIn) and isinstance(value.state, Mapping) and "_modules" in value.state
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {key: tensor for key, value in state.items() if (tensor := _as_tensor(value)) is not None}
+def _tensors(weights: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict or pickled network."""
+    if isinstance(weights, StandIn):
+        return module_tensors(weights)
+    return {key: tensor for key, value in weights.items() if (tensor := _as_tensor(value)) is not None}
 
 
 def _as_tensor(value: object) -> Tensor | None:
     """A tensor; a parameter of an old torch may be a stand-in around one."""
-    if isinstance(value, Tensor):
-        return value.detach()
     if isinstance(value, StandIn) and value.origin.rpartition(".")[2] in ("Parameter", "Variable"):
-        inner = next((part for part in value.args if isinstance(part, Tensor)), None)
-        return None if inner is None else inner.detach()
-    return None
+        value = next((part for part in value.args if isinstance(part, Tensor)), None)
+    return value.detach() if isinstance(value, Tensor) else None
 
 
 def module_tensors(network: StandIn) -> dict[str, Tensor]:
     """Parameters and buffers of a pickled network under the names of its state dict.
 
     Raises:
-        CheckpointError: Modules that hold themselves, or more than any network has.
+        CheckpointError: Modules that contain themselves, or more of them than any network has.
     """
     found: dict[str, Tensor] = {}
     waiting: list[tuple[str, StandIn, int]] = [("", network, 0)]
@@ -140,17 +141,16 @@ def module_tensors(network: StandIn) -> dict[str, Tensor]:
     while waiting:
         prefix, module, depth = waiting.pop()
         seen += 1
-        if seen > MODULE_PARTS or depth > DEPTH:
+        if seen > MAX_MODULES or depth > MAX_DEPTH:
             raise CheckpointError("the pickled network nests modules without end: it is damaged, or made to do harm")
-        state = module.state if isinstance(module.state, Mapping) else {}
-        skipped = state.get("_non_persistent_buffers_set") or ()
-        for part in ("_parameters", "_buffers"):
-            for name, value in _entries(state.get(part)):
-                tensor = _as_tensor(value)
-                if tensor is not None and not (part == "_buffers" and name in _names(skipped)):
-                    found[f"{prefix}{name}"] = tensor
+        skipped = _names(module.state.get("_non_persistent_buffers_set"))
+        buffers = {name: value for name, value in _entries(module, "_buffers") if name not in skipped}
+        for name, value in (*_entries(module, "_parameters"), *buffers.items()):
+            tensor = _as_tensor(value)
+            if tensor is not None:
+                found[f"{prefix}{name}"] = tensor
         inside = [
-            (f"{prefix}{name}.", child, depth + 1) for name, child in _entries(state.get("_modules")) if _is_module(child)
+            (f"{prefix}{name}.", child, depth + 1) for name, child in _entries(module, "_modules") if _is_module(child)
         ]
         waiting.extend(reversed(inside))
     if not found:
@@ -158,68 +158,63 @@ def module_tensors(network: StandIn) -> dict[str, Tensor]:
     return found
 
 
-def _entries(table: object) -> list[tuple[str, Any]]:
-    """The items of a dict, or of a stand-in for one."""
+def _entries(module: StandIn, part: str) -> list[tuple[str, Any]]:
+    """The items of one of a module's dicts, which may be a stand-in itself."""
+    table = module.state.get(part)
     if isinstance(table, StandIn):
         table = table.items
     return [(str(name), value) for name, value in table.items()] if isinstance(table, Mapping) else []
 
 
 def _names(values: object) -> set[str]:
+    """The elements of a set of names, which may be a stand-in."""
     if isinstance(values, StandIn):
-        values = [
-            *values.elements,
-            *(value for part in values.args if isinstance(part, list | tuple | set) for value in part),
-        ]
+        values = [*values.elements, *(name for part in values.args if isinstance(part, list | tuple | set) for name in part)]
     return {str(value) for value in values} if isinstance(values, list | tuple | set | frozenset) else set()
 
 
-def _facts(network: StandIn) -> dict[str, Any]:
-    """Class and plain attributes of a pickled network."""
-    facts: dict[str, Any] = {"class": network.origin}
-    state = network.state if isinstance(network.state, Mapping) else {}
-    for name, value in state.items():
-        plain = jsonable(value) if not str(name).startswith("_") and name != "training" else None
-        if plain is not None:
-            facts[str(name)] = plain
-    return facts
-
-
-def _without_prefix(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Names without what wrappers put before all of them."""
-    for prefix in PREFIXES * 3:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
-            notes.append(f"All keys began with {prefix!r}, of a wrapper: it was removed.")
-    return tensors
+def _attributes(network: StandIn, key: str = "net") -> dict[str, Any]:
+    """Class and plain attributes of a pickled network, as metadata."""
+    names = [name for name in network.state if not str(name).startswith("_") and name != "training"]
+    plain = {str(name): value for name in names if (value := jsonable(network.state[name])) is not None}
+    return {key: {"class": network.origin, **plain}}
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:
     """The value as JSON has it; None for what is not plain: tensors of more than one number, and objects but namespaces."""
-    if depth > DEPTH:
+    if depth > MAX_DEPTH or (depth == 0 and not _is_small(value)):
         return None
     if isinstance(value, bool | int | str):
         return value
-    if isinstance(value, Tensor):
-        return jsonable(value.item()) if value.numel() == 1 and not value.is_complex() else None
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Tensor):
+        return jsonable(value.item()) if value.numel() == 1 and not value.is_complex() else None
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         return jsonable(value.item(), depth + 1)
     if isinstance(value, StandIn) and value.origin == "argparse.Namespace":
         return jsonable(value.state or {}, depth + 1)
     if isinstance(value, Mapping):
-        parts = {str(key): jsonable(part, depth + 1) for key, part in value.items()}
-        plain = {
-            key: new
-            for (key, new), old in zip(parts.items(), value.values(), strict=False)
-            if new is not None or old is None
-        }
+        parts = [(str(key), jsonable(part, depth + 1), part) for key, part in value.items()]
+        plain = {key: new for key, new, old in parts if new is not None or old is None}
         return plain if plain or not value else None
     if isinstance(value, list | tuple):
         items = [jsonable(part, depth + 1) for part in value]
         return None if any(new is None and old is not None for new, old in zip(items, value, strict=True)) else items
     return None
+
+
+def _is_small(value: object) -> bool:
+    """Whether it has at most `MAX_PARTS` parts: lists that hold one list twice have exponentially many."""
+    waiting, seen = [value], 0
+    while waiting and seen <= MAX_PARTS:
+        part = waiting.pop()
+        seen += 1
+        if isinstance(part, StandIn):
+            part = part.state
+        if isinstance(part, Mapping | list | tuple):
+            waiting.extend(part.values() if isinstance(part, Mapping) else part)
+    return not waiting
 
 
 def _seen(stored: object) -> str:
@@ -229,6 +224,6 @@ def _seen(stored: object) -> str:
         return f"a dict with {', '.join(names[:8]) or 'nothing in it'}{', ...' if len(names) > 8 else ''}"
     if isinstance(stored, StandIn):
         return f"a {stored.origin}"
-    if isinstance(stored, torch.Tensor):
+    if isinstance(stored, Tensor):
         return f"one tensor of shape {tuple(stored.shape)}"
     return f"a {type(stored).__name__}"

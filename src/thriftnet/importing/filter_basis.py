@@ -1,6 +1,10 @@
 """The filter-basis project's files: ResNets, DenseNets, ResNeXts and MobileNetV2s, plain or with shared filters.
 
-The authors repeat a shared filter bank under the name of each block that uses it.
+The shared filters of stage S stand at the top of the network, as ``shared_basis_S`` (or ``shared_basis_S_1`` and ``_2``), and are
+repeated under the name of each block that uses them. A decomposed ``convK`` of a block is three modules: ``basis_convK`` (its
+unique filters), ``basis_bnK`` and ``coeff_convK``.
+
+Source: github.com/ssregibility/Net_RL2, models/cifar10, models/cifar100 and models/ilsvrc.
 """
 
 from __future__ import annotations
@@ -8,217 +12,294 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.filter_basis_others import densenet_layout, mobilenetv2_layout, resnext_layout
-from thriftnet.importing.filter_basis_resnet import resnet_layout
-from thriftnet.importing.recognised import (
+from thriftnet.importing.evidence import (
     IMAGENET,
-    Colours,
+    IMAGENET_COLORS,
+    UNKNOWN,
+    Evidence,
     Recognised,
-    Tensors,
-    counts,
-    deduplicate,
     in_zoo,
-    resolve_hint,
+    normalisation,
     same,
-    shape,
-    shared_arguments,
 )
+from thriftnet.importing.layout import Layout, Rules, Slot, rename, renamed
 from thriftnet.models.densenet import DEPTHS as DENSENETS
+from thriftnet.models.densenet import DenseNet
 from thriftnet.models.imagenet_resnet import DEPTHS as RESNETS
+from thriftnet.models.mobilenetv2 import MobileNetV2
 from thriftnet.models.resnext import DEPTHS as RESNEXTS
+from thriftnet.models.resnext import PartlySharedConv2d, ResNeXt
+from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
 
 HINTS = {"original_sharing": "whether the last two dense blocks of a DenseNet share one basis, where its keys do not tell"}
-CIFAR100: Colours = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
-LAST = "features.dense_block_layer_3.bottle_neck_layer_"
+CIFAR100 = normalisation((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
+
+DECOMPOSED: Rules = (
+    (r"\.conv(\d)\.norm\.", r".basis_bn\1."),
+    (r"\.conv(\d)\.coefficients\.", r".coeff_conv\1."),
+    (r"\.conv(\d)\.unique\.", r".basis_conv\1."),
+    (r"\.downsample\.", ".shortcut."),
+)
+DENSE_ENDS: Rules = (
+    (r"^bn\.", "features.bn."),
+    (r"^fc\.", "linear."),
+    *((rf"^transition{n + 1}\.bn\.", f"features.transition_layer_{n}.down_sample.0.") for n in range(3)),
+    *((rf"^transition{n + 1}\.conv\.", f"features.transition_layer_{n}.down_sample.1.") for n in range(3)),
+)
+DENSE_BLOCKS: Rules = tuple((rf"^block{n + 1}\.", f"features.dense_block_layer_{n}.bottle_neck_layer_") for n in range(4))
+DENSENET: Rules = (
+    *DENSE_ENDS,
+    (r"^block4\.", "features.dense_block3.bottle_neck_layer_"),
+    *DENSE_BLOCKS,
+    (r"(layer_\d+)\.bn1\.", r"\1.residual_function.0."),
+    (r"(layer_\d+)\.conv1\.", r"\1.residual_function.2."),
+    (r"(layer_\d+)\.bn2\.", r"\1.residual_function.3."),
+    (r"(layer_\d+)\.conv2\.", r"\1.residual_function.5."),
+)
+DENSENET_SHARED: Rules = (*DENSE_ENDS, *DENSE_BLOCKS, *DECOMPOSED, (r"\.bn1\.", ".bn0."), (r"\.bn2\.", ".bn1."))
+RESNEXT_BLOCK = ("conv1", "bn1", "", "conv2", "bn2", "", "conv3", "bn3")  # with ReLUs between
+MOBILENET: Rules = (
+    (r"^conv1\.", "pre.0."),
+    (r"^bn1\.", "pre.1."),
+    (r"^conv2\.", "conv1.0."),
+    (r"^bn2\.", "conv1.1."),
+    (r"^stage([17])\.0\.", r"stage\1."),
+    (r"\.attention\.", ".chan_attention."),
+)
 
 
-def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> Recognised | None:
+def layout(model: nn.Module) -> Layout:
+    """The place of each of the authors' tensors; of those that have several names, under the one at the top.
+
+    In the authors' shared DenseNet ``shared_basis_4`` is used nowhere, and the last dense block uses ``shared_basis_3``. A
+    network made with ``original_sharing`` has no place for the former; one with a basis per block takes all four.
+
+    Args:
+        model: A ResNet, DenseNet, ResNeXt or MobileNetV2 of the zoo, plain or with shared filters.
+    """
+    rules = _rules(model)
+    shared = {name: conv for name, conv in model.named_modules() if isinstance(conv, SharedConv2d)}
+    banks = {bank: name for name, bank in model.named_modules() if isinstance(bank, SharedBasis)}
+    slots = {
+        theirs: slot
+        for theirs, slot in renamed(model, rules).items()
+        if slot.key.rpartition(".")[0] not in (*shared, *banks.values())
+    }
+    convs = sorted({name.rpartition(".")[2] for name in shared})
+    for name in shared:
+        stage = int(_stage(name)) - (2 if isinstance(model, MobileNetV2) else 0)
+        suffix = f"_{convs.index(name.rpartition('.')[2]) + 1}" if len(convs) > 1 else ""
+        slots[f"shared_basis_{stage}{suffix}.weight"] = Slot(f"{name}.weight")
+    for name, conv in model.named_modules():
+        if isinstance(conv, BasisConv2d):
+            filters, bank = conv.filters, banks[conv.filters.bank]
+            if filters.bank.shared is not None:
+                suffix = f"_{filters.base + 1}" if len(filters.bank.shared) > 1 else ""
+                slots[f"shared_basis_{_stage(bank)}{suffix}.weight"] = Slot(f"{bank}.shared", (filters.base,))
+            if filters.bank.unique is not None:
+                slots[rename(f"{name}.unique.weight", rules)] = Slot(f"{bank}.unique", (filters.layer,))
+    return slots
+
+
+def _rules(model: nn.Module) -> Rules:
+    """Their names of our tensors, shared filters aside."""
+    if isinstance(model, DenseNet):
+        return DENSENET_SHARED if isinstance(model.block1[0].conv2, BasisConv2d) else DENSENET
+    if isinstance(model, ResNeXt):
+        sharing = any(isinstance(module, PartlySharedConv2d) for module in model.modules())
+        plain = "0" if sharing else "[0-9]+"
+        blocks = [
+            (rf"^(layer\d\.{plain})\.{part}\.", rf"\1.residual_function.{index}.")
+            for index, part in enumerate(RESNEXT_BLOCK)
+            if part
+        ]
+        return (*blocks, *DECOMPOSED, (r"^fc\.", "linear."))
+    if isinstance(model, MobileNetV2):
+        return (*MOBILENET, (r"^fc\.", "conv2." if model.conv1.kernel_size == (1, 1) else "classifier.1."))
+    return DECOMPOSED
+
+
+def _stage(name: str) -> str:
+    """The S of ``layerS.B.convK``, ``blockS...`` or ``stageS...``."""
+    return name.partition(".")[0][-1]
+
+
+def recognise(evidence: Evidence) -> Recognised | None:
     """A network of the filter-basis repository, or None."""
-    if "features.dense_block_layer_0.bottle_neck_layer_0.bn0.weight" in tensors:
-        return _densenet(tensors, hints)
-    if "features.dense_block_layer_0.bottle_neck_layer_0.residual_function.0.weight" in tensors:
-        return _densenet(tensors, hints)
-    if "layer1.0.residual_function.3.weight" in tensors:
-        return _resnext(tensors)
-    if {"pre.0.weight", "stage1.conv1.weight"} <= set(tensors):
-        return _mobilenetv2(tensors)
-    return _resnet(tensors) if is_theirs(tensors) else None
+    first = "features.dense_block_layer_0.bottle_neck_layer_0"
+    if evidence.has(f"{first}.bn0.weight") or evidence.has(f"{first}.residual_function.0.weight"):
+        return _densenet(evidence)
+    if evidence.has("layer1.0.residual_function.3.weight"):
+        return _resnext(evidence)
+    if evidence.has("pre.0.weight", "stage1.conv1.weight"):
+        return _mobilenetv2(evidence)
+    return _resnet(evidence) if is_resnet(evidence) else None
 
 
-def is_theirs(tensors: Tensors) -> bool:
+def is_resnet(evidence: Evidence) -> bool:
     """Whether a ResNet's keys are this project's: head ``fc``, and ``shortcut`` in four stages or none in three."""
-    if not {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer3.0.conv2.weight", "fc.weight"} <= set(tensors):
+    if not evidence.has("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer3.0.conv2.weight", "fc.weight"):
         return False
-    projects = "layer2.0.shortcut.0.weight" in tensors
-    return projects == ("layer4.0.conv1.weight" in tensors) and "layer2.0.downsample.0.weight" not in tensors
+    projects = evidence.has("layer2.0.shortcut.0.weight")
+    return projects == evidence.has("layer4.0.conv1.weight") and not evidence.has("layer2.0.downsample.0.weight")
 
 
-def _resnet(tensors: Tensors) -> Recognised:
-    stored = deduplicate(tensors, ((r"layer(\d)\.\d+\.shared_basis((?:_\d)?)\.weight", r"shared_basis_\1\2.weight"),))
-    stages = 4 if "layer4.0.conv1.weight" in stored else 3
-    blocks = counts(stored, r"^layer{}\.(\d+)\.", range(1, stages + 1))
-    classes, channels = shape(stored, "fc.weight", 2)[0], shape(stored, "conv1.weight", 4)[1]
-    bases = 2 if "shared_basis_1_1.weight" in stored else int("shared_basis_1.weight" in stored)
-    if stages == 3:
-        name, kwargs = _small(stored, blocks, bases)
-        colours = IMAGENET if classes == 10 else CIFAR100 if classes == 100 else None
+def _resnet(evidence: Evidence) -> Recognised:
+    evidence.deduplicate(((r"layer(\d)\.\d+\.shared_basis((?:_\d)?)\.weight", r"shared_basis_\1\2.weight"),))
+    ends = evidence.classes_and_channels("fc.weight", "conv1.weight")
+    bases = 2 if evidence.has("shared_basis_1_1.weight") else int(evidence.has("shared_basis_1.weight"))
+    if evidence.has("layer4.0.conv1.weight"):
+        name, kwargs = _large_resnet(evidence, bases)
+        preprocessing = _cifar100(ends) if "cifar" in name else IMAGENET
     else:
-        name, kwargs = _large(stored, blocks, bases)
-        cifar = "cifar" in name
-        colours = (CIFAR100 if classes == 100 else None) if cifar else IMAGENET
-    return Recognised(name, kwargs | shared_arguments(classes, channels), resnet_layout, stored, (), colours)
+        name, kwargs = _small_resnet(evidence, bases)
+        preprocessing = IMAGENET_COLORS if ends["num_classes"] == 10 else _cifar100(ends)
+    return evidence.network(name, kwargs | ends, layout, preprocessing)
 
 
-def _small(stored: Tensors, blocks: tuple[int, ...], bases: int) -> tuple[str, dict[str, Any]]:
+def _small_resnet(evidence: Evidence, bases: int) -> tuple[str, dict[str, Any]]:
     """A network of three stages."""
-    if len(set(blocks)) != 1:
-        raise CheckpointError(f"its stages have {blocks} blocks: possible are equally many in all three")
-    depth = 6 * blocks[0] + 2
-    form = _form(stored, bases)
-    if form is None:
+    depth = 6 * evidence.blocks_per_stage() + 2
+    form, ranks = _form(evidence, bases)
+    if not form:
         return in_zoo(f"resnet{depth}", f"a ResNet of depth {depth}"), {}
     known = depth if depth in (32, 56) else 32
-    return f"resnet{known}_{form}", _ranks(stored, form, bases) | ({} if depth == known else {"depth": depth})
+    return f"resnet{known}_{form}", ranks | ({} if depth == known else {"depth": depth})
 
 
-def _large(stored: Tensors, blocks: tuple[int, ...], bases: int) -> tuple[str, dict[str, Any]]:
+def _large_resnet(evidence: Evidence, bases: int) -> tuple[str, dict[str, Any]]:
     """A network of four stages."""
-    bottleneck = "layer1.0.conv3.weight" in stored
-    place = "" if shape(stored, "conv1.weight", 4)[2] == 7 else "cifar_"
-    depth = depth_of(blocks, bottleneck)
+    depth, place = resnet_depth(evidence), resnet_place(evidence)
     what = f"a {'CIFAR' if place else 'ImageNet'} ResNet-{depth}"
-    if bottleneck:
-        form = {0: "", 1: "_shared_single", 2: "_shared"}[bases]
-        return in_zoo(f"{place}resnet{depth}{form}", what), {}
-    form_of = _form(stored, bases)
-    if form_of is None:
-        return in_zoo(f"{place}resnet{depth}", what), {}
-    kwargs = _ranks(stored, form_of, bases)
-    name = f"{place}resnet{depth}_{form_of}"
-    if form_of == "shared_only" and not place:
-        name, kwargs = f"resnet{depth}_{'double' if bases == 2 else 'single'}_shared", kwargs | {"unique_rank": 0}
-    return in_zoo(name, f"{what}, {form_of.replace('_', ' ')}"), kwargs
+    if RESNETS[depth][1]:
+        return in_zoo(f"{place}resnet{depth}{('', '_shared_single', '_shared')[bases]}", what), {}
+    form, ranks = _form(evidence, bases)
+    if form == "shared_only" and not place:
+        return in_zoo(f"resnet{depth}_{'double' if bases == 2 else 'single'}_shared", what), ranks | {"unique_rank": 0}
+    name = f"{place}resnet{depth}{'_' if form else ''}{form}"
+    return in_zoo(name, f"{what}, {form.replace('_', ' ')}" if form else what), ranks
 
 
-def depth_of(blocks: tuple[int, ...], bottleneck: bool) -> int:
-    """The depth of a ResNet with these blocks.
+def resnet_place(evidence: Evidence) -> str:
+    """How names in the zoo start: "cifar_" for a ResNet of four stages with a 3 x 3 stem."""
+    return "" if evidence.shape("conv1.weight", 4)[2] == 7 else "cifar_"
+
+
+def resnet_depth(evidence: Evidence) -> int:
+    """The depth of a ResNet of four stages.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none with these blocks.
     """
-    for depth, (known, kind) in RESNETS.items():
-        if (known, kind) == (blocks, bottleneck):
-            return depth
-    possible = ", ".join(f"{known} ({depth})" for depth, (known, kind) in RESNETS.items() if kind == bottleneck)
-    raise CheckpointError(f"its stages have {blocks} blocks: possible are {possible}")
+    blocks = evidence.counts(r"^layer{}\.(\d+)\.", range(1, 5))
+    bottleneck = evidence.has("layer1.0.conv3.weight")
+    known = {depth: blocks_of for depth, (blocks_of, kind) in RESNETS.items() if kind == bottleneck}
+    return _depth(known, blocks, "blocks per stage")
 
 
-def _form(stored: Tensors, bases: int) -> str | None:
-    """The authors' form of the network: what its blocks share and what is their own; None for a plain one."""
-    unique = "layer1.1.basis_conv1.weight" in stored
+def _depth(known: Mapping[int, Any], found: Any, what: str) -> int:
+    """The depth of the network that has what was found."""
+    if found not in known.values():
+        expected = ", ".join(f"{value} (depth {depth})" for depth, value in known.items())
+        raise CheckpointError(f"its {what} are {found}: expected {expected}")
+    return next(depth for depth, value in known.items() if value == found)
+
+
+def _form(evidence: Evidence, bases: int) -> tuple[str, dict[str, Any]]:
+    """What blocks share and what is their own, in the authors' words, with the ranks; ("", {}) for a plain network."""
+    unique = evidence.has("layer1.1.basis_conv1.weight")
+    if not bases and not unique:
+        return "", {}
+    own = {"unique_rank": evidence.shape("layer1.1.basis_conv1.weight", 4)[0] if unique else 0}
     if not bases:
-        return "non_shared" if unique else None
-    if not unique and (bases == 2 or "layer4.0.conv1.weight" in stored):
-        return "shared_only"
-    return "double_shared" if bases == 2 else "single_shared"
+        return "non_shared", own
+    shared = {"shared_rank": evidence.shape(f"shared_basis_1{'_1' if bases == 2 else ''}.weight", 4)[0]}
+    if not unique and (bases == 2 or evidence.has("layer4.0.conv1.weight")):
+        return "shared_only", shared
+    return "double_shared" if bases == 2 else "single_shared", shared | own
 
 
-def _ranks(stored: Tensors, form: str, bases: int) -> dict[str, Any]:
-    first = "shared_basis_1_1.weight" if bases == 2 else "shared_basis_1.weight"
-    ranks = {} if form == "non_shared" else {"shared_rank": shape(stored, first, 4)[0]}
-    if "layer1.1.basis_conv1.weight" in stored:
-        return ranks | {"unique_rank": shape(stored, "layer1.1.basis_conv1.weight", 4)[0]}
-    return ranks if form == "shared_only" else ranks | {"unique_rank": 0}
-
-
-def _densenet(tensors: Tensors, hints: Mapping[str, Any]) -> Recognised:
-    stored = deduplicate(
-        tensors,
+def _densenet(evidence: Evidence) -> Recognised:
+    block = r"features\.dense_block_layer_{}\..*\.shared_basis\.weight"
+    last = "features.dense_block_layer_3.bottle_neck_layer_0"
+    evidence.deduplicate(
         (
-            (r"features\.dense_block_layer_0\..*\.shared_basis\.weight", "shared_basis_1.weight"),
-            (r"features\.dense_block_layer_1\..*\.shared_basis\.weight", "shared_basis_2.weight"),
-            (r"features\.dense_block_layer_2\..*\.shared_basis\.weight", "shared_basis_3.weight"),
-            (r"features\.dense_block_layer_3\..*\.shared_basis\.weight", f"{LAST}0.shared_basis.weight"),
-        ),
+            *((block.format(n), f"shared_basis_{n + 1}.weight") for n in range(3)),
+            (block.format(3), f"{last}.shared_basis.weight"),
+        )
     )
-    shared = "shared_basis_1.weight" in stored
-    blocks = counts(stored, r"^features\.dense_block(?:_layer_)?{}\.bottle_neck_layer_(\d+)\.", range(4))
-    growth = shape(stored, "conv1.weight", 4)[0] // 2
-    depths = [depth for depth, known in DENSENETS.items() if known == (blocks, growth)]
-    if not depths:
-        possible = ", ".join(f"{layers} with {width} ({depth})" for depth, (layers, width) in DENSENETS.items())
-        raise CheckpointError(f"its dense blocks have {blocks} layers that add {growth} channels: possible are {possible}")
-    classes = shape(stored, "linear.weight", 2)[0]
-    kwargs = shared_arguments(classes, shape(stored, "conv1.weight", 4)[1])
-    notes: list[str] = []
-    if shared:
-        unique = f"{LAST}0.basis_conv2.weight"
-        kwargs["shared_rank"] = shape(stored, "shared_basis_1.weight", 4)[0]
-        kwargs["unique_rank"] = shape(stored, unique, 4)[0] if unique in stored else 0
-        kwargs["original_sharing"] = _last_basis(stored, hints, notes)
-    name = f"cifar_densenet{depths[0]}{'_single_shared' if shared else ''}"
-    colours = CIFAR100 if classes == 100 else None
-    return Recognised(name, kwargs, densenet_layout, stored, tuple(notes), colours)
+    blocks = evidence.counts(r"^features\.dense_block(?:_layer_)?{}\.bottle_neck_layer_(\d+)\.", range(4))
+    growth = evidence.shape("conv1.weight", 4)[0] // 2
+    depth = _depth(DENSENETS, (blocks, growth), "layers per dense block and growth")
+    name, kwargs = f"cifar_densenet{depth}", evidence.classes_and_channels("linear.weight", "conv1.weight")
+    preprocessing = _cifar100(kwargs)
+    if evidence.has("shared_basis_1.weight"):
+        name += "_single_shared"
+        kwargs["shared_rank"] = evidence.shape("shared_basis_1.weight", 4)[0]
+        unique = f"{last}.basis_conv2.weight"
+        kwargs["unique_rank"] = evidence.shape(unique, 4)[0] if evidence.has(unique) else 0
+        kwargs["original_sharing"] = _original_sharing(evidence, f"{last}.shared_basis.weight")
+    return evidence.network(name, kwargs, layout, preprocessing)
 
 
-def _last_basis(stored: dict[str, Any], hints: Mapping[str, Any], notes: list[str]) -> bool:
-    """Whether the last dense block uses the third basis, as in the authors' code; the one it does not use is removed."""
-    used, third, fourth = stored.pop(f"{LAST}0.shared_basis.weight", None), "shared_basis_3.weight", "shared_basis_4.weight"
+def _original_sharing(evidence: Evidence, last: str) -> bool:
+    """Whether the last dense block uses the third basis, as in the authors' code; the one it does not use is left out."""
+    stored, third, fourth = evidence.tensors, "shared_basis_3.weight", "shared_basis_4.weight"
+    used = stored.pop(last, None)
     if fourth not in stored:
         return True
     if used is None:
-        third_is_used = bool(resolve_hint("original_sharing", None, hints, True, notes))
+        third_is_used = bool(evidence.hint("original_sharing", None, True))
     else:
         third_is_used = third in stored and same(used, stored[third])
         if not third_is_used and not same(used, stored[fourth]):
             raise CheckpointError(f"the basis of the last dense block is neither {third} nor {fourth}: the file is damaged")
     if third_is_used:
-        unused = stored.pop(fourth)
-        notes.append(
-            f"shared_basis_4 ({unused.numel():,} parameters) was left out: the last dense block uses the third basis."
+        unused = stored.pop(fourth).numel()
+        evidence.notes.append(
+            f"shared_basis_4 ({unused:,} parameters) was left out: the last dense block uses the third basis."
         )
     return third_is_used
 
 
-def _resnext(tensors: Tensors) -> Recognised:
-    stored = deduplicate(tensors, ((r"layer(\d)\.\d+\.shared_basis\.weight", r"shared_basis_\1.weight"),))
-    blocks = counts(stored, r"^layer{}\.(\d+)\.", range(1, 5))
-    per_group = shape(stored, "layer1.0.residual_function.3.weight", 4)[1]
-    depths = [depth for depth, known in RESNEXTS.items() if known == (blocks, per_group)]
-    if not depths:
-        possible = ", ".join(f"{known} with {width} ({depth})" for depth, (known, width) in RESNEXTS.items())
-        raise CheckpointError(
-            f"its stages have {blocks} blocks with {per_group} channels per group: possible are {possible}"
-        )
-    classes = shape(stored, "linear.weight", 2)[0]
-    kwargs = shared_arguments(classes, shape(stored, "conv1.weight", 4)[1])
-    name = f"cifar_resnext{depths[0]}"
-    if "shared_basis_1.weight" in stored:
+def _resnext(evidence: Evidence) -> Recognised:
+    evidence.deduplicate(((r"layer(\d)\.\d+\.shared_basis\.weight", r"shared_basis_\1.weight"),))
+    blocks = evidence.counts(r"^layer{}\.(\d+)\.", range(1, 5))
+    per_group = evidence.shape("layer1.0.residual_function.3.weight", 4)[1]
+    depth = _depth(RESNEXTS, (blocks, per_group), "blocks per stage and channels per group")
+    name, kwargs = f"cifar_resnext{depth}", evidence.classes_and_channels("linear.weight", "conv1.weight")
+    preprocessing = _cifar100(kwargs)
+    if evidence.has("shared_basis_1.weight"):
         name += "_single_shared"
-        kwargs["shared_rank"] = shape(stored, "shared_basis_1.weight", 4)[0]
-        kwargs["unique_rank"] = shape(stored, "layer1.1.basis_conv2.weight", 4)[0]
-    return Recognised(name, kwargs, resnext_layout, stored, (), CIFAR100 if classes == 100 else None)
+        kwargs["shared_rank"] = evidence.shape("shared_basis_1.weight", 4)[0]
+        kwargs["unique_rank"] = evidence.shape("layer1.1.basis_conv2.weight", 4)[0]
+    return evidence.network(name, kwargs, layout, preprocessing)
 
 
-def _mobilenetv2(tensors: Tensors) -> Recognised:
-    double = any(".shared_basis2." in key or key == "shared_basis_1_2.weight" for key in tensors)
-    rules = [
-        (rf"stage{stage}\.\d+\.shared_basis(\d)\.weight", rf"shared_basis_{stage - 2}{'_{}' if double else ''}.weight")
-        for stage in (3, 4, 5, 6)
-    ]
-    stored = deduplicate(tensors, tuple((pattern, key.replace("_{}", r"_\1")) for pattern, key in rules))
-    cifar = shape(stored, "pre.0.weight", 4)[2] == 1
-    head = "conv2.weight" if cifar else "classifier.1.weight"
-    if head not in stored:
-        raise CheckpointError(f"{head} is missing")
-    classes = stored[head].shape[0] if stored[head].ndim else 0
-    kwargs = shared_arguments(classes, shape(stored, "pre.0.weight", 4)[1])
-    shared = double or "shared_basis_1.weight" in stored
+def _mobilenetv2(evidence: Evidence) -> Recognised:
+    double = any(".shared_basis2." in key or key == "shared_basis_1_2.weight" for key in evidence.tensors)
+    conv = r"_\1" if double else ""
+    evidence.deduplicate(
+        [
+            (rf"stage{stage}\.\d+\.shared_basis(\d)\.weight", f"shared_basis_{stage - 2}{conv}.weight")
+            for stage in (3, 4, 5, 6)
+        ]
+    )
+    cifar = evidence.shape("pre.0.weight", 4)[2] == 1
+    kwargs = evidence.classes_and_channels("conv2.weight" if cifar else "classifier.1.weight", "pre.0.weight")
+    shared = double or evidence.has("shared_basis_1.weight")
     name = f"{'cifar_' if cifar else ''}mobilenetv2{'_shared' if shared else ''}{'_double' if double else ''}"
-    if any(".chan_attention." in key for key in stored):
+    preprocessing = _cifar100(kwargs) if cifar else IMAGENET
+    if any(".chan_attention." in key for key in evidence.tensors):
         if name != "mobilenetv2_shared_double":
             raise CheckpointError(f"it has channel attention, which the zoo's {name} does not have")
         kwargs["eca"] = True
-    colours = (CIFAR100 if classes == 100 else None) if cifar else IMAGENET
-    return Recognised(name, kwargs, mobilenetv2_layout, stored, (), colours)
+    return evidence.network(name, kwargs, layout, preprocessing)
+
+
+def _cifar100(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a network for small images: known for CIFAR-100 only."""
+    return CIFAR100 if kwargs["num_classes"] == 100 else UNKNOWN

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +15,8 @@ from thriftnet.core.tied import unique_tensors
 from thriftnet.dynamic.gate import gates
 from thriftnet.errors import CheckpointError
 
+SHOWN = 5  # keys in a message
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -21,70 +24,96 @@ class Slot:
 
     Args:
         key: Our key, under the tensor's first name.
-        index: Which part of our tensor, as for stacked ones; () for all of it.
+        index: Which part of our tensor, for stacked ones; () for all of it.
     """
 
     key: str
     index: tuple[int, ...] = ()
 
+    def of(self, ours: Mapping[str, Tensor]) -> Tensor:
+        """The part of our tensors that it names."""
+        return ours[self.key][self.index] if self.index else ours[self.key]
+
 
 Layout: TypeAlias = Mapping[str, Slot]
+Rules: TypeAlias = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]  # for re.sub, applied in this order
 
 
-def renamed(model: nn.Module, rules: Sequence[tuple[str, str]]) -> dict[str, Slot]:
+def rename(key: str, rules: Rules) -> str:
+    """The key after all replacements."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def renamed(model: nn.Module, rules: Rules = ()) -> dict[str, Slot]:
     """The layout of authors whose tensors are ours under other names.
 
     Args:
         model: Our network.
-        rules: Regular expression and replacement, applied in this order to each of our keys.
+        rules: Turn our keys into theirs.
     """
-    layout = {}
-    for ours in unique_tensors(model):
-        theirs = ours
-        for pattern, replacement in rules:
-            theirs = re.sub(pattern, replacement, theirs)
-        layout[theirs] = Slot(ours)
-    return layout
+    own = ours_alone(model)
+    return {rename(key, rules): Slot(key) for key in unique_tensors(model) if key not in own}
 
 
 def ours_alone(model: nn.Module) -> set[str]:
-    """Keys of tensors that no authors' network has: what decisions cost."""
+    """Keys of tensors that no authors' network has: the costs of a gate's decisions."""
     return {f"{name}.cost" for name in gates(model)}
+
+
+def check(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raise unless every tensor has its place and every place its tensor; nothing is allocated.
+
+    Args:
+        model: Our network, on the meta device if it is not to take memory.
+        theirs: The authors' tensors. Shapes may differ by dimensions of size 1, as (T, 1, 1, 1, 1) coefficients do.
+        layout: That of the network.
+
+    Raises:
+        CheckpointError: Which do not fit, with both shapes.
+    """
+    ours, own = unique_tensors(model), ours_alone(model)
+    placed = Counter[str]()
+    for slot in layout.values():
+        placed[slot.key] += slot.of(ours).numel()
+    missing = [key for key in layout if key not in theirs]
+    missing += [key for key, tensor in ours.items() if placed[key] < tensor.numel() and key not in own]
+    unexpected = [key for key in theirs if key not in layout]
+    problems = [f"{what}: {_listed(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+    wrong = []
+    for key, tensor in theirs.items():
+        if key in layout:
+            target = layout[key].of(ours)
+            if [side for side in tensor.shape if side != 1] != [side for side in target.shape if side != 1]:
+                wrong.append(f"{key} has shape {tuple(tensor.shape)}, the network needs {tuple(target.shape)}")
+            elif tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
+                wrong.append(f"{key} has dtype {tensor.dtype}, the network needs {target.dtype}")
+    problems += wrong[:SHOWN] + ([f"{len(wrong) - SHOWN} more differ"] if len(wrong) > SHOWN else [])
+    if problems:
+        raise CheckpointError(f"the tensors do not fit the network that they show: {'; '.join(problems)}")
 
 
 @torch.no_grad()
 def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
-    """Put the authors' tensors into our network; every tensor of ours must be given, and every one of theirs placed.
-
-    Tensors are reshaped where only the shape's form differs (as (T, 1, 1, 1, 1) coefficients).
+    """Copy the authors' tensors into our network; what a gate's decisions cost is ours alone, and starts at 0.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected, or of another size.
+        CheckpointError: See `check`.
     """
+    check(model, theirs, layout)
     ours = unique_tensors(model)
-    unplaced = sorted(set(theirs) - set(layout))
-    if unplaced:
-        raise CheckpointError(f"unexpected keys: {', '.join(unplaced[:5])}{' ...' if len(unplaced) > 5 else ''}")
-    filled: dict[str, int] = {}
-    for key, value in theirs.items():
-        slot = layout[key]
-        if slot.key not in ours:
-            raise CheckpointError(f"{key} belongs to {slot.key}, which {type(model).__name__} does not have")
-        target = ours[slot.key][slot.index] if slot.index else ours[slot.key]
-        if target.numel() != value.numel():
-            raise CheckpointError(f"{key} has shape {tuple(value.shape)}, {slot.key} needs {tuple(target.shape)}")
-        target.copy_(value.reshape(target.shape))
-        filled[slot.key] = filled.get(slot.key, 0) + target.numel()
-    for gate in gates(model).values():
-        gate.cost.zero_()  # ours alone
-    own = ours_alone(model)
-    missing = [key for key, tensor in ours.items() if key not in own and filled.get(key, 0) < tensor.numel()]
-    if missing:
-        raise CheckpointError(f"missing: nothing was given for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    for key in ours_alone(model):
+        ours[key].zero_()
+    for key, tensor in theirs.items():
+        target = layout[key].of(ours)
+        target.copy_(tensor.reshape(target.shape))
 
 
 def read(ours: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Our tensors (values or gradients, by our keys) under the authors' keys."""
-    return {
-        key: ours[slot.key][slot.index] if slot.index else ours[slot.key] for key, slot in layout.items() if slot.key in ours
-    }
+    return {key: slot.of(ours) for key, slot in layout.items() if slot.key in ours}
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:SHOWN]) + (f", ... ({len(keys)} in all)" if len(keys) > SHOWN else "")

@@ -1,48 +1,54 @@
-"""The soft-sharing repository's files: wide ResNets with a bank of templates per stage, or without.
+"""The soft-sharing project's files: wide ResNets, with a bank of templates per stage or without.
 
-The authors register a bank in every block and convolution that use it, and repeat it in the file under all these names.
+The authors register a bank in every block and convolution that use it, and repeat it in the file under all these names. At
+depth 10 they store banks that no layer uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from torch import nn
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.recognised import Colours, Recognised, Tensors, counts, deduplicate, shape, shared_arguments
-from thriftnet.importing.soft_sharing_layout import swrn_layout
+from thriftnet.importing.evidence import UNKNOWN, Evidence, Recognised, normalisation
+from thriftnet.importing.layout import Layout, renamed
 
 HINTS: dict[str, str] = {}
+RULES = (
+    (r"^conv1\.", "conv_3x3."),
+    (r"^bn\.", "lastact.0."),
+    (r"^fc\.", "classifier."),
+    (r"^layer(\d)\.1\.conv1\.bank\.", r"bank_\1."),
+    (r"^layer", "stage_"),
+    (r"\.shortcut\.", ".convShortcut."),
+)
 REPEATED = ((r"stage_(\d)\.\d+\.(?:conv\d\.)?bank\.templates", r"bank_\1.templates"),)
-# by number of classes: CIFAR-10 and CIFAR-100
-COLOURS: dict[int, Colours] = {
-    10: ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
-    100: ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
+# by the number of classes: CIFAR-10 and CIFAR-100
+COLORS = {
+    10: normalisation((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    100: normalisation((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
 }
 
 
-def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> Recognised | None:
+def layout(model: nn.Module) -> Layout:
+    """The place of each of the authors' tensors in a network of `swrn` or `wrn`."""
+    return renamed(model, RULES)
+
+
+def recognise(evidence: Evidence) -> Recognised | None:
     """A wide ResNet of the soft-sharing repository, or None."""
-    if not {"conv_3x3.weight", "stage_1.0.conv1.weight", "classifier.weight"} <= set(tensors):
+    if not evidence.has("conv_3x3.weight", "stage_1.0.conv1.weight", "classifier.weight"):
         return None
-    stored = deduplicate(tensors, REPEATED)
-    blocks = counts(stored, r"^stage_{}\.(\d+)\.", range(1, 4))
-    if len(set(blocks)) != 1:
-        raise CheckpointError(f"its stages have {blocks} blocks: possible are equally many in all three")
-    outs = shape(stored, "stage_1.0.conv1.weight", 4)[0]
-    if outs % 16:
-        raise CheckpointError(f"its first stage has {outs} channels: possible are multiples of 16")
-    classes, stem = shape(stored, "classifier.weight", 2)[0], shape(stored, "conv_3x3.weight", 4)
-    kwargs = {"depth": 6 * blocks[0] + 4, "width": outs // 16, **shared_arguments(classes, stem[1])}
-    notes: list[str] = []
-    banks = [f"bank_{stage}.templates" for stage in (1, 2, 3)]
-    name = "wrn"
-    if any(bank in stored for bank in banks):
-        name = "swrn"
-        kwargs["templates"] = shape(stored, banks[0], 5)[0]
-        if blocks[0] == 1:
-            unused = [stored.pop(bank) for bank in banks if bank in stored]
-            notes.append(
-                f"{sum(t.numel() for t in unused):,} parameters of {len(unused)} banks were left out: at depth 10 no layer uses them."
-            )
-    return Recognised(name, kwargs, swrn_layout, stored, tuple(notes), COLOURS.get(classes))
+    evidence.deduplicate(REPEATED)
+    blocks = evidence.blocks_per_stage(r"^stage_{}\.(\d+)\.")
+    channels = evidence.shape("stage_1.0.conv1.weight", 4)[0]
+    if channels % 16:
+        raise CheckpointError(f"its first stage has {channels} channels: expected a multiple of 16")
+    ends = evidence.classes_and_channels("classifier.weight", "conv_3x3.weight")
+    name, kwargs = "wrn", {"depth": 6 * blocks + 4, "width": channels // 16, **ends}
+    banks = [bank for bank in ("bank_1.templates", "bank_2.templates", "bank_3.templates") if evidence.has(bank)]
+    if banks:
+        name, kwargs["templates"] = "swrn", evidence.shape("bank_1.templates", 5)[0]
+    if banks and blocks == 1:
+        unused = sum(evidence.tensors.pop(bank).numel() for bank in banks)
+        evidence.notes.append(f"{unused:,} parameters of {len(banks)} banks were left out: at depth 10 no layer uses them.")
+    return evidence.network(name, kwargs, layout, COLORS.get(ends["num_classes"], UNKNOWN))

@@ -6,18 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from thriftnet.errors import CheckpointError, ConfigError, unknown_name
-from thriftnet.importing import (
-    dsnet,
-    filter_basis,
-    plain,
-    shiftresnet,
-    soft_sharing,
-    weight_sharing,
-)
-from thriftnet.importing.recognised import Recognised, Tensors
+from torch import Tensor
 
-GENERAL = {"system": "which system's file it is, where it should not be told by its tensors"}
+from thriftnet.errors import CheckpointError, ConfigError, unknown_name
+from thriftnet.importing import dsnet, filter_basis, plain, shiftresnet, soft_sharing, weight_sharing
+from thriftnet.importing.evidence import Evidence, Recognised
+
+GENERAL = {"system": "whose file it is, instead of recognising it"}
 
 
 @dataclass(frozen=True)
@@ -25,47 +20,45 @@ class System:
     """A kind of file.
 
     Args:
-        title: What it is, for people.
-        recognise: Gives the architecture that the tensors show, None for another system's tensors.
-        hints: What a user may say where tensors do not tell, and what it is.
+        title: Its name for people.
+        recognise: Gives the network that the tensors show, None for another system's tensors.
+        hints: What a user may say where tensors do not tell, each with its meaning.
     """
 
     title: str
-    recognise: Callable[[Tensors, Mapping[str, Any], Mapping[str, Any]], Recognised | None]
+    recognise: Callable[[Evidence], Recognised | None]
     hints: Mapping[str, str]
 
 
 SYSTEMS: dict[str, System] = {
     "shiftresnet": System("ShiftResNet (shifts)", shiftresnet.recognise, shiftresnet.HINTS),
-    "softsharing": System("soft sharing (template banks)", soft_sharing.recognise, soft_sharing.HINTS),
-    "netrl2": System("Net_RL2 (filter bases)", filter_basis.recognise, filter_basis.HINTS),
-    "spin": System("SPIN (weight sharing)", weight_sharing.recognise, weight_sharing.HINTS),
+    "soft-sharing": System("soft sharing (template banks)", soft_sharing.recognise, soft_sharing.HINTS),
+    "filter-basis": System("Net_RL2 (filter bases)", filter_basis.recognise, filter_basis.HINTS),
+    "weight-sharing": System("SPIN (weight sharing)", weight_sharing.recognise, weight_sharing.HINTS),
     "dsnet": System("DS-Net (slimmable)", dsnet.recognise, dsnet.HINTS),
     "resnet": System("plain ResNet", plain.recognise, plain.HINTS),
     "thriftnet": System("a network of the zoo, named by model=", plain.recognise_own, plain.OWN_HINTS),
 }
 
 
-def all_hints() -> dict[str, str]:
-    """Every hint, and what it is."""
-    return GENERAL | {name: text for system in SYSTEMS.values() for name, text in system.hints.items()}
-
-
 def check_hints(hints: Mapping[str, Any]) -> None:
-    """Raise for a hint that no system takes; with ``model``, what is left goes to the network.
+    """Raise for a hint that no system takes; with ``model``, all others are arguments of that network.
 
     Raises:
-        ConfigError: An unknown hint, with the possible ones, or an unknown system.
+        ConfigError: An unknown hint or system, with the known ones.
     """
+    known = [*GENERAL, *(name for system in SYSTEMS.values() for name in system.hints)]
     for name in hints if "model" not in hints else ():
-        if name not in all_hints():
-            raise unknown_name("hint", name, all_hints())
+        if name not in known:
+            raise unknown_name("hint", name, known)
     system = hints.get("system")
     if system is not None and system not in SYSTEMS:
         raise unknown_name("system", str(system), SYSTEMS)
 
 
-def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> tuple[str, Recognised]:
+def recognise(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], hints: Mapping[str, Any]
+) -> tuple[str, Recognised]:
     """The one system whose tensors these are, and the network that they show.
 
     Raises:
@@ -74,29 +67,28 @@ def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str,
     """
     asked = "thriftnet" if "model" in hints else hints.get("system")
     fits = {}
-    for name, system in SYSTEMS.items():
-        if asked in (None, name):
-            found = system.recognise(tensors, metadata, hints)
-            if found is not None:
-                fits[name] = found
+    for name in SYSTEMS if asked is None else (asked,):
+        found = SYSTEMS[name].recognise(Evidence(tensors, metadata, hints))
+        if found is not None:
+            fits[name] = found
     if len(fits) != 1:
         raise CheckpointError(_unclear(tensors, list(fits), asked))
-    name, found = next(iter(fits.items()))
-    strange = [hint for hint in hints if hint not in {**GENERAL, **SYSTEMS[name].hints}] if name != "thriftnet" else []
-    if strange:
-        possible = ", ".join({**GENERAL, **SYSTEMS[name].hints})
-        raise ConfigError(f"{strange[0]}= says nothing about a file of {SYSTEMS[name].title}: possible are {possible}")
+    name, found = fits.popitem()
+    known = {**GENERAL, **SYSTEMS[name].hints}
+    strange = [hint for hint in hints if hint not in known]
+    if strange and name != "thriftnet":
+        raise ConfigError(f"{strange[0]}= says nothing about a file of {SYSTEMS[name].title}: expected {', '.join(known)}")
     return name, found
 
 
-def _unclear(tensors: Tensors, fits: list[str], asked: object) -> str:
+def _unclear(tensors: Mapping[str, Tensor], fits: list[str], asked: str | None) -> str:
     shown = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:5])
     seen = f"it holds {len(tensors)} tensors: {shown}{', ...' if len(tensors) > 5 else ''}"
     known = ", ".join(f"{name} ({system.title})" for name, system in SYSTEMS.items())
-    if len(fits) > 1:
+    if fits:
         return f"several systems fit, {' and '.join(fits)}: say which with system=...; {seen}"
     if asked == "thriftnet":
         return f"system='thriftnet' needs the network's name as model=...; {seen}"
     if asked is not None:
         return f"it is no file of {asked}; {seen}. Leave system= out to have it recognised; known are {known}"
-    return f"its system is not recognised; {seen}. Known are {known}. Of a network of the zoo under our own keys, give model=..."
+    return f"its system is not recognised; {seen}. Known are {known}. For a network of the zoo under our own keys, give model=..."

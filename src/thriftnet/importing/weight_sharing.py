@@ -1,28 +1,21 @@
 """SPIN's files: ConvMixers whose pointwise weights lie in lists beside the blocks.
 
-Tensors do not tell which layers share a weight, nor the activation, nor how weights of a training file are to be fused. The
-files carry the configuration as text; stripped ones do not, and need hints.
+``pwise_w.i`` and ``pwise_b.i`` are those of the i-th shared weight or, in a network that fuses in every forward, of the i-th
+layer; then ``reduction_w.i`` is that layer's factor. Tensors do not tell which layers share a weight, nor the activation, nor how
+weights of a training file are to be fused. The files carry the configuration as text; stripped ones do not, and need hints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.layout import Layout, Slot
-from thriftnet.importing.recognised import (
-    IMAGENET,
-    Recognised,
-    Tensors,
-    count,
-    positive_int,
-    resolve_hint,
-    shape,
-    shared_arguments,
-)
-from thriftnet.importing.weight_sharing_layout import convmixer_layout
+from thriftnet.importing.evidence import IMAGENET_BICUBIC, Evidence, Recognised
+from thriftnet.importing.layout import Layout, Slot, renamed
 from thriftnet.models.convmixer import ConvMixer
+from thriftnet.techniques.weight_sharing import FusedConv2d
 
 HINTS = {
     "mapping": "which layers share a weight: sequential or strided",
@@ -30,99 +23,137 @@ HINTS = {
     "rate": "layers per fused weight",
     "fusion": "how weights are fused in every forward: mean, choose_first, ...",
 }
-LISTED = ("pwise_w.", "pwise_b.", "reduction_w.")
+RULES = (
+    (r"^stem\.", "patch_embed.conv."),
+    (r"^norm\.", "patch_embed.bn."),
+    (r"\.depthwise\.", ".dwise_blk.0."),
+    (r"\.norm1\.", ".dwise_blk.2."),
+    (r"\.norm2\.", ".bn2."),
+    (r"^fc\.", "head.fc."),
+)
+LISTS = {"weight": "pwise_w", "bias": "pwise_b", "members": "pwise_w", "biases": "pwise_b", "scales": "reduction_w"}
 
 
-def recognise(tensors: Tensors, metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> Recognised | None:
+def layout(model: ConvMixer, neighbours: bool = False) -> Layout:
+    """The place of each of the authors' tensors in a ConvMixer, plain, sharing or fusing.
+
+    Shared weights are numbered by their first use, as the authors' sequential and strided mappings number them.
+
+    Args:
+        model: The network.
+        neighbours: Its i-th group has fused the i-th run of neighbours, whatever the mapping, as the authors' weight_fusion does.
+    """
+    slots = {theirs: slot for theirs, slot in renamed(model, RULES).items() if ".pointwise." not in slot.key}
+    users: dict[int, list[int]] = {}
+    for layer, block in enumerate(model.blocks):
+        users.setdefault(id(block.pointwise), []).append(layer)
+    for number, layers in enumerate(users.values()):
+        prefix = f"blocks.{layers[0]}.pointwise"
+        pointwise = model.get_submodule(prefix)
+        if neighbours:
+            layers = list(range(number * len(layers), (number + 1) * len(layers)))
+        for name, _ in pointwise.named_parameters():
+            if isinstance(pointwise, FusedConv2d):
+                slots |= {f"{LISTS[name]}.{layer}": Slot(f"{prefix}.{name}", (j,)) for j, layer in enumerate(layers)}
+            else:
+                slots[f"{LISTS[name]}.{number}"] = Slot(f"{prefix}.{name}")
+    return slots
+
+
+def recognise(evidence: Evidence) -> Recognised | None:
     """A ConvMixer of SPIN's repository, or None."""
-    if not {"patch_embed.conv.weight", "pwise_w.0", "head.fc.weight"} <= set(tensors):
+    if not evidence.has("patch_embed.conv.weight", "pwise_w.0", "head.fc.weight"):
         return None
-    notes: list[str] = []
-    config = read_config(metadata.get("cfg"))
-    dim, channels, patch, _ = shape(tensors, "patch_embed.conv.weight", 4)
+    config = read_config(evidence.metadata.get("cfg"))
+    dim, _, patch, _ = evidence.shape("patch_embed.conv.weight", 4)
     _check_stride(patch, config)
     stated = config.get("CONVMIXER.ACT_FUNC")
+    depth = evidence.count(r"^blocks\.(\d+)\.")
     kwargs = {
         "dim": dim,
-        "depth": count(tensors, r"^blocks\.(\d+)\."),
+        "depth": depth,
         "patch_size": patch,
-        "kernel_size": shape(tensors, "blocks.0.dwise_blk.0.weight", 4)[2],
-        "activation": resolve_hint("activation", stated and stated.lower(), hints, "relu", notes),
-        **shared_arguments(shape(tensors, "head.fc.weight", 2)[0], channels),
+        "kernel_size": evidence.shape("blocks.0.dwise_blk.0.weight", 4)[2],
+        "activation": evidence.hint("activation", stated and stated.lower(), "relu"),
+        **evidence.classes_and_channels("head.fc.weight", "patch_embed.conv.weight"),
     }
-    name, sharing, left_out = _sharing(tensors, kwargs["depth"], config, hints, notes)
-    kept = {key: tensor for key, tensor in tensors.items() if key not in left_out}
-    layout = neighbours_layout if sharing.get("mapping") == "strided" and name == "wfws_convmixer" else convmixer_layout
-    return Recognised(name, kwargs | sharing, layout, kept, tuple(notes), IMAGENET)
+    name, sharing = _sharing(evidence, depth, config)
+    moved = name == "wfws_convmixer" and sharing["mapping"] == "strided"
+    return evidence.network(name, kwargs | sharing, partial(layout, neighbours=moved), IMAGENET_BICUBIC)
 
 
-def _sharing(
-    tensors: Tensors, depth: int, config: Mapping[str, str], hints: Mapping[str, Any], notes: list[str]
-) -> tuple[str, dict[str, Any], set[str]]:
-    """Name in the zoo, arguments of the sharing, and keys that nothing uses."""
-    weights, scales = count(tensors, r"^pwise_w\.(\d+)$"), count(tensors, r"^reduction_w\.(\d+)$")
+def _sharing(evidence: Evidence, depth: int, config: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The name in the zoo, and the arguments of the sharing."""
+    weights = evidence.count(r"^pwise_w\.(\d+)$")
     stated = config.get("CONVMIXER.WEIGHT_SHARE.SHARE_RATE", "")
     if weights > depth:
-        raise CheckpointError(f"it has {weights} pointwise weights for {depth} blocks: possible is at most one for each")
+        raise CheckpointError(f"it has {weights} pointwise weights for {depth} blocks: expected at most one per block")
     if weights < depth:
-        which = _which(config, hints, notes)
+        which = _mapping(evidence, config)
         if "distribution" in which:
-            return "ws_convmixer", {"rate": int(stated) if stated.isdigit() else 2, **which}, set()
+            return "ws_convmixer", {"rate": int(stated) if stated.isdigit() else 2, **which}
         if depth % weights:
-            raise CheckpointError(f"it has {weights} pointwise weights for {depth} blocks: one must serve equally many")
-        stray = {key for key in tensors if key.startswith("reduction_w.")}
-        if stray:
-            notes.append(
-                f"{len(stray)} tensors reduction_w.* were left out: the weights are fused already, and nothing uses them."
+            raise CheckpointError(
+                f"it has {weights} pointwise weights for {depth} blocks: expected a number that divides them"
             )
-        if config.get("CONVMIXER.WEIGHT_SHARE.REDUCTION_FN"):
-            notes.append(
-                "The file's configuration states a fusion, but its weights are fused already: it is a plain sharing network."
-            )
-        return "ws_convmixer", {"rate": depth // weights, **which}, stray
-    fusion = _fusion(tensors, scales, config, hints, notes)
+        _leave_out_fusion(evidence, config)
+        return "ws_convmixer", {"rate": depth // weights, **which}
+    fusion = _fusion(evidence, config)
     if fusion is None:
-        return "convmixer", {}, set()
-    rate = positive_int("rate", resolve_hint("rate", int(stated) if stated.isdigit() else None, hints, 2, notes))
-    which = _which(config, hints, notes)
+        return "convmixer", {}
+    rate = evidence.hint("rate", int(stated) if stated.isdigit() else None, 2)
+    which = _mapping(evidence, config)
     if which["mapping"] == "strided":
-        notes.append(
+        evidence.notes.append(
             "The authors fuse neighbours under the strided mapping, too: the weights are placed so that it computes the same."
         )
-    return "wfws_convmixer", {"rate": rate, "fusion": fusion, **which}, set()
+    return "wfws_convmixer", {"rate": rate, "fusion": fusion, **which}
 
 
-def _fusion(
-    tensors: Tensors, scales: int, config: Mapping[str, str], hints: Mapping[str, Any], notes: list[str]
-) -> str | None:
+def _leave_out_fusion(evidence: Evidence, config: Mapping[str, str]) -> None:
+    """Drop what fuse_weights.py leaves in a file whose weights are fused."""
+    stray = [key for key in evidence.tensors if key.startswith("reduction_w.")]
+    for key in stray:
+        del evidence.tensors[key]
+    if stray:
+        evidence.notes.append(
+            f"{len(stray)} tensors reduction_w.* were left out: the weights are fused already, and nothing uses them."
+        )
+    if config.get("CONVMIXER.WEIGHT_SHARE.REDUCTION_FN"):
+        evidence.notes.append(
+            "The file's configuration states a fusion, but its weights are fused already: it is a plain sharing network."
+        )
+
+
+def _fusion(evidence: Evidence, config: Mapping[str, str]) -> str | None:
     """How the weights of all layers are fused in every forward; None when each layer uses its own."""
-    if scales:
-        dims = tuple(tensors["reduction_w.0"].shape)
-        return "scalar_weighted_mean" if tensors["reduction_w.0"].numel() == 1 and dims != () else "channel_weighted_mean"
-    if "fusion" in hints:
-        return None if hints["fusion"] is None else str(hints["fusion"])
+    if evidence.count(r"^reduction_w\.(\d+)$"):
+        factor = evidence.tensors["reduction_w.0"]
+        return "scalar_weighted_mean" if factor.numel() == 1 and factor.ndim else "channel_weighted_mean"
+    if "fusion" in evidence.hints:
+        return None if evidence.hints["fusion"] is None else str(evidence.hints["fusion"])
     if config:
         enabled = config.get("CONVMIXER.WEIGHT_SHARE.ENABLE", "").lower() == "true"
         return (config.get("CONVMIXER.WEIGHT_SHARE.REDUCTION_FN") or None) if enabled else None
-    if "rate" in hints or "mapping" in hints:
-        return str(resolve_hint("fusion", None, hints, "mean", notes))
-    notes.append(
+    if "rate" in evidence.hints or "mapping" in evidence.hints:
+        return str(evidence.hint("fusion", None, "mean"))
+    evidence.notes.append(
         "Each layer is taken to use its own weight, as the file states no configuration; for one that was saved while it "
         "fuses weights by their mean or by choose_first, give fusion=... and rate=..."
     )
     return None
 
 
-def _which(config: Mapping[str, str], hints: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _mapping(evidence: Evidence, config: Mapping[str, str]) -> dict[str, Any]:
     """The mapping, and the distribution where it is not uniform."""
     share = "CONVMIXER.WEIGHT_SHARE.SHARING_"
-    which = {"mapping": resolve_hint("mapping", config.get(f"{share}MAPPING"), hints, "sequential", notes)}
-    if which["mapping"] not in ("sequential", "strided"):
+    mapping = evidence.hint("mapping", config.get(f"{share}MAPPING"), "sequential")
+    if mapping not in ("sequential", "strided"):
         raise CheckpointError(
-            f"mapping={which['mapping']!r}: possible are sequential and strided; a random one cannot be told from a file"
+            f"mapping={mapping!r}: expected sequential or strided; a random mapping cannot be recovered from a file"
         )
     distribution = config.get(f"{share}DISTRIBUTION", "uniform")
-    return which if distribution == "uniform" else which | {"distribution": distribution}
+    return {"mapping": mapping} | ({} if distribution == "uniform" else {"distribution": distribution})
 
 
 def _check_stride(patch: int, config: Mapping[str, str]) -> None:
@@ -131,25 +162,6 @@ def _check_stride(patch: int, config: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"its patches of {patch} pixels have stride {stride} and padding {padding}: the zoo's ConvMixer has stride {patch} and 0"
         )
-
-
-def neighbours_layout(model: ConvMixer) -> Layout:
-    """Of a network that fuses under the strided mapping: the i-th group has fused the i-th run of neighbours.
-
-    Source: the authors' weight_fusion, which takes the weights i * rate + j whatever the mapping.
-    """
-    slots = convmixer_layout(model)
-    groups: dict[str, int] = {}
-    moved = {}
-    for key, slot in slots.items():
-        if key.startswith(LISTED):
-            place = slot.key.rpartition(".")[0]
-            group = groups.setdefault(place, len(groups))
-            rate = len(model.get_parameter(slot.key))
-            moved[f"{key.partition('.')[0]}.{group * rate + slot.index[0]}"] = Slot(slot.key, slot.index)
-        else:
-            moved[key] = slot
-    return moved
 
 
 def read_config(text: object) -> dict[str, str]:
@@ -163,14 +175,13 @@ def read_config(text: object) -> dict[str, str]:
     path: list[tuple[int, str]] = []
     for line in text.splitlines() if isinstance(text, str) else ():
         name, colon, value = line.strip().partition(":")
-        if not colon or line.lstrip().startswith(("-", "#")):
+        if not colon or name.startswith(("-", "#")):
             continue
         indent = len(line) - len(line.lstrip())
         while path and path[-1][0] >= indent:
             path.pop()
         path.append((indent, name))
-        whole_name = ".".join(part for _, part in path)
-        plain = value.strip().strip("'\"")
-        if whole_name.startswith("CONVMIXER.") and plain and plain not in ("null", "None", "~"):
-            values[whole_name] = plain
+        key, plain = ".".join(part for _, part in path), value.strip().strip("'\"")
+        if key.startswith("CONVMIXER.") and plain and plain not in ("null", "None", "~"):
+            values[key] = plain
     return values
