@@ -58,12 +58,13 @@ def fuzz(results: Path, arguments: list[str]) -> None:
 
     from faults.mutants import return_memory
     from faults.samples import Sample
-    from faults.watch import judge
+    from faults.watch import in_this_process, judge
 
     return_memory()
     torch.set_num_threads(1)
     folder = results.parent / "work"
     folder.mkdir()
+    in_this_process().__enter__()  # where atheris sees which lines are reached; this process ends with it
     for sound in sorted(Path(arguments[0]).iterdir()):
         thriftnet.importing.importer.import_checkpoint(sound)  # whatever is loaded on first use is there now
     empty = Sample("made by atheris", "torch and safetensors", b"")

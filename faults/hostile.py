@@ -21,6 +21,7 @@ from typing import Any
 
 from faults import ROOT
 from faults.figure import Figure
+from thriftnet.importing import inert, torchfile
 
 CANARY, SECRET = "canary", "root:"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
@@ -94,6 +95,10 @@ class Watch:
             listed = event in LISTING and (path == os.path.dirname(self.allowed) or path in sys.path)
             if not writes and (listed or path == self.allowed or path.startswith(self.allowed + os.sep)):
                 return
+        if event == "subprocess.Popen" and args[1] == torchfile.COMMAND:
+            return  # our own reader, which stops and reports whatever it is made to try
+        if event == "open" and (args[0] == os.devnull or isinstance(args[0], int)):
+            return  # its standard streams
         self.seen.append(f"{event} {args}"[:200])
 
     @contextlib.contextmanager
@@ -130,7 +135,15 @@ def ways(kind: str) -> dict[str, Callable[[Path], object]]:
             "read_config": read_config,
             "thriftnet count": lambda path: command("count", str(path)),
         }
+
+    def describe(path: Path) -> None:
+        with path.open("rb") as file:
+            if inert.describe(file).startswith('{"error"'):
+                raise CheckpointError("refused")
+
+    alone = {} if kind == "safetensors" else {"the reader alone, unprotected": describe}
     return {
+        **alone,
         "import_checkpoint": tn.import_checkpoint,
         "open_model": lambda path: open_model(str(path)),
         "thriftnet import": lambda path: command("import", str(path), "--json"),
@@ -158,6 +171,7 @@ def watched(folder: Path) -> list[dict[str, Any]]:
                         use(path)
                     except CheckpointError as reason:
                         refused = True
+                        seen += [str(reason)] if "made its reader try" in str(reason) else []
                         error = "it tells what is in another file" if SECRET in str(reason) else ""
                     except (Exception, SystemExit, TooLong) as other:
                         error = f"{type(other).__name__}: {other}"[:300]

@@ -22,7 +22,7 @@ from pickle_bytes import saved as torch_saved
 from test_importer import SMALL, SUPERNET, stirred, theirs
 from thriftnet.importing.dsnet import layout as dsnet_layout
 from thriftnet.importing.filter_basis import layout as resnet_layout
-from thriftnet.importing.importer import open_file
+from thriftnet.importing.importer import import_checkpoint
 from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
 from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.importing.weight_sharing import layout as convmixer_layout
@@ -79,7 +79,7 @@ class Sample:
 
     @property
     def open(self) -> Callable[[Path], nn.Module]:
-        return open_file if self.part is None else tn.load
+        return (lambda path: import_checkpoint(path).model) if self.part is None else tn.load
 
 
 def _rehashed(config: bytes, weights: bytes) -> bytes:

@@ -14,7 +14,7 @@ import thriftnet as tn
 from faults.hostile import LIBRARIES
 from faults.samples import Sample, make_samples, python2_file
 from pickle_bytes import Entry, dict_of, legacy, storage, tensor, zipped
-from test_unpickle_hostile import FLOATS, payloads
+from test_torchfile_hostile import FLOATS, payloads
 
 Change = Callable[[dict[str, Any]], object]
 HUGE = 10**12

@@ -191,7 +191,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_modules_that_hold_themselves_end() -> None:
     from thriftnet.importing.extract import contents
-    from thriftnet.importing.unpickle import StandIn
+    from thriftnet.importing.inert import StandIn
 
     module = StandIn("models.resnet.ResNet")
     module.state = {"_modules": {"a": module, "b": module}, "_parameters": {}, "_buffers": {}}

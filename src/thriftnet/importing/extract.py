@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.importing.unpickle import StandIn
+from thriftnet.importing.inert import StandIn
 
 WEIGHTS = ("state_dict", "net_state_dict", "model_state", "model_state_dict", "net", "model")  # in this order
 AVERAGED = "state_dict_ema"

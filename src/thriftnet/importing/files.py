@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.unpickle import looks_pickled, read_pickled
+from thriftnet.importing.inert import MAGIC
+from thriftnet.importing.torchfile import read_torch
 
-HEAD, TAIL = 4096, 1 << 16  # bytes that are looked at
+HEAD = 4096  # bytes that are looked at
 ZIP = b"PK\x03\x04"
 LFS = b"version https://git-lfs.github.com/spec/"
 # how files begin that are often mistaken for checkpoints -> what they are
@@ -24,6 +25,7 @@ OTHERS = {
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
     b"\x7fELF": "a program",
+    b"\x80": "a pickle, but not one of torch.save",
 }
 POSSIBLE = "Possible are files of torch.save, old and new, and safetensors"
 
@@ -55,15 +57,10 @@ def read_file(path: str | os.PathLike[str]) -> StoredFile:
     _refuse(place, head, size)
     if _looks_safetensors(head, size):
         return _read_safetensors(place)
-    if head.startswith(ZIP) and _is_program(place):
-        raise CheckpointError(
-            f"{place} is a TorchScript archive, which is a program: save the state dict of the network instead, "
-            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-        )
-    if not head.startswith(ZIP) and not looks_pickled(head):
+    if not head.startswith(ZIP) and MAGIC not in head[:32]:
         raise CheckpointError(f"{place} is {_named(head)}. {POSSIBLE}")
-    read = read_pickled(place)
-    return StoredFile(read.content, f"torch {read.format}")
+    content, format = read_torch(place)
+    return StoredFile(content, f"torch {format}")
 
 
 def _head(place: Path) -> tuple[bytes, int]:
@@ -124,14 +121,6 @@ def _named(head: bytes) -> str:
     return next(
         (name for start, name in OTHERS.items() if head.startswith(start)), "no checkpoint, or damaged at its beginning"
     )
-
-
-def _is_program(place: Path) -> bool:
-    """Whether an archive is TorchScript: its directory, at the end of the file, lists code."""
-    with place.open("rb") as file:
-        file.seek(max(0, place.stat().st_size - TAIL))
-        tail = file.read()
-    return b"/code/" in tail or b"/constants.pkl" in tail
 
 
 def _looks_safetensors(head: bytes, size: int) -> bool:

@@ -1,243 +1,166 @@
-"""The zip archives of torch.save, read by their directory after a check that it describes the file truthfully.
+"""Reads what torch.save wrote without running anything that the file contains.
 
-Python's zipfile makes an object per entry before anything can be checked, and joins, overlaps and inflates what it is told to.
+A process of its own (`inert`, which imports no torch) describes the file as data: what was pickled, and where each storage lies.
+Here that description is checked against the file, the weights are read, and tensors are put together. Every other class or
+function that the file names stays an inert `StandIn`, so whole pickled networks can be looked through without their code.
 
-Source: APPNOTE 6.3.10 of the ZIP format; PyTorch writes all records uncompressed, in one folder, without a comment.
+Not read: sparse, quantized and complex tensors, expanded ones (more elements than stored), big-endian files, TorchScript.
 """
 
 from __future__ import annotations
 
-import stat
-import struct
+import json
+import os
+import re
+import subprocess
+import sys
 import zlib
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.inert import damaged, unsupported
+from thriftnet.importing import inert
+from thriftnet.importing.inert import ORIGIN, StandIn
 
-MAX_RECORDS, MAX_DIRECTORY = 100_000, 64 << 20
-LOCAL, ENTRY, END = "<4sHHHHHIIIHH", "<4sHHHHHHIIIHHHHHII", "<4sHHHHIIH"
-END_64, LOCATOR_64 = "<4sQHHIIQQQQ", "<4sIQI"
-IN_EXTRA, LATER = 0xFFFFFFFF, 8  # a number that stands in the zip64 field; a flag: sizes follow the data
-FLAGS_READ = 0x0800 | LATER  # names in UTF-8
-
-
-@dataclass(frozen=True)
-class Record:
-    """One file of the archive: where its bytes are, and their checksum, 0 where torch wrote none."""
-
-    start: int
-    size: int
-    crc: int
-
-
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    header: int
-    size: int
-    crc: int
+COMMAND = [sys.executable, "-I", "-S", inert.__file__]
+SECONDS = 60  # for the process, which needs a fraction of one, on any system; processor time is limited further
+MAX_DIMENSIONS, MAX_EXTENT = 32, 1 << 40
+BYTES = {"Char": torch.int8, "Byte": torch.uint8}
+DTYPES: dict[str, torch.dtype] = {kind: BYTES.get(kind) or getattr(torch, kind.lower()) for kind in inert.SIZES}
+TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.nn.parameter.Parameter",
+    "torch.autograd.variable.Variable",
+)
+NOT_READ = ("torch._utils._rebuild_", "torch._tensor._rebuild_")  # sparse, quantized, nested, on other devices, subclasses
+NUMBERS = re.compile(r"[<|=](\?|b1|[iu][1248]|f[248])")
+ADVICE = "Get it again from where it comes from, or save a state dict: torch.save(model.state_dict(), FILE)"
 
 
-def read_directory(file: BinaryIO, file_size: int) -> dict[str, Record]:
-    """The archive's records by their name inside its one folder.
+def read_torch(path: Path) -> tuple[Any, str]:
+    """What torch.save wrote, and its format: ``"zip"`` or ``"legacy"``.
+
+    Tensors are on the CPU and share memory as they did; tuples and sets are lists, keys are text, classes are stand-ins.
 
     Raises:
-        CheckpointError: No archive of torch.save, or one that contradicts itself.
+        CheckpointError: Whatever is wrong with the file, in one line.
     """
-    start, length, count = _directory_place(file, file_size)
-    if count > MAX_RECORDS or length > MAX_DIRECTORY:
-        raise unsupported(f"its archive has {count} records; {MAX_RECORDS} are read at most")
-    entries = sorted(_entries(_read_at(file, start, length), count), key=lambda entry: entry.header)
-    folder = entries[0].name.partition("/")[0] if entries else ""
-    records: dict[str, Record] = {}
-    for entry, limit in zip(entries, [entry.header for entry in entries[1:]] + [start]):
-        record = _located(file, entry, limit)
-        head, slash, name = entry.name.partition("/")
-        if not slash or head != folder:
-            raise damaged(f"its archive has {_shown(entry.name)} outside the folder {_shown(folder)}")
-        if name in records:
-            raise damaged(f"its archive has {_shown(name)} twice")
-        records[name] = record
-    return records
+    try:
+        with path.open("rb") as file:
+            head, _, body = describe(file).partition(b"\n")
+            facts = json.loads(head)
+            if "error" in facts:
+                _refuse(facts["error"])
+            storages = _read_storages(file, facts["storages"])
+        return json.loads(body, object_hook=partial(_rebuild, storages)), facts["format"]
+    except CheckpointError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.strerror or error}. Check the path and that you may read it"
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = f"its parts do not fit each other ({type(error).__name__}: {error}). {ADVICE}"
+    plain = "".join(char if char.isprintable() else "?" for char in reason)
+    raise CheckpointError(f"cannot read {path}: {plain if len(plain) <= 600 else plain[:597] + '...'}")
 
 
-def read_record(file: BinaryIO, name: str, record: Record) -> bytes:
-    """A record's bytes, checked against its checksum."""
-    data = _read_at(file, record.start, record.size)
-    _check_crc(name, record, zlib.crc32(data) if record.crc else 0)
-    return data
-
-
-def read_storage(file: BinaryIO, name: str, record: Record) -> Tensor:
-    """A record's bytes as a tensor of its own, checked against its checksum."""
-    raw = new_bytes(record.size)
-    file.seek(record.start)
-    fill(file, raw)
-    _check_crc(name, record, zlib.crc32(_bytes_of(raw)) if record.crc else 0)
-    return raw
-
-
-def new_bytes(size: int) -> Tensor:
-    """Memory for a storage.
+def describe(file: BinaryIO) -> bytes:
+    """What `inert.describe` says of a file, in a process of its own that is given nothing but the open file.
 
     Raises:
-        CheckpointError: There is not as much.
+        CheckpointError: It crashed, or took too long or too much.
     """
     try:
-        return torch.empty(size, dtype=torch.uint8)
-    except RuntimeError:
-        raise CheckpointError(f"it has {size} bytes of weights in one piece, more than there is memory") from None
+        done = subprocess.run(COMMAND, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        _refuse(f"reading it takes more than {SECONDS} s")
+    if done.returncode or len(done.stdout) > inert.MAX_TEXT:
+        _refuse(f"the process that looks into it took too much time or memory, or crashed (exit code {done.returncode})")
+    return done.stdout
 
 
-def fill(file: BinaryIO, raw: Tensor) -> None:
-    """Read the next bytes of the file into a tensor."""
-    view = _bytes_of(raw)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]  # typeshed lacks it on BinaryIO
-        if not count:
-            raise damaged("it ends before its weights do")
-        done += count
+def _refuse(reason: str) -> NoReturn:
+    raise CheckpointError(f"{reason}. {ADVICE}")
 
 
-def _bytes_of(raw: Tensor) -> memoryview:
-    return memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, which typeshed knows from 3.12 on
+def _read_storages(file: BinaryIO, entries: list[Any]) -> list[Tensor]:
+    """Each storage as a flat tensor, copied out of the file, so that truncating it later cannot crash a process."""
+    left = os.fstat(file.fileno()).st_size
+    storages = []
+    for kind, start, size, crc in entries:
+        left -= size
+        if left < 0 or start < 0 or size < 0 or size % DTYPES[kind].itemsize:
+            _refuse("it describes more weights than it has bytes")
+        raw = torch.empty(size, dtype=torch.uint8)
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers, which typeshed knows from 3.12 on
+        file.seek(start)
+        if file.readinto(view) != size:  # type: ignore[attr-defined]  # typeshed lacks it on BinaryIO
+            _refuse("it ends before its weights do")
+        if crc and zlib.crc32(view) != crc:
+            _refuse("weights in its archive do not have the checksum that was written with them")
+        if DTYPES[kind] is torch.bool:
+            raw.clamp_(max=1)  # other bytes than 0 and 1 are no truth values
+        storages.append(raw.view(DTYPES[kind]))
+    return storages
 
 
-def as_dtype(raw: Tensor, dtype: torch.dtype, *, swap: bool = False) -> Tensor:
-    """Bytes as numbers; truth values are made 0 or 1."""
-    if dtype is torch.bool:
-        raw.clamp_(max=1)
-    numbers = raw.view(dtype)
-    if swap and dtype.itemsize > 1:
-        numbers.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call]  # of torch
-    return numbers
+def _rebuild(storages: list[Tensor], found: dict[str, Any]) -> Any:
+    """The tensor, number or stand-in that a dict of the description means, or that very dict."""
+    if ORIGIN not in found:
+        return found
+    made = StandIn(str(found[ORIGIN]), tuple(found.get("args", ())))
+    made.state, made.items, made.elements = found.get("state"), found.get("items", {}), found.get("elements", [])
+    match made.origin, made.args:
+        case ("torch._tensor._rebuild_from_type_v2", (StandIn(origin=origin), _, [*args], *_)) if origin in TENSORS:
+            return _tensor(storages, args)  # of a subclass, or with attributes
+        case (origin, args) if origin in TENSORS:
+            return _tensor(storages, args)
+        case (origin, (Tensor() as tensor, *_)) if origin in PARAMETERS:
+            return tensor
+        case ("numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar", (StandIn() as dtype, str() as data)):
+            return _number(dtype, data)
+    if made.origin.startswith(NOT_READ):
+        _refuse(f"it holds a tensor made by {made.origin}; dense tensors of common types are read only")
+    return made
 
 
-def _directory_place(file: BinaryIO, file_size: int) -> tuple[int, int, int]:
-    """Start, length and number of entries of the central directory, which must end where its end record starts."""
-    position = file_size - struct.calcsize(END)
-    signature, disk, first_disk, here, count, length, start, comment = _unpack_at(file, END, position)
-    if signature != b"PK\x05\x06" or comment:
-        raise damaged("it starts as a zip archive, but does not end as torch.save ends one")
-    if disk or first_disk or here != count:
-        raise damaged("its archive is a part of several")
-    locator = position - struct.calcsize(LOCATOR_64)
-    if locator >= 0 and _read_at(file, locator, 4) == b"PK\x06\x07":
-        position = _unpack_at(file, LOCATOR_64, locator)[2]
-        if position + struct.calcsize(END_64) != locator:
-            raise damaged("its archive's directory is not where it should be")
-        end = _unpack_at(file, END_64, position)
-        if end[0] != b"PK\x06\x06" or end[4] or end[5] or end[6] != end[7]:
-            raise damaged("its archive's directory is broken")
-        for short, full, saturated in ((count, end[7], 0xFFFF), (length, end[8], IN_EXTRA), (start, end[9], IN_EXTRA)):
-            if short not in (full, saturated):
-                raise damaged("its archive has two directories that differ")
-        count, length, start = end[7:]
-    if start + length != position:
-        raise damaged("its archive's directory is not where it should be")
-    return start, length, count
+def _tensor(storages: list[Tensor], args: Sequence[Any]) -> Tensor:
+    """A view of a storage, after a check that it stays inside."""
+    match args:
+        case (
+            StandIn(origin="storage", args=(int() as index, int() as first, int() as held)),
+            offset,
+            [*size],
+            [*stride],
+            *_,
+        ):
+            numbers = (first, held, offset, *size, *stride)
+        case _:
+            _refuse("a tensor in it is described by something else than storage, offset, size and strides")
+    if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+        _refuse(f"a tensor in it has {len(size)} dimensions and {len(stride)} strides")
+    if not all(type(n) is int and 0 <= n < MAX_EXTENT for n in numbers) or prod(n or 1 for n in size) >= MAX_EXTENT:
+        _refuse("a tensor in it has an offset, size or stride that is negative, huge or no integer")
+    end = offset + (1 + sum((n - 1) * step for n, step in zip(size, stride)) if all(size) else 0)
+    if end > held or first + held > storages[index].numel():
+        _refuse(f"a tensor of shape {size}, strides {stride} and offset {offset} leaves its storage of {held} elements")
+    if prod(size) > held:
+        _refuse(f"it holds an expanded tensor, of shape {size} on a storage of {held} elements: save a copy of it")
+    return storages[index].as_strided(size, stride, first + offset)
 
 
-def _entries(directory: bytes, count: int) -> list[_Entry]:
-    entries, position, fixed = [], 0, struct.calcsize(ENTRY)
-    for _ in range(count):
-        if position + fixed > len(directory):
-            raise damaged("its archive's directory is cut off")
-        fields = struct.unpack_from(ENTRY, directory, position)
-        name_end = position + fixed + fields[10]
-        extra_end = name_end + fields[11]
-        if fields[0] != b"PK\x01\x02" or extra_end + fields[12] > len(directory):
-            raise damaged("its archive's directory is broken")
-        name = _checked_name(directory[position + fixed : name_end])
-        entries.append(_entry(name, fields, directory[name_end:extra_end]))
-        position = extra_end + fields[12]
-    if position != len(directory):
-        raise damaged("its archive's directory is longer than its entries")
-    return entries
-
-
-def _entry(name: str, fields: tuple[Any, ...], extra: bytes) -> _Entry:
-    _, _, _, flags, method, _, _, crc, packed, size, _, _, _, disk, _, attributes, header = fields
-    if method or flags & ~FLAGS_READ:
-        raise unsupported(f"{_shown(name)} in its archive is compressed or encrypted, which torch.save never does")
-    if stat.S_ISLNK(attributes >> 16):
-        raise damaged(f"{_shown(name)} in its archive is a symbolic link")
-    wide = [number for number in (size, packed, header) if number == IN_EXTRA]
-    found = iter(_zip64(extra, len(wide)))
-    size, packed, header = [next(found) if number == IN_EXTRA else number for number in (size, packed, header)]
-    if packed != size or disk:
-        raise damaged(f"{_shown(name)} in its archive has two sizes, {packed} and {size}")
-    return _Entry(name, header, size, crc)
-
-
-def _zip64(extra: bytes, count: int) -> tuple[int, ...]:
-    """The numbers that were too large for their place in the entry."""
-    position = 0
-    while count and position + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, position)
-        if kind == 1 and length >= 8 * count and position + 4 + 8 * count <= len(extra):
-            return struct.unpack_from(f"<{count}Q", extra, position + 4)
-        position += 4 + length
-    if count:
-        raise damaged("its archive's directory lacks a size")
-    return ()
-
-
-def _located(file: BinaryIO, entry: _Entry, limit: int) -> Record:
-    """The record of an entry, whose own header must agree, and which must end before the next one begins."""
-    fixed = struct.calcsize(LOCAL)
-    if entry.header + fixed + entry.size > limit:
-        raise damaged(f"{_shown(entry.name)} in its archive overlaps what follows")
-    fields = _unpack_at(file, LOCAL, entry.header)
-    _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = fields
-    name = _read_at(file, entry.header + fixed, name_length)
-    if fields[0] != b"PK\x03\x04" or name != entry.name.encode() or method or flags & ~FLAGS_READ:
-        raise damaged(f"{_shown(entry.name)} in its archive has a header that disagrees with the directory")
-    given_later = flags & LATER and not (crc or packed or size)
-    sizes_agree = all(number in (entry.size, IN_EXTRA) for number in (packed, size))
-    if not given_later and not (sizes_agree and crc == entry.crc):
-        raise damaged(f"{_shown(entry.name)} in its archive has another size in its header than in the directory")
-    start = entry.header + fixed + name_length + extra_length
-    if start + entry.size > limit:
-        raise damaged(f"{_shown(entry.name)} in its archive overlaps what follows")
-    return Record(start, entry.size, entry.crc)
-
-
-def _checked_name(data: bytes) -> str:
-    try:
-        name = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise damaged("its archive has a name that is no UTF-8") from None
-    parts = name.split("/")
-    if len(name) > 1000 or not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise damaged(f"its archive has the name {_shown(name)}, which leads elsewhere")
-    return name
-
-
-def _check_crc(name: str, record: Record, crc: int) -> None:
-    if crc != record.crc:
-        raise damaged(f"{_shown(name)} in its archive does not have the checksum that was written with it")
-
-
-def _unpack_at(file: BinaryIO, layout: str, position: int) -> tuple[Any, ...]:
-    return struct.unpack(layout, _read_at(file, position, struct.calcsize(layout)))
-
-
-def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
-    if position < 0:
-        raise damaged("its archive is cut off")
-    file.seek(position)
-    data = file.read(count)
-    if len(data) != count:
-        raise damaged("its archive is cut off")
-    return data
-
-
-def _shown(name: str) -> str:
-    return repr(name[:80])
+def _number(dtype: StandIn, data: str) -> Any:
+    """A scalar of numpy as Python's number."""
+    name = f"{dtype.state[1] if dtype.state else '='}{dtype.args[0]}"
+    raw = data.encode("latin1")
+    if not NUMBERS.fullmatch(name) or len(raw) != np.dtype(name).itemsize:
+        _refuse(f"it holds a number of numpy's type {name!r} in {len(raw)} bytes")
+    return np.frombuffer(raw, name)[0].item()
