@@ -110,7 +110,7 @@ def hook(event, args):
     if not watching:
         return
     if event == "open":
-        if Path(args[0]) != file or args[2] & WRITING or any(letter in (args[1] or "") for letter in "wax+"):
+        if str(args[0]) != str(file) or args[2] & WRITING or any(letter in (args[1] or "") for letter in "wax+"):
             seen.append(f"open {args[0]} {args[1]}")
     elif event != "builtins.id":
         seen.append(event)

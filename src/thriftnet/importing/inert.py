@@ -150,7 +150,7 @@ def describe(file: BinaryIO) -> str:
     except RefusedError as error:
         reason = str(error)
     except Exception as error:  # whatever broken bytes make the standard library raise, MemoryError and RecursionError, too
-        reason = f"it cannot be decoded ({type(error).__name__}: {error})"
+        reason = f"it is damaged or cut off, and cannot be decoded ({type(error).__name__}: {error})"
     return json.dumps({"error": reason})
 
 
