@@ -6,7 +6,6 @@ compared with the file tensor by tensor, and filled when all of them fit. Nothin
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
+from thriftnet.files import sha256_of
 from thriftnet.importing.extract import contents
 from thriftnet.importing.files import read_file
 from thriftnet.importing.layout import Layout, fill
@@ -119,17 +120,13 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
     source = Source(system, stored.format, os.fspath(path))
-    return ImportedCheckpoint(
-        model, source, found.metadata, (*found.notes, *recognised.notes, *notes), _preprocessing(model, recognised)
-    )
+    preprocessing = _preprocessing(model, recognised)
+    add_data_facts(model, preprocessing)
+    return ImportedCheckpoint(model, source, found.metadata, (*found.notes, *recognised.notes, *notes), preprocessing)
 
 
 def folder_facts(imported: ImportedCheckpoint) -> dict[str, Any]:
     """What `save` keeps with an imported network: preprocessing, classes, the file and its hash, notes, short metadata."""
-    digest = hashlib.sha256()
-    with Path(imported.source.file).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     source = imported.source
     return {
         **imported.preprocessing,
@@ -138,7 +135,7 @@ def folder_facts(imported: ImportedCheckpoint) -> dict[str, Any]:
             "system": source.system,
             "format": source.format,
             "file": Path(source.file).name,
-            "sha256": digest.hexdigest(),
+            "sha256": sha256_of(source.file),
         },
         "notes": list(imported.notes),
         "checkpoint": {key: value for key, value in imported.metadata.items() if len(str(value)) <= LONG},

@@ -13,8 +13,7 @@ from torch import nn
 
 from thriftnet import __version__
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.store.config import FILES, read_config
-from thriftnet.store.model_file import HUB, load, save
+from thriftnet.store.model_file import FILES, HUB, load, read_config, save
 
 
 def from_pretrained(
