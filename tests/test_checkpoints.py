@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import thriftnet as tn
 from model_files import config_text, sealed, with_config
 from thriftnet import files, resolve
+from thriftnet.core.provenance import data_facts
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.resolve import open_model
 from thriftnet.store.config import FIELDS
@@ -564,3 +565,51 @@ def test_what_is_no_network_is_refused(tmp_path: Path):
         tn.save({"a": 1}, tmp_path / "m")  # type: ignore[arg-type]
     with pytest.raises(tn.ConfigError, match="'resnet20'"):
         tn.load(tn.save(tn.create_model("resnet20"), tmp_path / "m"), model="resnet20")  # type: ignore[arg-type]
+
+
+# What a network knows of its data
+
+
+def test_the_verbs_keep_what_a_network_knows_of_its_data(tmp_path: Path):
+    facts = {
+        "input_size": [1, 8, 8],
+        "normalisation": {"mean": [0.3], "std": [0.7]},
+        "class_names": [f"class {index}" for index in range(10)],
+        "resize": 9,
+        "crop_pct": 0.9,
+        "eval_interpolation": "bicubic",
+    }
+    loaded = tn.load(tn.save(made([]), tmp_path / "plain", metadata=facts))
+    slim = tn.convert(loaded, "slimmable(widths=(0.5, 1.0))").eval()
+    shared = tn.convert(loaded, "weight-sharing").eval()
+    tn.recalibrate(slim, [torch.randn(4, 1, 8, 8)])
+    networks = [loaded, slim, shared, tn.fold(shared), tn.freeze(slim, 0.5), tn.pack(shared, input_size=(1, 8, 8))]
+    for network in [*networks, copy.deepcopy(shared), tn.fold_recurrence(made_of(loaded), threshold=0.2)]:
+        assert data_facts(network).to_dict() == facts
+        assert data_facts(tn.load(tn.save(network, tmp_path / "m"))).to_dict() == facts
+    overridden = tn.load(tn.save(shared, tmp_path / "m", metadata={"resize": 12}))
+    assert data_facts(overridden).to_dict() == {**facts, "resize": 12}
+
+
+def made_of(plain: nn.Module) -> nn.Module:
+    return tn.convert(plain, "soft-sharing(templates=2)").eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_network_that_the_user_built_with_a_library_remembers_it(library: str, tmp_path: Path):
+    pytest.importorskip(library)
+    if library == "timm":
+        import timm
+
+        plain = timm.create_model("resnet10t", num_classes=5, in_chans=1)
+        other = timm.create_model("resnet10t", num_classes=5, in_chans=1, output_stride=8)
+    else:
+        import torchvision.models
+
+        plain = torchvision.models.resnet18(num_classes=5)
+        other = torchvision.models.resnet18(num_classes=5, norm_layer=lambda channels: nn.BatchNorm2d(channels, eps=0.1))
+    model = tn.convert(plain, "weight-sharing").eval()
+    images = torch.randn(1, 1 if library == "timm" else 3, 64, 64)
+    assert torch.equal(tn.load(tn.save(model, tmp_path / "m"))(images), model(images))
+    with pytest.raises(CheckpointError, match="model="):
+        tn.load(tn.save(other, tmp_path / "other"))  # the same shapes, another function
