@@ -21,7 +21,6 @@ from pickle_bytes import saved as torch_saved
 from test_importer import SMALL, SUPERNET, stirred, theirs
 from thriftnet.importing.dsnet_layout import dsnet_layout
 from thriftnet.importing.filter_basis_resnet import resnet_layout
-from thriftnet.importing.importer import open_file
 from thriftnet.importing.shiftresnet_layout import shiftresnet_layout
 from thriftnet.importing.soft_sharing_layout import swrn_layout
 from thriftnet.importing.weight_sharing_layout import convmixer_layout
@@ -78,7 +77,7 @@ class Sample:
 
     @property
     def open(self) -> Callable[[Path], nn.Module]:
-        return open_file if self.part is None else tn.load
+        return (lambda path: tn.import_checkpoint(path).model) if self.part is None else tn.load
 
 
 def make_samples(folder: Path, quick: bool) -> list[Sample]:
