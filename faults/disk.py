@@ -1,4 +1,4 @@
-"""Figure 2: the disk is full, or files may not grow; `save` says so, and the old folder stays as it was.
+"""Figure 2: the disk is full, or files may not grow; `save` says so, and the old network stays as it was.
 
 ``python -m faults.disk FOLDER`` fills small file systems in memory. It is started where it may mount them, in a mount namespace of
 its own, so that they are gone with it.
@@ -21,14 +21,16 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.store.config import read_config
+from thriftnet.store.model_file import FILES, read_config
 
 KIB = 1024
 NO_MOUNT = "File systems of their own were not tried: this user may not mount any."
 
 
 def measure(folder: Path, seed: int, quick: bool) -> Figure:
-    figure = Figure("Disk full during `save`", ["limit", "saves", "refused in one line", "old folder whole", "nothing left"])
+    figure = Figure(
+        "Disk full during `save`", ["limit", "saves", "refused in one line", "old network whole", "nothing left"]
+    )
     sizes = (1000, 30_000) if quick else (0, 1, 100, 1000, 5000, 30_000, 60_000, 90_000)
     with _row(figure, f"file size at most {', '.join(f'{size:,}' for size in sizes)} bytes") as check:
         for size in sizes:
@@ -47,11 +49,11 @@ def _row(figure: Figure, limit: str) -> Iterator[Callable[[Path, Callable[[], No
         said, code = _saved(place, before)
         refused = said.startswith(f"cannot write {place}: ") and "\n" not in said
         kept = bits(tn.load(place)) == bits(network(1.0)) and read_config(place)["metadata"] == {"value": 1.0}
-        clean = all(not name.startswith(".") for name in names_in(place.parent))
+        clean = names_in(place) == sorted(FILES)
         for index, right in enumerate((True, refused, kept, clean)):
             counts[index] += right
         if not (refused and kept and clean):
-            figure.failures.append(f"{limit}: exit code {code}, it said {said!r}, whole {kept}, {names_in(place.parent)}")
+            figure.failures.append(f"{limit}: exit code {code}, it said {said!r}, whole {kept}, {names_in(place)}")
 
     yield check
     figure.rows.append([limit, *counts])
@@ -127,7 +129,7 @@ def _small_file_systems(folder: Path) -> Figure:
         for kib in free:
             with _mounted(folder / f"free{kib}", "size=1m") as system:
                 check(_prepared(system / "a"), lambda system=system, kib=kib: _fill(system, kib * KIB))  # type: ignore[misc]
-    counts = (0, 1, 2, 3, 4, 5)
+    counts = (0, 1, 2)  # a save takes three
     with _row(figure, f"tmpfs with {', '.join(map(str, counts))} free inodes") as check:
         for count in counts:
             with _mounted(folder / f"inodes{count}", "size=1m,nr_inodes=40") as system:

@@ -119,7 +119,7 @@ def ways(kind: str) -> dict[str, Callable[[Path], object]]:
     from thriftnet.cli import main
     from thriftnet.errors import CheckpointError
     from thriftnet.resolve import open_model
-    from thriftnet.store.config import read_config
+    from thriftnet.store.model_file import read_config
 
     def command(*arguments: str) -> None:
         said = io.StringIO()

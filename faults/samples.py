@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from faults import ROOT
+from model_files import config_text, sealed, with_config
 from pickle_bytes import call, dict_of, integer, legacy, list_of, name, text2, tuple_of
 from pickle_bytes import saved as torch_saved
 from test_importer import SMALL, SUPERNET, stirred, theirs
 from thriftnet.importing.dsnet import layout as dsnet_layout
 from thriftnet.importing.filter_basis import layout as resnet_layout
-from thriftnet.importing.importer import import_checkpoint
 from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
 from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.importing.weight_sharing import layout as convmixer_layout
-from thriftnet.store.config import CONFIG, WEIGHTS
+from thriftnet.store.model_file import CONFIG, MODEL
 
 SHARED = ROOT.parent / "shared" / "checkpoints"
 SHARED_FILES = (
@@ -51,18 +49,18 @@ class Sample:
         format: Its row in the table.
         data: Its bytes.
         checked: Whether a checksum covers the weights, so that they come back as they were or not at all.
-        others: Files that must lie beside it, where it is a part of a folder.
-        part: Its name in that folder.
-        rehash: Whether the folder's config gets the hash of the changed file, as someone who means harm would do.
+        part: Of a model file of ours: `MODEL`, all of it, or `CONFIG`, the config in it.
+        whole: The sound model file whose config this is.
+        sealed: Whether the checksum is made to fit, as someone who means harm would do.
     """
 
     name: str
     format: str
     data: bytes
     checked: bool = False
-    others: dict[str, bytes] = field(default_factory=dict)
     part: str | None = None
-    rehash: bool = False
+    whole: bytes = b""
+    sealed: bool = False
 
     def put(self, data: bytes, folder: Path) -> Path:
         """Write the file with other content; gives the path to open."""
@@ -70,22 +68,16 @@ class Sample:
             path = folder / "file.pth"
             path.write_bytes(data)
             return path
+        if self.part == CONFIG:
+            data = with_config(self.whole, data.decode("utf-8", "replace"))
         place = folder / "model"
         place.mkdir(exist_ok=True)
-        for other, content in self.others.items():
-            (place / other).write_bytes(_rehashed(content, data) if self.rehash and other == CONFIG else content)
-        (place / self.part).write_bytes(data)
+        (place / MODEL).write_bytes(sealed(data) if self.sealed else data)
         return place
 
     @property
     def open(self) -> Callable[[Path], nn.Module]:
-        return (lambda path: import_checkpoint(path).model) if self.part is None else tn.load
-
-
-def _rehashed(config: bytes, weights: bytes) -> bytes:
-    content = json.loads(config)
-    content["sha256"][WEIGHTS] = hashlib.sha256(weights).hexdigest()
-    return json.dumps(content).encode()
+        return (lambda path: tn.import_checkpoint(path).model) if self.part is None else tn.load
 
 
 def make_samples(folder: Path, quick: bool) -> list[Sample]:
@@ -183,15 +175,16 @@ def python2_file(**around: bytes) -> bytes:
 
 
 def _folders(folder: Path) -> list[Sample]:
-    """A model folder of ours: each of its files changed, the weights also with a hash that fits them."""
+    """A model file of ours as it is, with a checksum that fits what was changed, and with another config."""
     plain = stirred(tn.create_model("resnet20", reduction=9.3, num_classes=3))
     model = tn.convert(plain, "soft-sharing(templates=2)")
     place = tn.save(model, folder / "sound", metadata={"class_names": ["a", "b", "c"], "metrics": {"top1": 91.5}})
-    files = {path.name: path.read_bytes() for path in place.iterdir()}
+    data = (place / MODEL).read_bytes()
+    text = config_text(data).encode()
     return [
-        Sample("config.json", "our folder: config", files[CONFIG], True, files, CONFIG),
-        Sample("model.safetensors", "our folder: weights", files[WEIGHTS], True, files, WEIGHTS),
-        Sample("model.safetensors", "our folder: weights, hash made to fit", files[WEIGHTS], False, files, WEIGHTS, True),
+        Sample("config", "our file: config, checksum made to fit", text, True, CONFIG, data),
+        Sample(MODEL, "our file", data, True, MODEL),
+        Sample(MODEL, "our file, checksum made to fit", data, False, MODEL, sealed=True),
     ]
 
 

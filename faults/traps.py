@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import struct
@@ -13,6 +12,7 @@ from typing import Any
 import thriftnet as tn
 from faults.hostile import LIBRARIES
 from faults.samples import Sample, make_samples, python2_file
+from model_files import config_text, with_config
 from pickle_bytes import Entry, dict_of, legacy, storage, tensor, zipped
 from test_torchfile_hostile import FLOATS, payloads
 
@@ -145,7 +145,7 @@ CONFIGS: dict[str, Change] = {
     "width": _set(width="__import__('os').system('touch canary')"),
     "huge width as selected": _set(width=1e308),
     "class": _set(**{"class": "os.system"}),
-    "files elsewhere": lambda config: config["sha256"].update({"../../../etc/passwd": "0" * 64}),
+    "files elsewhere": _set(sha256={"../../../etc/passwd": "0" * 64}),
     "format of the future": _set(thriftnet_format=10**300),
 }
 
@@ -155,46 +155,37 @@ def _configs(folder: Path, quick: bool) -> None:
     plain = tn.create_model("resnet20", reduction=9.3, num_classes=3)
     place = folder / "folders"
     sound = tn.save(tn.convert(plain, "soft-sharing(templates=2)"), place / "0 sound")
-    stored = json.loads((sound / "config.json").read_text())
+    data = (sound / "model.safetensors").read_bytes()
+    begin = '{"sha256":"' + "0" * 64 + '","a":'
     texts = {
-        "deep": b"[" * 200_000,
-        "deep object": b'{"a":' * 100_000,
-        "digits": b'{"thriftnet_format": ' + b"9" * 10_000 + b"}",
+        "deep": begin + "[" * 200_000,
+        "deep object": begin + '{"a":' * 100_000,
+        "digits": begin + "9" * 10_000 + "}",
     }
     for case, change in CONFIGS.items():
         if quick and case.startswith(LIBRARIES):
             continue
-        config = copy.deepcopy(stored)
+        config = json.loads(config_text(data))
         change(config)
-        texts[case] = json.dumps(config).encode()
+        texts[case] = json.dumps(config, separators=(",", ":"))
     for case, text in texts.items():
         (place / case).mkdir()
-        os.link(sound / "model.safetensors", place / case / "model.safetensors")
-        (place / case / "config.json").write_bytes(text)
+        (place / case / "model.safetensors").write_bytes(with_config(data, text))
 
 
 def _links(folder: Path) -> None:
-    """Links, pipes and devices in place of the folder's files."""
+    """Links and pipes in place of the model file."""
     place = folder / "folders with links"
-    sound = tn.save(tn.create_model("resnet20", reduction=9.3, num_classes=3), place / "0 sound")
+    tn.save(tn.create_model("resnet20", reduction=9.3, num_classes=3), place / "0 sound")
     targets = {
-        "weights are a password file": ("model.safetensors", "/etc/passwd"),
-        "weights are endless": ("model.safetensors", "/dev/zero"),
-        "weights are in a circle": ("model.safetensors", "model.safetensors"),
-        "weights are a folder": ("model.safetensors", "/etc"),
-        "config is a password file": ("config.json", "/etc/passwd"),
-        "config is endless": ("config.json", "/dev/zero"),
-        "config is in a circle": ("config.json", "config.json"),
-        "config is nowhere": ("config.json", "nothing"),
+        "a password file": "/etc/passwd",
+        "endless": "/dev/zero",
+        "in a circle": "model.safetensors",
+        "a folder": "/etc",
+        "nowhere": "nothing",
     }
-    for case, (part, target) in targets.items():
+    for case, target in targets.items():
         (place / case).mkdir()
-        for name in {"model.safetensors", "config.json"} - {part}:
-            os.link(sound / name, place / case / name)
-        (place / case / part).symlink_to(target)
-    for part in ("model.safetensors", "config.json"):
-        pipe = place / f"a pipe for {part}"
-        pipe.mkdir()
-        for name in {"model.safetensors", "config.json"} - {part}:
-            os.link(sound / name, pipe / name)
-        os.mkfifo(pipe / part)
+        (place / case / "model.safetensors").symlink_to(target)
+    (place / "a pipe").mkdir()
+    os.mkfifo(place / "a pipe" / "model.safetensors")

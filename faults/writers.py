@@ -6,24 +6,19 @@ from pathlib import Path
 
 import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, names_in
-from faults.kills import no_exchange
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.store.config import read_config
+from thriftnet.store.model_file import FILES, read_config
 
 
 def measure(folder: Path, seed: int, quick: bool) -> Figure:
-    figure = Figure(
-        "Two processes save to one folder, one reads", ["file system", "saves", "reads", "networks seen", "mixtures"]
-    )
+    figure = Figure("Two processes save to one folder, one reads", ["saves", "reads", "networks seen", "mixtures"])
     saves, reads = (10, 15) if quick else (200, 400)
-    _race(figure, "exchanges folders in one step", folder / "one", saves, reads)
-    with no_exchange():
-        _race(figure, "needs two renames (simulated)", folder / "two", saves, reads)
+    _race(figure, folder / "race", saves, reads)
     return figure
 
 
-def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> None:
+def _race(figure: Figure, folder: Path, saves: int, reads: int) -> None:
     """Both writers save by turns two networks each, at least as often as asked and until enough was read."""
     values = (1.0, 2.0, 3.0, 4.0)
     networks = {value: network(value) for value in values}
@@ -49,7 +44,7 @@ def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> 
         try:
             found = bits(tn.load(place))
         except CheckpointError as error:
-            figure.expect(False, f"reading {system}: {error}")
+            figure.expect(False, f"reading: {error}")
             continue
         value = next((value for value in values if whole[value] == found), None)
         mixtures += value is None
@@ -61,7 +56,5 @@ def _race(figure: Figure, system: str, folder: Path, saves: int, reads: int) -> 
     figure.expect(len(seen) > 1, "the reader saw no change, so this shows nothing")
     last = read_config(place)["metadata"]["value"]
     figure.expect(whole[last] == bits(tn.load(place)), "config and weights are of two networks in the end")
-    figure.expect(names_in(folder) == ["m"], f"{names_in(folder)} is there in the end")
-    figure.rows.append(
-        [system, sum(int(record.read_text()) for record in records if record.exists()), reads, len(seen), mixtures]
-    )
+    figure.expect(names_in(place) == sorted(FILES), f"{names_in(place)} are there in the end")
+    figure.rows.append([sum(int(record.read_text()) for record in records if record.exists()), reads, len(seen), mixtures])

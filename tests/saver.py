@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import thriftnet as tn
-from thriftnet.store.config import read_config
+from thriftnet.store.model_file import read_config
 
 
 def network(value: float) -> nn.Module:

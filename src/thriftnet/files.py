@@ -7,8 +7,8 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +17,10 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 TRIES = 10
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str | Callable[[BinaryIO], object]) -> Path:
+Content = bytes | str | Callable[[BinaryIO], object]
+
+
+def write_atomically(path: str | os.PathLike[str], content: Content) -> Path:
     """Write a file so that whenever the process is killed, the old or the new content is there, whole and synced.
 
     The content goes to a temporary file beside ``path``, which then takes its place in one step. Whoever has the old file open
@@ -32,31 +35,50 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str | Callab
         OSError: The disk is full, the folder read-only, ...; what was at ``path`` is still there, whole.
     """
     target = Path(path)
-    folder = target.parent
+    write_together(target.parent, {target.name: content})
+    return target
+
+
+def write_together(folder: str | os.PathLike[str], contents: Mapping[str, Content]) -> None:
+    """`write_atomically` several files of a folder: none is replaced, in the order given, before all are on the disk.
+
+    Raises:
+        OSError: As `write_atomically`.
+    """
+    folder = Path(folder)
     changed = [folder, *(parent.parent for parent in (folder, *folder.parents) if not parent.exists())]
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    temporary, lock = _new_temporary(folder)
-    try:
-        with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
+    with ExitStack() as stack:
+        drafts = [(_drafted(folder, content, stack), folder / name) for name, content in contents.items()]
+        for draft, target in drafts:
+            os.replace(draft, target)
     try:
         for place in changed:
             sync(place)
     except OSError as error:
         raise OSError(error.errno, f"it is written, but the disk does not confirm it ({error.strerror})") from error
-    return target
+
+
+def _drafted(folder: Path, content: Content, stack: ExitStack) -> Path:
+    """A temporary file with the content, on the disk; closing the stack removes it, if it is still there, and its lock."""
+    path, lock = _new_temporary(folder)
+    if lock is not None:
+        stack.callback(os.close, lock)
+    stack.callback(_remove, path)
+    with open(path, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""A network by any name: the zoo, other libraries, your own code, saved folders, files of the authors' formats, the Hub."""
+"""A network by any name: the zoo, other libraries, your own code, saved models, files of the authors' formats, the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from thriftnet.errors import ConfigError
 from thriftnet.importing.importer import import_checkpoint
 from thriftnet.store.builders import build
-from thriftnet.store.model_file import HUB, load
+from thriftnet.store.model_file import HUB, is_model_file, load
 
 
 def open_model(source: str, **kwargs: Any) -> nn.Module:
@@ -29,7 +29,7 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
     saved = source.startswith(HUB) or path.exists()
     if saved and kwargs:
         raise ConfigError(f"{source} is a saved network: it takes no further arguments, got {sorted(kwargs)}")
-    if path.is_file():
+    if path.is_file() and not _is_ours(path):
         return import_checkpoint(path).model
     if saved:
         return load(source)
@@ -39,3 +39,10 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
             "a model name (see list_models), or timm:NAME"
         )
     return build(source, kwargs, trusted=True)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return is_model_file(path)
+    except OSError:
+        return False  # the importer says why it cannot be read

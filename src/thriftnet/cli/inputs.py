@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import open_network
@@ -50,37 +49,27 @@ def add_image_options(parser: ArgumentParser) -> None:
 
 
 def network_of(place: str, kwargs: Mapping[str, Any], plain: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network, and what its folder or file says about its images: mean, std, input_size, class_names.
+    """The network, and what it knows about its images: mean, std, input_size, class_names.
 
     Args:
         plain: The plain form of a saved network that is not in the zoo.
     """
-    path = Path(place)
-    if path.is_file() and not kwargs:
-        from thriftnet.importing.importer import import_checkpoint
+    if plain is None:
+        network = open_network(place, kwargs)
+    else:
+        from thriftnet.store.model_file import load
 
-        imported = import_checkpoint(path)
-        return imported.model, _facts(imported.preprocessing)
-    if (path / "run.json").is_file():
-        path = path / "model"
-    if path.is_dir():
-        from thriftnet.store.model_file import load, read_config
+        network = load(place, model=open_network(plain, kwargs))
+    from thriftnet.core.provenance import data_facts
 
-        config = read_config(path)
-        network = open_network(str(path), kwargs) if plain is None else load(path, model=open_network(plain, kwargs))
-        return network, _facts(config["metadata"] | config)
-    return open_network(place, kwargs), {}
-
-
-def _facts(stated: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("input_size", "class_names", "classes", "mean", "std", *FACTS)
-    return {key: stated[key] for key in known if stated.get(key) is not None} | (stated.get("normalisation") or {})
+    known = {name: value for name, value in data_facts(network).to_dict().items() if value is not None}
+    return network, known | known.pop("normalisation", {})
 
 
 def augmentation_of(
     options: Namespace, facts: Mapping[str, Any], source: DataSource, images: ImageDataset, model: nn.Module
 ) -> Augmentation:
-    """How images become inputs: as the options say, else the folder, else the data."""
+    """How images become inputs: as the options say, else the network, else the data."""
     from thriftnet.data.transforms import Augmentation
 
     mean = numbers(options.mean, float, "--mean", "0.5,0.5,0.5") if options.mean else facts.get("mean", source.mean)

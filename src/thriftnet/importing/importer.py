@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import sha256_of
@@ -115,12 +116,14 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
     size = getattr(model, "default_cfg", {}).get("input_size")
+    preprocessing = {**({} if size is None else {"input_size": list(size)}), **recognised.preprocessing}
+    add_data_facts(model, preprocessing)
     return ImportedCheckpoint(
         model=model,
         source=Source(system, stored.format, os.fspath(path)),
         metadata=found.metadata,
         notes=(*found.notes, *recognised.notes, *notes),
-        preprocessing={**({} if size is None else {"input_size": list(size)}), **recognised.preprocessing},
+        preprocessing=preprocessing,
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from thriftnet.errors import ThriftnetError
+from thriftnet.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,8 @@ def write_page(page: Page, path: Path) -> Path:
     text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(page=page)
     try:
         for picture in page.pictures:
-            _write(path.parent / "pictures" / f"{picture.name}.svg", picture.svg)
-        _write(path, text)
+            write_atomically(path.parent / "pictures" / f"{picture.name}.svg", picture.svg)
+        write_atomically(path, text)
     except OSError as error:
         raise ThriftnetError(f"cannot write {path}: {error.strerror}") from None
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside, then move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise

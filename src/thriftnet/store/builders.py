@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,33 @@ def build(source: str, kwargs: dict[str, Any], *, trusted: bool) -> nn.Module:
         )
     setattr(model, IDENTITY, {"name": source, "kwargs": kwargs})
     return model
+
+
+def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Names and arguments by which timm or torchvision may have built a network; neither is imported for others."""
+    library, _, module = type(model).__module__.partition(".")
+    if library == "timm":
+        stated: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        kwargs = {"num_classes": getattr(model, "num_classes", None), "in_chans": _channels(model, stated.get("first_conv"))}
+        if isinstance(stated.get("architecture"), str):
+            known = {key: value for key, value in kwargs.items() if value is not None}
+            yield {"name": f"timm:{stated['architecture']}", "kwargs": known}
+    elif library == "torchvision" and module.startswith("models."):
+        models = _imported("torchvision", "torchvision.models")
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        classes = layers and (layers[-1].out_features if isinstance(layers[-1], nn.Linear) else layers[-1].out_channels)
+        for name in models.list_models():
+            if models.get_model_builder(name).__module__ == type(model).__module__:
+                yield {"name": f"torchvision:{name}", "kwargs": {"num_classes": classes or None}}
+
+
+def _channels(model: nn.Module, first: object) -> int | None:
+    """Input channels of the layer of that name."""
+    try:
+        channels = model.get_submodule(first).in_channels if isinstance(first, str) else None
+    except AttributeError:
+        return None
+    return channels if isinstance(channels, int) else None
 
 
 def _timm(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -19,10 +19,10 @@ def steps(history: list[dict[str, Any]]) -> list[str]:
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The card of the network that ``config`` describes.
+    """The card of a network.
 
     Args:
-        config: The content of `config.json`.
+        config: The config of its model file.
     """
     identity = config["model"]
     name = identity["name"] if identity else config["class"]
@@ -61,6 +61,7 @@ def _facts(config: Mapping[str, Any]) -> list[str]:
     if config["class_names"]:
         names = config["class_names"]
         facts["classes"] = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+    facts |= {name: config[name] for name in ("resize", "crop_pct", "eval_interpolation") if config[name] is not None}
     facts |= {**(config["metrics"] or {}), **config["metadata"]}
     return [f"- {_line(key)}: {_line(value)}" for key, value in facts.items()]
 

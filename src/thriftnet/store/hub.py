@@ -13,8 +13,7 @@ from torch import nn
 
 from thriftnet import __version__
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.store.config import FILES, read_config
-from thriftnet.store.model_file import HUB, load, save
+from thriftnet.store.model_file import FILES, HUB, load, read_config, save
 
 
 def from_pretrained(
@@ -29,7 +28,7 @@ def from_pretrained(
     """The network in a folder, or in a repository of the Hub.
 
     Args:
-        source: A folder that exists, else ``owner/name``, with or without ``hf-hub:`` before and ``@revision`` behind.
+        source: A folder or model file that exists, else ``owner/name``, with or without ``hf-hub:`` before and ``@revision`` behind.
         revision: Branch, tag or commit.
         token: For private and gated repositories; left out, the one that ``hf auth login`` stored.
         cache_dir: Where downloads are kept; left out, where huggingface_hub keeps them.
@@ -40,7 +39,7 @@ def from_pretrained(
         CheckpointError: No such repository, no access, no connection, or not a model folder.
         ConfigError: Two revisions.
     """
-    if Path(source).is_dir():
+    if Path(source).exists():
         return load(source, model=model)
     repo_id, at = parse_name(os.fspath(source))
     if at and revision and at != revision:

@@ -1,8 +1,8 @@
-"""Our model folder: every tensor once, what rebuilds the network, and a model card. No pickle.
+"""Our model file: a safetensors file that also holds what rebuilds the network. No pickle.
 
-folder/model.safetensors   each tensor once, under its first name
-folder/config.json         format, model name and kwargs, what was done to it, what it reads and reaches, hashes
-folder/README.md           model card
+The tensors are there once, each under its first name; the header's metadata holds the config as JSON, which begins with a
+checksum over the whole file. Beside it in a folder, `config.json` and `README.md` repeat the config for people and
+for the Hub; nothing here reads them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,134 +19,138 @@ from torch import Tensor, nn
 
 from thriftnet.core.convert import tie
 from thriftnet.core.fold import fold, freeze
+from thriftnet.core.history import history
 from thriftnet.core.plan import Plan
+from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.tied import first_names, unique_tensors
 from thriftnet.core.width import set_width
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
+from thriftnet.files import TEMPORARY, open_regular, write_together
 from thriftnet.kernels.pack import pack
+from thriftnet.models.entry import IDENTITY
 from thriftnet.store import shapes
-from thriftnet.store.atomic import recover, replace_folder
-from thriftnet.store.builders import build
+from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
 from thriftnet.store.card import steps as steps
-from thriftnet.store.config import (
-    CARD,
-    CONFIG,
-    FILES,
-    FORMAT,
-    WEIGHTS,
-    Config,
-    check_sizes,
-    described,
-    no_folder,
-    open_regular,
-    parse_config,
-    read_config,
-)
+from thriftnet.store.config import FORMAT, NO_CHECKSUM, Config, check_sizes, describe, identity_of, parse_config
 from thriftnet.techniques import convert
 
 __all__ = ["FORMAT", "load", "read_config", "replay", "save", "steps"]
 
-ATTEMPTS = 100  # of reading a folder that others replace meanwhile
+MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FILES = (MODEL, CONFIG, CARD)
 HUB = "hf-hub:"
-
-
 RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
+ENTRY = "thriftnet"  # the config among the header's metadata
+START = b'{"__metadata__":{"%s":"{\\"sha256\\":\\"' % ENTRY.encode()  # of the header; the checksum follows
+CHECKSUM = slice(8 + len(START), 8 + len(START) + len(NO_CHECKSUM))
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load` gives it back bit by bit, at the width it has now.
 
-    The folder is replaced whole: whenever the process dies, the old or the new one is there. Other files in an earlier
-    model folder stay; a folder of something else is not touched.
+    Each file is replaced in one step: whenever the process dies, the old or the new network is there. Other files in the
+    folder stay; a folder of something else is not touched.
 
     Args:
-        model: Any network; one outside the zoo needs its plain form again when loaded. Of a compiled network, or one
-            wrapped for training on several devices, what it holds is saved.
-        folder: Where to; an earlier model folder there is replaced.
-        metadata: JSON-ready facts to keep. ``input_size`` (C, H, W), ``normalisation`` (``mean`` and ``std``),
-            ``class_names`` and ``metrics`` (numbers by name) are checked; others are kept as they are.
+        model: Any network; one that was not built by name needs its plain form again when loaded. Of a compiled network,
+            or one wrapped for training on several devices, the inner one is saved.
+        folder: Where to; an earlier network there is replaced.
+        metadata: JSON-ready facts to keep. ``metrics`` (numbers by name) and the facts about the data, which override what
+            the network knows (`thriftnet.core.provenance.DataFacts`), are checked; others are kept as they are.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The place holds something that is not a model folder, or cannot be written.
+        CheckpointError: The folder holds something that is not a model, or cannot be written.
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"save needs a network (nn.Module), got a {type(model).__name__}")
-    place = place_of(folder)
-    if place.resolve() == Path.cwd():
-        raise CheckpointError(
-            f"{folder} is the working directory, which cannot be replaced: give the name of a folder in it"
-        )
+    place = _path(folder)
     _check_replaceable(place)
     model = _unwrapped(model)
     tensors = _separate(unique_tensors(model))
-    config = described(model, metadata or {})
-
-    def write(draft: Path) -> None:
-        (draft / CARD).write_text(model_card(config), encoding="utf-8")
-        _write_weights(tensors, draft / WEIGHTS)
-        shutil.copymode(draft / CARD, draft / WEIGHTS)  # safetensors lets only its writer read it
-        config["sha256"] = {name: _sha256(draft / name) for name in (WEIGHTS, CARD)}
-        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _keep_others(place, draft)
-
-    return replace_folder(place, write)
+    config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
+    data = _encoded(config, tensors)
+    readable = json.dumps(config, indent=2) + "\n"
+    try:
+        write_together(place, {MODEL: data, CONFIG: readable, CARD: model_card(config)})
+    except OSError as error:
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
+    return place
 
 
-def load(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote, in eval mode on the CPU, at the width it was saved at.
 
-    Nothing is fitted anew and the random state stays as it is. The hash is checked of the very bytes that are loaded, so
-    that another process may replace the folder meanwhile.
+    Nothing is fitted again and the random state stays as it is. The file is opened once and its checksum is computed of the bytes
+    that are loaded, so another process may replace it meanwhile.
 
     Args:
-        folder: A model folder, the folder of a training, or ``hf-hub:owner/name`` with an optional ``@revision``.
-        model: The plain network, for one that is not in the zoo: what was done to the saved one is done to a copy of it.
+        source: A model folder, the model file itself, the folder of a training, or ``hf-hub:owner/name`` with an optional
+            ``@revision``.
+        model: The plain network, for one that was not built by name: the saved history is repeated on a copy of it.
 
     Raises:
-        CheckpointError: Not a model folder, damaged, of a newer format, or not fitting the network.
+        CheckpointError: No model, damaged, of a newer format, or not fitting the network.
     """
-    if isinstance(folder, str) and folder.startswith(HUB):
+    if isinstance(source, str) and source.startswith(HUB):
         from thriftnet.store.hub import from_pretrained
 
-        return from_pretrained(folder, model=model)
+        return from_pretrained(source, model=model)
     if not (model is None or isinstance(model, nn.Module)):
-        raise ConfigError(f"model={model!r}: possible is the plain network, an nn.Module")
-    place = place_of(folder)
-    if (place / RUN).is_file() and not (place / CONFIG).exists():
-        place = place / RUN_MODEL
-    config, stored = _read(place)
-    check_sizes(config, sum(tensor.numel() for tensor in stored.values()), place)
+        raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
+    path = model_path(source)
+    config, stored = _read(path)
+    check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:
-        rebuilt = _skeleton(place, config, model)
-        _check_fit(rebuilt, stored, place)
+        rebuilt = _skeleton(path, config, model)
+        _check_fit(rebuilt, stored, path)
         shapes.fill(rebuilt, stored)
         if shapes.unfilled(rebuilt):
             with torch.random.fork_rng(devices=[]):
-                shapes.fill_rest(rebuilt, _plain(place, config, model))
+                shapes.fill_rest(rebuilt, _plain(path, config, model))
         if config["width"] is not None:
             set_width(rebuilt, config["width"])
+        add_data_facts(rebuilt, config)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a foreign config.json makes a network's own code raise
+    except Exception as error:  # whatever a foreign config makes a network's own code raise
         kind = "" if isinstance(error, ThriftnetError) else f"{type(error).__name__} "
-        raise CheckpointError(f"{place} cannot be rebuilt: {kind}{error}") from error
+        raise CheckpointError(f"{path} cannot be rebuilt: {kind}{error}") from error
     return rebuilt.eval()
 
 
-def place_of(folder: str | os.PathLike[str]) -> Path:
-    """A folder's path.
+def read_config(source: str | os.PathLike[str]) -> Config:
+    """The config of a model folder or file.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: No model, damaged, or of a newer format.
     """
-    if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
-        raise CheckpointError(f"{folder!r} is no path of a folder: give text or a pathlib.Path")
-    return Path(folder)
+    path = model_path(source)
+    return _verified(_content(path), path)
+
+
+def model_path(source: str | os.PathLike[str]) -> Path:
+    """The model file in a model folder, in the folder of a training, or the file itself."""
+    place = _path(source)
+    if place.is_file():
+        return place
+    if (place / RUN).is_file() and not (place / MODEL).exists():
+        place = place / RUN_MODEL
+    return place / MODEL
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file begins as `save` writes it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        return file.read(8 + len(START)).startswith(START, 8)
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
@@ -174,94 +175,128 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         elif verb == "pack":
             model = pack(model, input_size=step["input_size"])
         else:
-            raise ConfigError(f"unknown step {verb!r} in its history; possible are convert, fold, freeze, pack and tie")
+            raise ConfigError(f"unknown step {verb!r} in its history; expected convert, fold, freeze, pack or tie")
         model = model.eval()
     return model
 
 
-def _read(place: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Config and tensors that belong together, though another process may replace the folder meanwhile."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as tensors_of
-
-    for _ in range(ATTEMPTS):
-        seen = _config_file(place)
-        if seen is None:
-            if not recover(place) and not (place / CONFIG).exists():
-                raise no_folder(place)
-            time.sleep(0.01)  # a living process is between two renames, where the system has no exchange
-            continue
-        config = parse_config(seen[0], place)
-        try:
-            with open_regular(place / WEIGHTS) as file:
-                data = file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            data = b""
-        except OSError as error:
-            raise CheckpointError(f"{place / WEIGHTS} cannot be read: {error.strerror or error}") from None
-        if hashlib.sha256(data).hexdigest() == config["sha256"][WEIGHTS]:
-            try:
-                return config, tensors_of(data)
-            except (SafetensorError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{place / WEIGHTS} is no safetensors file: {error}") from None
-        if _config_file(place) == seen:
-            raise CheckpointError(
-                f"{place / WEIGHTS} is missing or damaged: its hash is not the one in {CONFIG}. Copy the folder anew"
-            )
-    raise CheckpointError(f"{place} is replaced faster than it can be read: {ATTEMPTS} attempts. Try again later")
+def _path(source: str | os.PathLike[str]) -> Path:
+    if not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
+        raise CheckpointError(f"{source!r} is not a path: give text or a pathlib.Path")
+    return Path(source)
 
 
-def _config_file(place: Path) -> tuple[bytes, int, int] | None:
-    """Content of the config file and which file it is; None where there is none."""
+def _encoded(config: Config, tensors: dict[str, Tensor]) -> bytes:
+    """The file's content; the checksum is put into ``config``, too."""
+    from safetensors.torch import save as serialized
+
     try:
-        with open_regular(place / CONFIG) as file:
-            facts = os.fstat(file.fileno())
-            return file.read(), facts.st_ino, facts.st_ctime_ns
+        data = bytearray(serialized(tensors, {ENTRY: json.dumps(config, separators=(",", ":"))}))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{MODEL} cannot hold these tensors: {error}") from error
+    config["sha256"] = _checksum(data)
+    data[CHECKSUM] = config["sha256"].encode()
+    return bytes(data)
+
+
+def _checksum(data: bytes | bytearray) -> str:
+    """SHA-256 of a file in which the checksum itself is zeros."""
+    view = memoryview(data)
+    digest = hashlib.sha256(view[: CHECKSUM.start])
+    digest.update(NO_CHECKSUM.encode())
+    digest.update(view[CHECKSUM.stop :])
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        raise CheckpointError(
+            f"{path.parent} is no model folder: it has no {path.name}. Folders are written by thriftnet.save"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{place / CONFIG} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _skeleton(place: Path, config: Config, model: nn.Module | None) -> nn.Module:
+def _verified(data: bytes, path: Path) -> Config:
+    """The config in a model file whose checksum fits."""
+    if not data.startswith(START, 8):
+        raise CheckpointError(f"{path} is not a model file that thriftnet.save wrote, or damaged at its beginning")
+    if _checksum(data) != data[CHECKSUM].decode("latin1"):
+        raise CheckpointError(f"{path} is damaged: its checksum does not fit. Copy the file again")
+    try:
+        text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][ENTRY]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    return parse_config(text, path)
+
+
+def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialized
+
+    data = _content(path)
+    config = _verified(data, path)
+    try:
+        return config, deserialized(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+
+
+def _skeleton(path: Path, config: Config, model: nn.Module | None) -> nn.Module:
     """The network with shapes and no values."""
     with shapes.shapes_only():
         if model is not None:
             return replay(shapes.emptied(model), config["history"])
         try:
-            plain = _plain(place, config, None)
+            plain = _plain(path, config, None)
         except NotImplementedError:
             plain = None  # it computes with numbers while it is built, as torchvision's RegNet does
     if plain is None:
         with torch.random.fork_rng(devices=[]):
-            plain = shapes.emptied(_plain(place, config, None))
+            plain = shapes.emptied(_plain(path, config, None))
     with shapes.shapes_only():
         return replay(plain, config["history"])
 
 
-def _plain(place: Path, config: Config, model: nn.Module | None) -> nn.Module:
+def _plain(path: Path, config: Config, model: nn.Module | None) -> nn.Module:
     if model is not None:
         return model
     identity = config["model"]
     if identity is None:
         raise CheckpointError(
-            f"{place} holds a {config['class']} whose making is not known: give its plain form, load(folder, model=...)"
+            f"{path} holds a {config['class']} that was not built by name: give its plain form, load(folder, model=...)"
         )
     return build(identity["name"], identity["kwargs"], trusted=False)
 
 
-def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], place: Path) -> None:
+def _inferred(model: nn.Module) -> Config | None:
+    """How timm or torchvision builds the plain form of a network, verified by building it and repeating its history."""
+    wanted = {name: tensor.shape for name, tensor in first_names(model).items()}
+    for identity in candidates(model):
+        config = {"model": identity, "history": history(model)}
+        try:
+            rebuilt = _skeleton(Path(MODEL), config, None)
+        except Exception:  # another network, on which these steps are impossible
+            continue
+        if {name: tensor.shape for name, tensor in first_names(rebuilt).items()} == wanted and repr(rebuilt) == repr(model):
+            setattr(model, IDENTITY, identity)
+            return identity
+    return None
+
+
+def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     wanted = first_names(model)
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{place} does not fit the network: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
+            f"{path} does not fit the network: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
         )
     for name, tensor in stored.items():
         if wanted[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{place}: {name} has shape {tuple(tensor.shape)}, the network {tuple(wanted[name].shape)}"
-            )
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, the network {tuple(wanted[name].shape)}")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -277,7 +312,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, none of which lies in memory that another one uses, too."""
+    """The same tensors, none of which shares its memory with another."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()._cdata
@@ -289,56 +324,21 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path.name} cannot hold these tensors: {error}") from error
-
-
 def _check_replaceable(place: Path) -> None:
-    """Raise unless the place is empty or holds a folder that `save` wrote."""
+    """Raise unless the place is empty or holds a model that `save` wrote."""
     try:
-        if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        if not place.exists():
             return
         if place.is_dir():
+            if all(path.name.startswith(TEMPORARY) for path in place.iterdir()):
+                return
+            if (place / MODEL).exists() and is_model_file(place / MODEL):
+                return
             with open_regular(place / CONFIG) as file:
                 if "thriftnet_format" in json.load(file):
                     return
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         pass  # no config.json, or not ours
     except OSError as error:
-        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is unchanged") from error
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
     raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
-
-
-def _keep_others(place: Path, draft: Path) -> None:
-    """Files of the user's in the old folder belong to the new one, too: the same files, not copies."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for path in sorted(place.iterdir()):
-            if path.name in FILES:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, draft / path.name, symlinks=True, copy_function=_link)
-            else:
-                _link(path, draft / path.name)
-
-
-def _link(source: str | Path, target: str | Path, **_: Any) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

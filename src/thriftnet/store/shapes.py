@@ -7,10 +7,8 @@ tells which tensors of which shapes it takes before one byte of them is given to
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,103 +19,38 @@ from thriftnet.core.tied import Tied, first_names
 
 Slots = dict[str, Tensor | None]
 
-# In place, so that the shape stays.
-DRAWN = {
-    getattr(Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "clamp_", "mul_", "add_")
-}
+KEPT = {
+    "requires_grad_",
+    "detach_",
+    "resize_",
+    "set_",
+    "unsqueeze_",
+    "squeeze_",
+    "transpose_",
+    "t_",
+}  # change more than values
 INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
-ELEMENTWISE = {
-    getattr(Tensor, name) for name in ("add", "sub", "mul", "div", "sqrt", "rsqrt", "square", "neg", "abs", "sign", "flip")
-}
 
 
-def _broadcast(shapes: Sequence[torch.Size]) -> list[int]:
-    sizes = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
-    return [max(size) if min(size) else 0 for size in sizes][::-1]
-
-
-def _svd(a: Tensor, full_matrices: bool = True) -> Any:
-    rows, columns, rank = a.shape[-2], a.shape[-1], min(a.shape[-2:])
-    left, right = (rows, columns) if full_matrices else (rank, rank)
-    shapes = ((rows, left), (rank,), (right, columns))
-    return torch.return_types.linalg_svd([a.new_empty(*a.shape[:-2], *shape) for shape in shapes])  # type: ignore[attr-defined]
-
-
-def _qr(a: Tensor, mode: str = "reduced") -> Any:
-    rows, columns = a.shape[-2:]
-    rank = rows if mode == "complete" else min(rows, columns)
-    shapes = ((rows, rank), (rank, columns))
-    return torch.return_types.linalg_qr([a.new_empty(*a.shape[:-2], *shape) for shape in shapes])  # type: ignore[attr-defined]
-
-
-def _eigh(a: Tensor, *_: Any) -> Any:
-    return torch.return_types.linalg_eigh([a.new_empty(a.shape[:-1]), a.new_empty(a.shape)])  # type: ignore[attr-defined]
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].new_empty(len(tensors), *tensors[0].shape)
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].new_empty(sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    batch = _broadcast([a.shape[:-2], b.shape[:-2]])
-    return a.new_empty(*batch, *(a.shape[-2:-1] if a.ndim > 1 else ()), *(b.shape[-1:] if b.ndim > 1 else ()))
-
-
-def _mean(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.new_empty(tensor.shape[:dim] + tensor.shape[dim + 1 :] if dim >= 0 else tensor.mean(dim).shape)
-
-
-FITTED: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.linalg.svd: _svd,
-    torch.linalg.qr: _qr,
-    torch.linalg.eigh: _eigh,
-    torch.linalg.pinv: lambda a: a.new_empty(a.mT.shape),
-    torch.stack: _stack,
-    torch.cat: _cat,
-    torch.empty_like: lambda a, device: a.new_empty(a.shape, device=device),
-    Tensor.matmul: _matmul,
-    Tensor.mean: _mean,
-    Tensor.__setitem__: lambda *_: None,
-}
-
-
-class _Undrawn(TorchFunctionMode):
-    """Gives the shapes of what building and fitting compute. For what is not listed torch finds them, at first use by
-    importing its compiler, which takes a second."""
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what changes a tensor without values in place: torch would import its compiler to do nothing."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in INITIALISERS:
             return args[0] if args else (kwargs or {})["tensor"]
-        first = args[0][0] if args and isinstance(args[0], list | tuple) and args[0] else args[0] if args else None
-        if not isinstance(first, Tensor) or not first.is_meta:
-            return func(*args, **(kwargs or {}))
-        if func in DRAWN:
-            return first
-        if func in ELEMENTWISE and not kwargs:
-            return first.new_empty(_broadcast([arg.shape for arg in args if isinstance(arg, Tensor)]))
-        if func in FITTED and _takes(FITTED[func], args, kwargs or {}):
-            return FITTED[func](*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in KEPT)
+        if in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
         return func(*args, **(kwargs or {}))
-
-
-def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """What is built in here holds shapes and no values, and the random state stays as it is."""
-    with torch.device("meta"), _Undrawn(), torch.no_grad():
+    """Networks built in here have shapes and no values, and the random state stays as it is."""
+    with torch.device("meta"), _Unfilled(), torch.no_grad():
         yield
 
 
@@ -149,7 +82,7 @@ def fill(model: nn.Module, stored: dict[str, Tensor]) -> None:
             slots.update({name: table[id(old)] for name, old in slots.items() if old is not None})
             _write_back(module, slots)
         if isinstance(module, Tied) and any(tensor.is_meta for tensor in module.buffers(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)  # our layers compute anew what no state dict has
+            module.to_empty(device="cpu", recurse=False)  # our layers compute again what no state dict has
 
 
 def unfilled(model: nn.Module) -> list[str]:

@@ -27,6 +27,7 @@ from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.errors import ConfigError
+from thriftnet.files import write_atomically
 from thriftnet.resolve import open_model
 from thriftnet.store.model_file import RUN
 from thriftnet.store.model_file import RUN_MODEL as MODEL
@@ -192,8 +193,7 @@ class Trainer:
         known = {**wanted, "memory_format": chosen, "device": str(self.processes.device.type), "versions": versions}
         if self.processes.is_main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(known, indent=1, default=str) + "\n")
+                write_atomically(path, json.dumps(known, indent=1, default=str) + "\n")
             except OSError as error:
                 raise ConfigError(f"cannot write to {self.folder}: {error.strerror}") from None
         return known

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thriftnet.files import write_atomically
 from thriftnet.report.plots import run_curves
 
 LINES, TABLE, CURVES = "metrics.jsonl", "metrics.csv", "curves.svg"
@@ -30,9 +30,7 @@ class MetricsLog:
         """Take up the rows until a step; later ones will be made again."""
         self.rows = [row for row in read_rows(self.folder) if row["step"] <= step]
         if self.writes:
-            draft = self.folder / f".{LINES}"
-            draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            os.replace(draft, self.folder / LINES)
+            write_atomically(self.folder / LINES, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write one row."""

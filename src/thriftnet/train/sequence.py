@@ -17,6 +17,7 @@ from thriftnet.data.loaders import make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.files import write_atomically
 from thriftnet.store.model_file import RUN
 from thriftnet.store.model_file import RUN_MODEL as MODEL
 from thriftnet.train import prepare
@@ -165,8 +166,7 @@ def _recalibrated(model: nn.Module, recipe: Recipe, source: DataSource, place: P
     )
     recalibrate(model, loader, **options)
     if rank == 0:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / RUN).write_text(json.dumps(wanted, indent=1) + "\n")
+        write_atomically(place / RUN, json.dumps(wanted, indent=1) + "\n")
         prepare.save_trained(model, place / MODEL, source, augmentation, prepare.input_size(augmentation, source), {})
     if world_size > 1:
         dist.barrier()

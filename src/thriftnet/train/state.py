@@ -6,9 +6,7 @@ with the loop's own state, and a manifest of hashes that is written last.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from thriftnet.errors import CheckpointError
+from thriftnet.files import sha256_of, sync
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -184,21 +183,12 @@ def damage(place: Path) -> str:
         return f"its {MANIFEST} lists nothing"
     for name, expected in manifest.items():
         try:
-            found = sha256(place / Path(name).name)
+            found = sha256_of(place / Path(name).name)
         except OSError:
             return f"{name} is missing"
         if found != expected:
             return f"{name} is damaged"
     return ""
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _new_folder(draft: Path) -> None:
@@ -209,11 +199,8 @@ def _new_folder(draft: Path) -> None:
 def _complete(draft: Path, place: Path) -> None:
     """Write the manifest, force all to the disk, and give the folder its name."""
     files = sorted(path for path in draft.iterdir() if path.is_file())
-    (draft / MANIFEST).write_text(json.dumps({path.name: sha256(path) for path in files}, indent=1) + "\n")
+    (draft / MANIFEST).write_text(json.dumps({path.name: sha256_of(path) for path in files}, indent=1) + "\n")
     for path in [*files, draft / MANIFEST, draft]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
     draft.rename(place)
+    sync(place.parent)
