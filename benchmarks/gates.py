@@ -38,16 +38,14 @@ from thriftnet.dynamic.gate import decide
 from thriftnet.dynamic.network import DynamicNetwork, cheapest_cost
 from thriftnet.dynamic.objective import TARGETS
 from thriftnet.report.plots import accuracy_against_macs
-from thriftnet.train.job import CALIBRATION
-from thriftnet.train.prepare import augmentation_from, input_size, prepare_model
+from thriftnet.train.prepare import prepare_model
 from thriftnet.train.recipe import Recipe, load_recipe
-from thriftnet.train.sequence import single, train
+from thriftnet.train.trainer import CALIBRATION, train
 
 SHARES = (1 / 6, 0.25, 0.5, 0.75)  # of the reachable range, for the table; the sixth was added after the pictures were seen
 SWEEP = tuple(i / 12 for i in range(13))  # for the picture
 COLUMNS = ("network", "targets", "budget", "gate", "chance", "mixture", "fixed", "oracle", "over chance", "over the mixture")
 RESNET: dict[str, Any] = {
-    "total_batch_size": None,
     "batch_size": 64,
     "precision": "fp32",
     "memory_format": "contiguous",
@@ -105,7 +103,7 @@ def ds_net(seed: int) -> Recipe:
 
 def resnet_digits(seed: int) -> Recipe:
     """From random weights, for so short that the widths differ."""
-    fields = {**RESNET, "warmup_epochs": 1.0, "augmentation": {"crop_padding": 1}, "epochs": 6, "seed": seed}
+    fields = {**RESNET, "warmup_epochs": 1.0, "augmentation": {"crop_padding": 1, "flip": False}, "epochs": 6, "seed": seed}
     recipe = load_recipe("slimmable-resnet-cifar", **fields, technique=(slimmable(0.125, 0.25, 0.5, 1.0),))
     return recipe.replace(stages=(*recipe.stages, {"stage": "gate", "epochs": 24, **GATE}))
 
@@ -185,10 +183,10 @@ def one_seed(recipe: Recipe, source: DataSource, place: Path) -> dict[str, Any]:
     macs = DynamicNetwork(base, input_size=source.input_size).macs
     points = {}
     for targets in TARGETS:
-        asked = {**gate.get("stage_options", {}), "targets": targets}
+        asked = {**gate.get("stage.options", {}), "targets": targets}
         if targets == "sandwich":  # it is trained for one budget, the middle one
             asked["budget"] = float(macs.min() + macs.max()) / 2
-        how = single(recipe, {**gate, "stage_options": asked})
+        how = recipe.for_stage({**gate, "stage.options": asked}).replace(technique=())
         model = copy.deepcopy(base)
         train(how, source, place / targets, model=model, device="cpu")
         points[targets] = measured(DynamicNetwork(model, input_size=source.input_size).eval(), source, recipe)
@@ -200,7 +198,7 @@ def one_seed(recipe: Recipe, source: DataSource, place: Path) -> dict[str, Any]:
 def network(recipe: Recipe, source: DataSource) -> nn.Module:
     """A new network for the data, with the widths and the gate of the recipe."""
     torch.manual_seed(recipe.seed)
-    return prepare_model(recipe, source, input_size(augmentation_from(recipe.augmentation).for_source(source), source), None)
+    return prepare_model(recipe, source)
 
 
 def loader_of(source: DataSource, recipe: Recipe, split: str, most: int | None = None) -> Loader:
@@ -208,7 +206,7 @@ def loader_of(source: DataSource, recipe: Recipe, split: str, most: int | None =
     images = source.split(split)
     if most is not None:
         images = Subset(images, torch.linspace(0, len(images) - 1, min(len(images), most)).long())
-    augmentation = augmentation_from(recipe.augmentation).for_source(source)
+    augmentation = recipe.augmentation.for_source(source)
     return make_loader(images, 256, augmentation=augmentation, train=False, device="cpu", workers=0)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import Case, Fact, Ratio, Settings, Target
 from thriftnet.models import create_model
-from thriftnet.train.engine import Hooks, TrainLoop
+from thriftnet.train.distributed import Distributed
+from thriftnet.train.loop import TrainLoop
 from thriftnet.train.optim import make_optimizer
-from thriftnet.train.processes import Distributed
-from thriftnet.train.recipe import Recipe
+from thriftnet.train.recipe import recipe_from
 from thriftnet.train.stages import Standard
 
 TOPIC = "train"
@@ -30,7 +30,7 @@ OVERHEAD = Target("loop", "the loop's steps against a bare loop's", 1.03)
 MEMORY = Target("memory", "peak memory of training, the loop against a bare loop", 1.05)
 STEPS = 2
 STATUS = Path("/proc/self/status")  # Linux only
-RECIPE = Recipe(max_steps=10**6, schedule="constant", trackers=(), memory_format="contiguous", select_on="last")
+RECIPE = recipe_from({"max_steps": 10**6, "schedule": "constant", "trackers": (), "select_on": "last"})
 
 
 def cases(settings: Settings) -> Iterator[Case | Fact]:
@@ -62,7 +62,7 @@ def overhead_case(count: int, folder: Path, settings: Settings) -> Case:
 def bare_loop(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> Callable[[], Tensor]:
     """What one writes without a library."""
     model, images, labels = model.to(device).train(), images.to(device), labels.to(device)
-    optimizer = make_optimizer(model, RECIPE)
+    optimizer = make_optimizer(model, RECIPE.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
     def run() -> Tensor:
@@ -96,10 +96,9 @@ class OneBatch:
 
 def our_loop(model: nn.Module, images: Tensor, labels: Tensor, folder: Path, device: str) -> Callable[[], Tensor]:
     """The library's steps."""
-    hooks = Hooks(lambda module: {"top1": 0.0}, lambda module, row: None, lambda progress: None)
     loader = OneBatch(images.to(device), labels.to(device))
-    processes = Distributed(device, "fp32")
-    loop = TrainLoop(model.to(device).train(), Standard(), RECIPE, loader, processes, folder, hooks, classes=10)
+    distributed = Distributed(device, "fp32")
+    loop = TrainLoop(model.to(device).train(), Standard(), RECIPE, loader, distributed, folder, classes=10)
     batches = iter(loader)
 
     def run() -> Tensor:

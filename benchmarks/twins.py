@@ -21,20 +21,19 @@ import torch
 from torch import nn
 
 import thriftnet
+from thriftnet.cli.demo import held_out
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.sources import open_data
-from thriftnet.train.demo import held_out
 from thriftnet.train.evaluate import evaluate
 from thriftnet.train.recipe import Recipe, load_recipe
-from thriftnet.train.sequence import train
+from thriftnet.train.trainer import train
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 SIZE = (1, 8, 8)
 FIELDS = {
     "batch_size": 64,
-    "total_batch_size": None,
     "warmup_epochs": 1.0,
-    "augmentation": {"crop_padding": 1},
+    "augmentation": {"crop_padding": 1, "flip": False},
     "precision": "fp32",
     "memory_format": "contiguous",
     "trackers": (),

@@ -11,14 +11,11 @@ from pathlib import Path
 import torch
 
 from faults.figure import Figure, ended, forked, killed_after
-from thriftnet.train.job import TrainResult
-from thriftnet.train.recipe import Recipe
-from thriftnet.train.sequence import train
+from thriftnet.train import Recipe, TrainResult, train
 from training import Net, source
 
 RECIPE = {
-    "batch_size": 8,
-    "memory_format": "contiguous",
+    "batch_size": 16,
     "trackers": (),
     "validation": 0.25,
     "lr": 0.05,

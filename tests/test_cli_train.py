@@ -28,7 +28,7 @@ KEYS = {
     "notes",
     "facts",
 }
-SHORT = ["--data", "digits", "--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--batch-size", "64"]
+SHORT = ["--data", "digits", "--device", "cpu", "--trackers", "[]", "--batch-size", "64"]
 
 
 def train(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
@@ -68,13 +68,15 @@ def test_a_converted_network_trains_resumes_and_is_evaluated(tmp_path: Path, cap
 
 
 def test_an_own_recipe_and_kwargs_of_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "mine.yaml").write_text("model: shiftresnet20\nbatch_size: 64\nlr: 5e-2\nmax_steps: 2\ntrackers: []\n")
+    (tmp_path / "mine.yaml").write_text(
+        "model: shiftresnet20\ndata: {batch_size: 64}\noptimizer:\n  lr: 5e-2\nmax_steps: 2\nrun: {trackers: []}\n"
+    )
     place = str(tmp_path / "run")
     options = ["--recipe", str(tmp_path / "mine.yaml"), "--data", "digits", "--output", place, "--expansion", "2"]
     result = train(capsys, *options, "--augmentation.crop_padding", "1", "--device", "cpu")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["recipe"]["lr"] == 0.05
-    assert run["recipe"]["augmentation"] == {"crop_padding": 1}
+    assert run["recipe"]["optimizer"]["lr"] == 0.05
+    assert run["recipe"]["augmentation"]["crop_padding"] == 1
     wanted = tn.create_model("shiftresnet20", expansion=2, in_chans=1)
     assert result["params"] == tn.inspect(wanted, (1, 8, 8)).params
 
@@ -94,7 +96,7 @@ MISTAKES = {
     "unknown field": (["--lrr", "0.1"], r"lrr.*lr"),
     "no number": (["--lr", "fast"], r"lr='fast'"),
     "negative": (["--lr", "-1"], r"lr=-1.*greater than 0"),
-    "unknown schedule": (["--schedule", "cosin"], r"schedule='cosin'.*cosine"),
+    "unknown schedule": (["--schedule", "cosin"], r"schedule.name='cosin'.*cosine"),
     "unknown model": (["--model", "resnet21"], r"resnet21.*resnet20"),
     "unknown technique": (["--technique", "soft-shering"], r"soft-shering.*soft-sharing"),
     "unknown optimizer": (["--optimizer", "sgdd"], r"sgdd.*sgd"),
@@ -103,11 +105,11 @@ MISTAKES = {
     "unknown augmentation": (["--augmentation.flop", "true"], r"flop.*flip"),
     "both lengths": (["--epochs", "1", "--max-steps", "1"], r"either --epochs or --max-steps"),
     "class count": (["--num-classes", "7"], r"10 classes.*num_classes=10"),
-    "unknown device": (["--device", "tpu"], r"tpu.*cpu and cuda"),
+    "unknown device": (["--device", "tpu"], r"tpu.*cpu or cuda"),
     "missing teacher": (["--teacher", "nowhere/at/all"], r"nowhere/at/all"),
     "missing data": (["--data", "folder:/nowhere/at/all"], r"/nowhere/at/all"),
     "unknown data": (["--data", "digit"], r"digit.*digits"),
-    "total batch": (["--total-batch-size", "7", "--accumulate", "2"], r"multiple of 2"),
+    "batch size": (["--batch-size", "7", "--accumulate", "2"], r"batch_size=7 .* multiple of 2"),
 }
 
 
@@ -137,7 +139,7 @@ def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.Cap
     broken = tmp_path / "data" / "train" / "cat" / "3.png"
     broken.write_bytes(b"no image")
     options = ["--data", f"folder:{tmp_path / 'data'}", "--model", "resnet20", "--batch-size", "8", "--max-steps", "4"]
-    options += ["--device", "cpu", "--memory-format", "contiguous", "--trackers", "[]", "--workers", "0"]
+    options += ["--device", "cpu", "--trackers", "[]", "--workers", "0"]
     options += ["--validation", "0.2", "--augmentation.image_size", "16"]
     assert "3.png" in refused(capsys, *options, "--output", str(tmp_path / "run"))
     result = train(capsys, *options, "--output", str(tmp_path / "other"), "--on-corrupt", "skip")
@@ -145,10 +147,10 @@ def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from thriftnet.train.lock import locked
+    from thriftnet.train.run_folder import RunFolder
 
     place = tmp_path / "run"
-    with locked(place, active=True):
+    with RunFolder(place, is_main=True).locked():
         line = refused(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
     assert f"another training runs in {place} (process {os.getpid()})" in line
     assert not (place / "run.json").exists()

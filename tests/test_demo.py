@@ -12,9 +12,9 @@ import torch
 
 import thriftnet as tn
 from thriftnet.cli import main
+from thriftnet.cli.demo import SHOWN, held_out
 from thriftnet.data.digits import digits_source
 from thriftnet.report.page import Page, Picture, write_page
-from thriftnet.train.demo import SHOWN, held_out
 
 
 @pytest.fixture(scope="module")

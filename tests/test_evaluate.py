@@ -101,9 +101,9 @@ def test_the_network_is_left_as_it_was():
     assert evaluate(model.eval(), images).loss == first.loss
 
 
-def test_the_watcher_is_told_of_every_batch():
+def test_progress_is_reported_after_every_batch():
     seen: list[int] = []
-    evaluate(Table(torch.randn(10, 3)), batches(torch.zeros(10, dtype=torch.int64), 4), watch=seen.append)
+    evaluate(Table(torch.randn(10, 3)), batches(torch.zeros(10, dtype=torch.int64), 4), on_batch=seen.append)
     assert seen == [4, 8, 10]
 
 
@@ -118,15 +118,15 @@ def test_two_processes_equal_one(tmp_path: Path):
 
 def test_what_cannot_be_evaluated_is_refused():
     labels = torch.arange(4)
-    with pytest.raises(tn.IncompatibleModelError, match="tells 3 classes apart, the data has 4"):
+    with pytest.raises(tn.IncompatibleModelError, match="has 3 classes, the data has 4"):
         evaluate(Table(torch.randn(4, 3)), batches(labels % 3), classes="abcd")
-    with pytest.raises(tn.DataError, match="label 3, the network tells 3 classes apart"):
+    with pytest.raises(tn.DataError, match="label 3, the network has 3 classes"):
         evaluate(Table(torch.randn(4, 3)), batches(labels))
     with pytest.raises(tn.IncompatibleModelError, match=r"outputs \(4, 3, 1\) for 4 images"):
         evaluate(Table(torch.randn(4, 3, 1)), batches(labels))
     with pytest.raises(tn.DataError, match="no images"):
         evaluate(Table(torch.randn(4, 3)), [])
-    with pytest.raises(tn.ConfigError, match="whole numbers from 1"):
+    with pytest.raises(tn.ConfigError, match="expected integers >= 1"):
         evaluate(Table(torch.randn(4, 3)), [], topk=(0,))
 
 
@@ -196,7 +196,7 @@ def test_a_run_is_evaluated_by_its_network(capsys: pytest.CaptureFixture[str], f
 
 
 def test_confusion_as_table_json_and_picture(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path):
-    assert "class \\ taken for" in run(capsys, folder, "--data", "digits", "--confusion")
+    assert "class \\ predicted" in run(capsys, folder, "--data", "digits", "--confusion")
     drawn = tmp_path / "confusion.svg"
     result = json.loads(run(capsys, folder, "--data", "digits", "--confusion-plot", drawn, "--json"))
     assert sum(map(sum, result["confusion"])) == 450
@@ -230,11 +230,11 @@ def test_broken_images_are_fatal_or_skipped(capsys: pytest.CaptureFixture[str], 
         (("resnet20", "--data", "digits"), "reads images"),
         (
             ("resnet20", "--in-chans", "1", "--num-classes", "7", "--data", "digits"),
-            "tells 7 classes apart, the data has 10",
+            "has 7 classes, the data has 10",
         ),
         (("resnet20", "--in-chans", "1", "--data", "digitz"), "did you mean 'digits'"),
         (("resnet20", "--in-chans", "1", "--data", "digits", "--split", "val"), "no split 'val'"),
-        (("resnet20", "--in-chans", "1", "--data", "digits", "--topk", "0"), "whole numbers from 1"),
+        (("resnet20", "--in-chans", "1", "--data", "digits", "--topk", "0"), "expected integers >= 1"),
         (("resnet20", "--in-chans", "1", "--data", "digits", "--topk", "one"), "--topk one"),
         (("resnet20", "--in-chans", "1", "--data", "digits", "--mean", "0.5,0.5"), "as many numbers"),
         (("resnet20", "--in-chans", "1", "--data", "digits", "--device", "gpu"), "--device gpu is not possible"),

@@ -11,9 +11,8 @@ from torch import nn
 import thriftnet as tn
 from thriftnet.cli.train import make_recipe
 from thriftnet.dynamic.gate import gates
+from thriftnet.train.optim import make_schedule
 from thriftnet.train.recipe import Recipe, list_recipes, load_recipe, recipe_from
-from thriftnet.train.schedules import make_schedule
-from thriftnet.train.sequence import single
 from thriftnet.train.stages import make_stage
 
 FAITHFUL = [name for name in list_recipes() if not load_recipe(name).about["paper"].startswith("none")]
@@ -21,7 +20,7 @@ FAITHFUL = [name for name in list_recipes() if not load_recipe(name).about["pape
 
 def rates(recipe: Recipe, steps_per_epoch: int = 4, epochs: float | None = None) -> dict[float, float]:
     """Epoch, as a fraction -> learning rate of the step that begins there."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.lr)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.optimizer.lr)
     epochs = recipe.epochs if epochs is None else epochs
     schedule = make_schedule(optimizer, recipe, steps_per_epoch, epochs)
     found = {}
@@ -69,7 +68,7 @@ def test_learning_rates_are_those_of_the_papers(name: str):
 
 def test_learning_rates_of_the_gate_are_those_of_the_paper():
     recipe = load_recipe("ds-net-imagenet")
-    found = rates(single(recipe, recipe.stages[2]))
+    found = rates(recipe.for_stage(recipe.stages[2]))
     assert max(found) == 39.75
     for epoch, rate in DS_NET_GATE.items():
         assert found[epoch] == pytest.approx(rate, rel=1e-3), f"epoch {epoch}"
@@ -79,7 +78,7 @@ def test_cosine_is_that_of_timm_with_warm_up_and_cool_down():
     from timm.scheduler import CosineLRScheduler
 
     fields = {"lr": 0.08, "min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-5, "epochs": 160, "cooldown_epochs": 10}
-    found = rates(recipe_from({"schedule": "cosine", "schedule_per": "epoch", **fields}))
+    found = rates(recipe_from({"schedule": "cosine", "per": "epoch", **fields}))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.08)
     theirs = CosineLRScheduler(optimizer, t_initial=150, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-5)
     for epoch in range(160):
@@ -114,21 +113,22 @@ def test_a_recipe_runs_for_fewer_steps_than_its_warm_up(name: str):
 
 def test_the_three_stages_of_ds_net_are_those_of_the_authors():
     recipe = load_recipe("ds-net-imagenet")
-    supernet, statistics, gate = (single(recipe, fields) for fields in recipe.stages)
-    assert (supernet.stage, gate.stage) == ("supernet", "gate")
+    supernet, statistics, gate = (recipe.for_stage(entry) for entry in recipe.stages)
+    assert (supernet.stage.name, gate.stage.name) == ("supernet", "gate")
     assert supernet.epochs == 160
     assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001}
-    assert statistics.total_batch_size == 8 * 4 * 64
-    assert {name for name, value in gate.to_dict().items() if value != getattr(supernet, name)} == {
-        "stage", "epochs", "weight_decay", "warmup_epochs",
+    assert statistics.data.batch_size == 8 * 4 * 64
+    assert {name for name in recipe.stages[2] if name != "stage.name"} == {
+        "epochs", "optimizer.weight_decay", "schedule.warmup_epochs",
     }  # fmt: skip
-    assert (gate.epochs, gate.weight_decay, gate.warmup_epochs, gate.ema_decay) == (40, 0.01, 0, 0.997)
+    fields = gate.optimizer
+    assert (gate.epochs, fields.weight_decay, gate.schedule.warmup_epochs, fields.ema_decay) == (40, 0.01, 0, 0.997)
     with torch.device("meta"):
         model = tn.create_model(recipe.model, **recipe.model_kwargs)
-    step = make_stage("supernet", model, supernet.stage_options)
+    step = make_stage("supernet", model, supernet.stage.options)
     assert (step.passes, step.teacher, step.ensemble) == (4, "average", False)  # type: ignore[attr-defined]
     assert gates(model).popitem()[1].widths == tuple(range(14))
-    corrected = make_stage("gate", model, gate.stage_options).objective  # type: ignore[attr-defined]
+    corrected = make_stage("gate", model, gate.stage.options).objective  # type: ignore[attr-defined]
     assert not corrected.original
 
 
@@ -138,4 +138,4 @@ def test_what_the_authors_of_ds_net_did_can_be_had():
     recipe = make_recipe("ds-net-imagenet", texts)
     assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001, "momentum": 0.1}
     assert recipe.model_kwargs["gate_choices"] == [0, 1, 2, 3]
-    assert recipe.stages[2]["stage_options"] == {"original": True}
+    assert recipe.stages[2]["stage.options"] == {"original": True}

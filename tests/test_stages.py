@@ -26,20 +26,19 @@ from thriftnet.core.width import Width
 from thriftnet.data.sources import open_data
 from thriftnet.errors import ConfigError
 from thriftnet.importing.layout import read
-from thriftnet.train.engine import Progress
+from thriftnet.train import train
+from thriftnet.train.loop import Interrupted, Progress
 from thriftnet.train.loss import Criterion
-from thriftnet.train.recipe import Recipe, load_recipe
-from thriftnet.train.sequence import single, train
+from thriftnet.train.recipe import LossFields, Recipe, load_recipe
 from thriftnet.train.stages import Step, Supernet, make_stage
-from thriftnet.train.stop import Interrupted
 from training import Net, in_children, metrics, source
 from zoo_golden import check_digests, facts, gradients
 
-FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
+FAST = {"batch_size": 16, "trackers": (), "validation": 0.25, "lr": 0.05}
 WIDTHS = "slimmable(widths=(0.5, 1.0))"
 GATED = "slimmable(widths=(0.5, 1.0), gate='2')"
 PARTS = (
-    {"stage": "supernet", "epochs": 2, "ema_decay": 0.8, "stage_options": {"drawn": 1}},
+    {"stage": {"name": "supernet", "options": {"drawn": 1}}, "epochs": 2, "ema_decay": 0.8},
     {"recalibrate": {}},
     {"stage": "gate", "epochs": 2, "lr": 0.1, "weight_decay": 0.0, "select_on": "last"},
 )
@@ -67,7 +66,7 @@ def test_the_sandwich_of_the_record() -> None:
     average = copy.deepcopy(model).eval()
     choices = tuple(each["choice"] for each in golden["passes"] if each["mode"] == "uniform")
     stage = Recorded(passes=4, widths=tn.core.width.widths(model), choices=choices)
-    criterion = Criterion(Recipe().replace(label_smoothing=0.1))
+    criterion = Criterion(LossFields(label_smoothing=0.1))
     step = Step(model, model, average, criterion, 0, 0)
     stage.train_mode(model)
     labels = torch.arange(len(images)) % 10
@@ -88,11 +87,11 @@ def one_step(net: nn.Module, average: nn.Module | None, **options: Any) -> tuple
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
     stage = make_stage("supernet", net, options)
     stage.train_mode(net)
-    step = Step(net, net, average, Criterion(Recipe()), 3, 5)
+    step = Step(net, net, average, Criterion(LossFields()), 3, 5)
     return list(stage.losses(step, images, labels)), images
 
 
-def test_widths_are_drawn_anew_for_each_step_and_alike_everywhere() -> None:
+def test_widths_are_drawn_for_each_step_and_the_same_everywhere() -> None:
     torch.manual_seed(0)
     stage = Supernet(widths=(0.25, 0.5, 0.75, 1.0), drawn=3)
     first = [stage.between(7, number) for number in range(20)]
@@ -145,14 +144,17 @@ def test_an_ensemble_teaches_the_smallest() -> None:
     assert losses[-1].item() == pytest.approx(F.cross_entropy(outputs, torch.stack(lessons).mean(0)).item(), rel=1e-5)
 
 
-def test_the_sandwich_on_two_processes_equals_one_with_twice_the_batch(tmp_path: Path) -> None:
-    how = recipe(stage="supernet", ema_decay=0.5, validation=1 / 3, sync_batchnorm=True)
+def test_the_sandwich_on_two_processes_equals_one(tmp_path: Path) -> None:
+    """Without norms, which see their own process's images only."""
+    how = recipe(stage="supernet", ema_decay=0.5, validation=1 / 3)
 
-    def go(place: Path, batch: int) -> None:
-        train(how.replace(batch_size=batch), source(), place, model=slim().double(), device="cpu")
+    def go(place: Path) -> None:
+        torch.manual_seed(0)
+        net = tn.convert(Net(norms=False).double(), WIDTHS)
+        train(how, source(), place, model=net, device="cpu")
 
-    assert in_children(lambda rank: go(tmp_path / "two", 8), ranks=2) == [0, 0]
-    go(tmp_path / "one", 16)
+    assert in_children(lambda rank: go(tmp_path / "two"), ranks=2) == [0, 0]
+    go(tmp_path / "one")
     two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
@@ -181,7 +183,7 @@ def test_one_gate_that_learns_losses_serves_every_budget(tmp_path: Path) -> None
     for share in (0.1, 0.9):
         budget = float(macs.min() + share * (macs.max() - macs.min()))
         options = {"targets": "losses", "budget": budget}
-        how = recipe(stage="gate", stage_options=options, select_on="last", validation=0.0, epochs=4, lr=0.2)
+        how = recipe(stage={"name": "gate", "options": options}, select_on="last", validation=0.0, epochs=4, lr=0.2)
         outcome = train(how, source(), tmp_path / str(share), model=(net := gated()), device="cpu")
         assert outcome.facts["macs"] == pytest.approx(budget, rel=0.1)
         trained.append(tn.core.gate.gate_of(net)[1].state_dict())
@@ -199,10 +201,10 @@ def test_three_stages_after_each_other_resume_between_and_inside(tmp_path: Path)
         return train(how, source(), place, model=gated(), device="cpu", **options)
 
     wanted = go(tmp_path / "whole")
-    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"1-supernet", "2-recalibrate", "3-gate"}
+    assert {path.name for path in (tmp_path / "whole").glob("[0-9]*")} == {"1-supernet", "2-recalibrate", "3-gate"}
     for stage, at in ((1, 3), (1, 9), (3, 3)):  # inside the first, at its end, inside the last
         codes = in_children(
-            lambda rank, stage=stage, at=at: go(tmp_path / "killed", watch=kill_in(tmp_path / "killed", stage, at))
+            lambda rank, stage=stage, at=at: go(tmp_path / "killed", on_progress=kill_in(tmp_path / "killed", stage, at))
         )  # type: ignore[misc]
         assert codes == [-signal.SIGKILL]
     resumed = go(tmp_path / "killed")
@@ -222,12 +224,12 @@ def gated_from(outcome: Any) -> nn.Module:
 def kill_in(folder: Path, stage: int, at: int) -> Any:
     """Kill this process at a step of a stage."""
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         running = max(int(path.name[0]) for path in folder.iterdir() if path.name[0].isdigit())
         if running >= stage and progress.step >= at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return watch
+    return on_progress
 
 
 def test_statistics_are_fresh_between_the_stages(tmp_path: Path) -> None:
@@ -243,14 +245,14 @@ def test_statistics_are_fresh_between_the_stages(tmp_path: Path) -> None:
 
 MISTAKES = {
     "no widths": ({"stage": "supernet"}, Net, "slimmable"),
-    "unknown teacher": ({"stage": "supernet", "stage_options": {"teacher": "me"}}, slim, "teacher.*average"),
+    "unknown teacher": ({"stage": {"name": "supernet", "options": {"teacher": "me"}}}, slim, "teacher.*average"),
     "no average": ({"stage": "supernet"}, slim, "set ema_decay"),
-    "unknown option": ({"stage": "supernet", "stage_options": {"draws": 1}}, slim, "draws"),
+    "unknown option": ({"stage": {"name": "supernet", "options": {"draws": 1}}}, slim, "draws"),
     "no gate": ({"stage": "gate"}, slim, "no gate.*gate=True"),
-    "unknown gate option": ({"stage": "gate", "stage_options": {"budgets": 1}}, gated, "budgets.*budget"),
-    "unknown targets": ({"stage": "gate", "stage_options": {"targets": "loss"}}, gated, "'loss': did you mean 'losses'"),
+    "unknown gate option": ({"stage": {"name": "gate", "options": {"budgets": 1}}}, gated, "budgets.*budget"),
+    "unknown targets": ({"stage": {"name": "gate", "options": {"targets": "loss"}}}, gated, "'loss': did you mean 'losses'"),
     "budget out of reach": (
-        {"stage": "gate", "stage_options": {"budget": 1e12}},
+        {"stage": {"name": "gate", "options": {"budget": 1e12}}},
         gated,
         "out of reach: possible are [0-9,]+ to",
     ),
@@ -273,8 +275,8 @@ def test_an_interrupted_sequence_says_where(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="1-supernet"):
-        train(recipe(stages=PARTS), source(), tmp_path, model=gated(), device="cpu", watch=stop)
-    assert json.loads((tmp_path / "1-supernet" / "run.json").read_text())["recipe"]["stage"] == "supernet"
+        train(recipe(stages=PARTS), source(), tmp_path, model=gated(), device="cpu", on_progress=stop)
+    assert json.loads((tmp_path / "1-supernet" / "run.json").read_text())["recipe"]["stage"]["name"] == "supernet"
 
 
 # --- on the command line
@@ -287,7 +289,7 @@ def test_ds_net_trains_on_digits_within_a_budget(tmp_path: Path, capsys: pytest.
     options = ["--recipe", "ds-net-digits", "--output", str(tmp_path), "--max-steps", "3", "--budget", "60K", *DIGITS]
     assert main(["train", *options]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {path.name for path in tmp_path.iterdir()} == {"1-supernet", "2-recalibrate", "3-gate"}
+    assert {path.name for path in tmp_path.glob("[0-9]*")} == {"1-supernet", "2-recalibrate", "3-gate"}
     assert result["facts"]["macs"] == pytest.approx(60e3, rel=0.05)
     assert sum(result["facts"]["decisions"].values()) == 450
     network = tn.load(tmp_path / "3-gate" / "model")
@@ -317,30 +319,32 @@ def test_the_network_of_a_slimmable_recipe_has_fresh_statistics(tmp_path: Path) 
 
 
 def test_options_hold_for_all_stages_or_for_one() -> None:
-    texts = {"max_steps": "7", "lr": "0.3", "stages.3.weight_decay": "0.5", "stages.3.stage_options.hard": "narrowest"}
+    texts = {"max_steps": "7", "lr": "0.3", "stages.3.weight_decay": "0.5", "stages.3.stage.options.hard": "narrowest"}
     parts = make_recipe("ds-net-digits", texts)
-    supernet, _, gate = (single(parts, fields) for fields in parts.stages)
+    supernet, _, gate = (parts.for_stage(entry) for entry in parts.stages)
     assert (supernet.max_steps, gate.max_steps) == (7, 7)
-    assert (supernet.lr, gate.lr) == (0.3, 0.3)
-    assert (supernet.weight_decay, gate.weight_decay) == (0.0001, 0.5)
-    assert parts.stages[2]["stage_options"] == {"targets": "losses", "hard": "narrowest"}
-    assert single(load_recipe("ds-net-digits", epochs=2), load_recipe("ds-net-digits", epochs=2).stages[2]).epochs == 2
+    assert (supernet.optimizer.lr, gate.optimizer.lr) == (0.3, 0.3)
+    assert (supernet.optimizer.weight_decay, gate.optimizer.weight_decay) == (0.0001, 0.5)
+    assert gate.stage.options == {"targets": "losses", "hard": "narrowest"}
+    shorter = load_recipe("ds-net-digits", epochs=2, **{"stages.3.lr": 0.02})
+    assert shorter.for_stage(shorter.stages[2]).epochs == 2
+    assert [shorter.for_stage(entry).optimizer.lr for entry in shorter.stages] == [0.1, 0.1, 0.02]
 
 
 @pytest.mark.parametrize(
     ("fields", "place"),
     [
-        ({"stage": "gate", "stage_options": {"hard": "widest"}}, "own"),
-        ({"stages": [*PARTS[:2], {"stage": "gate", "stage_options": {"hard": "widest"}}]}, "sequence"),
+        ({"stage": {"name": "gate", "options": {"hard": "widest"}}}, "own"),
+        ({"stages": [*PARTS[:2], {"stage": {"name": "gate", "options": {"hard": "widest"}}}]}, "sequence"),
     ],
 )
 def test_a_budget_reaches_the_gate(fields: dict[str, Any], place: str) -> None:
     found = with_budget(recipe(**fields), "1.5K")
-    options = found.stage_options if place == "own" else found.stages[2]["stage_options"]
+    options = found.stage.options if place == "own" else found.stages[2]["stage.options"]
     assert options == {"hard": "widest", "budget": 1500.0}
     if place == "sequence":
-        assert found.stages[:2] == tuple(PARTS[:2])
-        assert found.stage_options == {}
+        assert found.stages[:2] == recipe(stages=PARTS).stages[:2]
+        assert found.stage.options == {}
 
 
 REFUSED = {
@@ -352,14 +356,17 @@ REFUSED = {
         ["--recipe", "slimmable-resnet-cifar", "--budget", "1M"],
         "this recipe has supernet, recalibrate",
     ),
-    "no number": (["--recipe", "ds-net-digits", "--budget", "lots"], "--budget lots: write a number greater than 0"),
+    "no number": (["--recipe", "ds-net-digits", "--budget", "lots"], "--budget lots: .* number"),
     "out of reach": (["--recipe", "ds-net-digits", "--budget", "1M"], "out of reach: possible are 40,228 to 86,872"),
     "original": (
-        ["--recipe", "ds-net-digits", "--budget", "60K", "--stages.3.stage-options.original", "true"],
+        ["--recipe", "ds-net-digits", "--budget", "60K", "--stages.3.stage.options.original", "true"],
         "original=True has no budget",
     ),
-    "no such stage": (["--recipe", "ds-net-digits", "--stages.4.lr", "1"], "--stages.4.lr: possible is.*N from 1 to 3"),
-    "no stages": (["--recipe", "digits", "--stages.1.lr", "1"], "--stages.1.lr: the recipe has no stages"),
+    "no such stage": (
+        ["--recipe", "ds-net-digits", "--stages.4.lr", "1"],
+        "stages.4.lr: expected stages.N.FIELD with N from 1 to 3",
+    ),
+    "no stages": (["--recipe", "digits", "--stages.1.lr", "1"], "stages.1.lr: the recipe has no stages"),
     "which stage": (["--recipe", "ds-net-digits", "--stage", "gate"], "belongs to one of them: say stages.3.stage"),
 }
 

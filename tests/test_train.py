@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,13 @@ from torch import nn
 
 import thriftnet as tn
 from thriftnet.errors import CheckpointError
-from thriftnet.train.engine import DivergedError, Progress
-from thriftnet.train.job import TrainResult
+from thriftnet.train import TrainResult, train
+from thriftnet.train.checkpoints import damage
+from thriftnet.train.loop import DivergedError, Interrupted, Progress
 from thriftnet.train.recipe import Recipe
-from thriftnet.train.sequence import train
-from thriftnet.train.state import damage
-from thriftnet.train.stop import Interrupted
 from training import Net, in_children, kill_at, metrics, source
 
-FAST = {"batch_size": 16, "memory_format": "contiguous", "trackers": (), "validation": 0.25, "lr": 0.05}
+FAST = {"batch_size": 16, "trackers": (), "validation": 0.25, "lr": 0.05}
 
 
 def recipe(**fields: object) -> Recipe:
@@ -67,7 +66,7 @@ EVERYTHING = {
     "augmentation": {"crop_padding": 1, "flip": True, "cutout": 2},
     "checkpoint_every": 2,
     "accumulate": 2,
-    "batch_size": 8,
+    "batch_size": 16,
 }
 
 
@@ -79,7 +78,9 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path: Path):
     for trial in range(5):
         place = tmp_path / f"killed{trial}"
         for kill in sorted(steps.sample(range(1, wanted.steps), 4)):
-            codes = in_children(lambda rank, kill=kill, place=place: run(place, how, seeded_net(0.3), watch=kill_at(kill)))  # type: ignore[misc]
+            codes = in_children(
+                lambda rank, kill=kill, place=place: run(place, how, seeded_net(0.3), on_progress=kill_at(kill))
+            )  # type: ignore[misc]
             assert codes == [-signal.SIGKILL]
         resumed = run(place, how, seeded_net(0.3))
         assert resumed.resumed_from is not None
@@ -106,7 +107,7 @@ def test_killed_on_two_processes_it_ends_with_the_same_bits(tmp_path: Path):
 
     assert both(tmp_path / "whole") == [0, 0]
     for kill in (3, 8):
-        assert set(both(tmp_path / "killed", watch=kill_at(kill))) == {-signal.SIGKILL}
+        assert set(both(tmp_path / "killed", on_progress=kill_at(kill))) == {-signal.SIGKILL}
     assert both(tmp_path / "killed") == [0, 0]
     one, other = outcome_of(tmp_path / "whole"), outcome_of(tmp_path / "killed")
     assert one["world_size"] == other["world_size"] == 2
@@ -116,42 +117,60 @@ def test_killed_on_two_processes_it_ends_with_the_same_bits(tmp_path: Path):
     assert outcome_of(tmp_path / "killed", 1)["top1"] == other["top1"]
 
 
-@pytest.mark.parametrize("technique", ["", "filter-basis(shared_rank=4)", "slimmable(widths=(0.5, 1.0))"])
-def test_two_processes_equal_one_with_twice_the_batch(technique: str, tmp_path: Path):
-    """In float64, with norms synchronised; 64 training images, so that no batch is smaller than the others."""
-    how = recipe(epochs=2, validation=1 / 3, sync_batchnorm=True, label_smoothing=0.1, ema_decay=0.5)
-    how = how.replace(augmentation={"crop_padding": 1, "flip": True})
-
-    def net() -> nn.Module:
-        plain = seeded_net().double()
-        return tn.convert(plain, technique, select="^[36]$" if "basis" in technique else None) if technique else plain
-
-    assert in_children(lambda rank: run_among(tmp_path / "two", how.replace(batch_size=8), rank, net()), ranks=2) == [0, 0]
-    run_among(tmp_path / "one", how.replace(batch_size=16), 0, net())
-    two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
-    assert outcome_of(tmp_path / "two")["steps"] == outcome_of(tmp_path / "one")["steps"] == 8
+@pytest.mark.parametrize("technique", ["", "soft-sharing(templates=2)", "slimmable(widths=(0.5, 1.0))"])
+def test_two_processes_equal_one(technique: str, tmp_path: Path):
+    """In float64, without norms; 64 training images, so that no batch is smaller than the others."""
+    how = recipe(epochs=2, validation=1 / 3, label_smoothing=0.1, ema_decay=0.5, crop_padding=1, flip=True)
+    one, two = trained_by_one_and_two(how, lambda: without_norms(technique), tmp_path)
     assert two.keys() == one.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_without_synchronised_norms_two_processes_differ_from_one(tmp_path: Path):
-    """So the test above can fail."""
-    how = recipe(epochs=1, validation=1 / 3)
-    assert in_children(
-        lambda rank: run_among(tmp_path / "two", how.replace(batch_size=8), rank, seeded_net().double()), 2
-    ) == [0, 0]
-    run_among(tmp_path / "one", how, 0, seeded_net().double())
-    two, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+def test_norms_make_two_processes_differ_from_one(tmp_path: Path):
+    """So the test above can fail: each process's norms see its own part of a batch."""
+    one, two = trained_by_one_and_two(recipe(epochs=1, validation=1 / 3), lambda: seeded_net().double(), tmp_path)
     assert not all(torch.allclose(two[name], one[name], rtol=1e-6) for name in one if two[name].is_floating_point())
 
 
+def without_norms(technique: str) -> nn.Module:
+    torch.manual_seed(0)
+    plain = Net(norms=False).double()
+    return tn.convert(plain, technique, select="^[36]$" if "soft" in technique else None) if technique else plain
+
+
+def trained_by_one_and_two(
+    how: Recipe, make: Callable[[], nn.Module], folder: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same batch size, on one process and shared by two."""
+    assert in_children(lambda rank: run_among(folder / "two", how, rank, make()), ranks=2) == [0, 0]
+    run_among(folder / "one", how, 0, make())
+    assert outcome_of(folder / "two")["steps"] == outcome_of(folder / "one")["steps"] == how.epochs * 4
+    return load_file(folder / "one" / "model" / "model.safetensors"), load_file(
+        folder / "two" / "model" / "model.safetensors"
+    )
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path):
+    with pytest.raises(tn.ConfigError, match="batch_size=16 cannot be divided .* expected a multiple of 3"):
+        run(tmp_path, recipe(accumulate=3))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_equal_commands_end_with_equal_weights(tmp_path: Path):
+    first, second = (run(tmp_path / name) for name in ("first", "second"))
+    assert first.weights_sha256 == second.weights_sha256
+    assert json.loads((tmp_path / "first" / "run.json").read_text())["recipe"]["run"]["memory_format"] == "contiguous"
+    other = run(tmp_path / "other", recipe(seed=1))
+    assert other.weights_sha256 != first.weights_sha256
+
+
 def interrupt_at(step: int, number: int = signal.SIGINT):
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.step == step:
             os.kill(os.getpid(), number)
 
-    return watch
+    return on_progress
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -159,7 +178,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: 
     wanted = run(tmp_path / "whole")
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"after step 4; checkpoint: .*step-000000004"):
-        run(tmp_path / "run", watch=interrupt_at(3, number))
+        run(tmp_path / "run", on_progress=interrupt_at(3, number))
     assert signal.getsignal(number) is before
     resumed = run(tmp_path / "run")
     assert resumed.resumed_from is not None
@@ -167,10 +186,57 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: 
     assert resumed.weights_sha256 == wanted.weights_sha256
 
 
+class StopsItself(Net):
+    """Gets Ctrl-C in its n-th forward of training."""
+
+    def __init__(self, when: int) -> None:
+        super().__init__()
+        self.when, self.calls = when, 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        if self.training and self.calls == self.when:
+            os.kill(os.getpid(), signal.SIGINT)
+        out: torch.Tensor = super().forward(input)
+        return out
+
+
+def stopping_net(when: int) -> StopsItself:
+    torch.manual_seed(0)
+    return StopsItself(when)
+
+
+@pytest.mark.parametrize("step", [5, 10, 15])
+def test_a_signal_in_the_last_step_of_an_epoch_leaves_nothing_out(step: int, tmp_path: Path):
+    """The network of that step is evaluated and kept when the same command resumes: after 15 steps, the training's last, too."""
+    how = recipe(select_on="last", validation=0.25)
+    wanted = run(tmp_path / "whole", how, stopping_net(0))
+    place = tmp_path / "run"
+    with pytest.raises(Interrupted, match=f"after step {step}; checkpoint: .*step-0000000{step:02d}-before-evaluation"):
+        run(place, how, stopping_net(step))
+    resumed = run(place, how, stopping_net(0))
+    assert resumed.resumed_from is not None
+    assert (resumed.weights_sha256, resumed.top1, resumed.loss) == (wanted.weights_sha256, wanted.top1, wanted.loss)
+    assert metrics(place) == metrics(tmp_path / "whole")
+    assert not list((place / "checkpoints").glob("*-before-evaluation"))
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (place, tmp_path / "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    again = run(place, how, stopping_net(0))
+    assert (again.top1, metrics(place)) == (wanted.top1, metrics(tmp_path / "whole"))
+
+
+def test_a_refused_start_leaves_the_description_of_the_run(tmp_path: Path):
+    run(tmp_path, recipe(max_steps=5))
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(tn.ConfigError, match="trained for 5 steps already, and 4 are asked for"):
+        run(tmp_path, recipe(max_steps=4))
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
 def test_a_broken_checkpoint_is_passed_over_and_named(tmp_path: Path):
     wanted = run(tmp_path / "whole", recipe(checkpoint_every=2))
     with pytest.raises(Interrupted):
-        run(tmp_path / "run", recipe(checkpoint_every=2), watch=interrupt_at(8))
+        run(tmp_path / "run", recipe(checkpoint_every=2), on_progress=interrupt_at(8))
     newest, older = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
     content = bytearray((newest / "optimizer.bin").read_bytes())
     content[len(content) // 2] ^= 1
@@ -181,11 +247,11 @@ def test_a_broken_checkpoint_is_passed_over_and_named(tmp_path: Path):
     assert resumed.weights_sha256 == wanted.weights_sha256
 
 
-def test_when_no_checkpoint_is_whole_it_says_so(tmp_path: Path):
+def test_when_all_checkpoints_are_corrupt_it_says_so(tmp_path: Path):
     run(tmp_path / "run")
     for place in (tmp_path / "run" / "checkpoints").iterdir():
         (place / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is intact"):
         run(tmp_path / "run")
     assert damage(tmp_path / "nothing") == "it has no manifest.json"
 
@@ -197,7 +263,7 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(tmp_path: Path):
             (tmp_path / "run" / "checkpoints").write_text("")
 
     with pytest.raises(CheckpointError, match=r"cannot write .*step-000000008"):
-        run(tmp_path / "run", recipe(checkpoint_every=4), watch=fill)
+        run(tmp_path / "run", recipe(checkpoint_every=4), on_progress=fill)
     assert all(not damage(place) for place in (tmp_path / "kept").glob("step-*"))
 
 
@@ -252,7 +318,7 @@ def test_the_penalty_is_added_once_and_scaled(tmp_path: Path):
     ends = {}
     for factor in (0.0, 1.0):
         how = recipe(max_steps=1, penalty=factor, momentum=0.0, weight_decay=0.0, schedule="constant", lr=0.01)
-        how = how.replace(accumulate=2, batch_size=8, select_on="last", validation=0.0)
+        how = how.replace(accumulate=2, select_on="last", validation=0.0)
         net = copy.deepcopy(start)
         train(how, source(), tmp_path / str(factor), model=net, device="cpu")
         ends[factor] = dict(net.named_parameters())[name].detach()
@@ -272,7 +338,7 @@ def test_the_average_moves_a_tied_weight_once(tmp_path: Path):
     """After the first step the average is the network; after the second 0.75 of that and 0.25 of the network."""
     how = recipe(max_steps=2, ema_decay=0.75, select_on="last", validation=0.0)
     net, states = tied_net(), []
-    run(tmp_path, how, net, watch=lambda progress: states.append({k: v.clone() for k, v in net.state_dict().items()}))
+    run(tmp_path, how, net, on_progress=lambda progress: states.append({k: v.clone() for k, v in net.state_dict().items()}))
     first, second = states
     average = load_file(tmp_path / "model" / "model.safetensors")
     assert any(not torch.equal(first[name], second[name]) for name in average)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from thriftnet.data.dataset import ArrayImages, DataSource
-from thriftnet.train.engine import Progress
+from thriftnet.train.loop import Progress
 
 
 def source(count: int = 96, test: int = 40, size: int = 8, classes: int = 3, channels: int = 3) -> DataSource:
@@ -33,18 +33,18 @@ def source(count: int = 96, test: int = 40, size: int = 8, classes: int = 3, cha
 
 
 class Net(nn.Sequential):
-    """Three convolutions (0, 3 and 6) with batch norms, dropout and a classifier."""
+    """Three convolutions (0, 3 and 6) with batch norms (or without), dropout and a classifier."""
 
-    def __init__(self, classes: int = 3, dropout: float = 0.0) -> None:
+    def __init__(self, classes: int = 3, dropout: float = 0.0, norms: bool = True) -> None:
         super().__init__(
             nn.Conv2d(3, 6, 3, padding=1),
-            nn.BatchNorm2d(6),
+            nn.BatchNorm2d(6) if norms else nn.Identity(),
             nn.ReLU(),
             nn.Conv2d(6, 6, 3, padding=1),
-            nn.BatchNorm2d(6),
+            nn.BatchNorm2d(6) if norms else nn.Identity(),
             nn.ReLU(),
             nn.Conv2d(6, 6, 3, padding=1),
-            nn.BatchNorm2d(6),
+            nn.BatchNorm2d(6) if norms else nn.Identity(),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
@@ -54,7 +54,7 @@ class Net(nn.Sequential):
 
 
 def in_children(work: Callable[[int], None], ranks: int = 1, *, together: bool = True) -> list[int]:
-    """Run work(rank) in forked processes (much faster than starting Python anew); gives their exit codes.
+    """Run work(rank) in forked processes (much faster than starting Python again); gives their exit codes.
 
     A negative code is the signal that ended one, 0 is done, 1 an exception, which is printed.
     """
@@ -100,15 +100,15 @@ def free_port() -> int:
 def kill_at(step: int) -> Callable[[Progress], None]:
     """Kill this process, as kill -9 does, after a step."""
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         if progress.step >= step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return watch
+    return on_progress
 
 
 def metrics(run: Path) -> list[dict[str, object]]:
     """A run's metrics without those that measure time."""
-    from thriftnet.train.record import read_rows
+    from thriftnet.train.run_folder import read_metrics
 
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_rows(run)]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_metrics(run)]

@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
 from thriftnet.cli.common import emit, new_parser, parse
 from thriftnet.cli.machine import add_machine_options, use_machine
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from thriftnet.data.dataset import DataSource
+    from thriftnet.data.loaders import Loader
     from thriftnet.report.page import Page
-    from thriftnet.train.demo import Result
-    from thriftnet.train.engine import Progress
+    from thriftnet.train.loop import Progress
     from thriftnet.train.recipe import Recipe
 
 COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
 CLOSE = 2.0  # percent points: accuracy within this of plain needs no explanation
+SHOWN = (
+    "weight-sharing(rate=2)",
+    "soft-sharing(templates=2)",
+    "filter-basis(shared_rank=16, unique_rank=1)",
+    "shift(expansion=2.0)",
+    "slimmable(widths=(0.5, 1.0))",
+)
+TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
+
+
+@dataclass(frozen=True)
+class Result:
+    """The network under one technique (at one width).
+
+    Args:
+        name: "plain" or the technique's name, with the width where there are several.
+        technique: The technique's config as text, "" for plain.
+        params: Stored parameters, shared ones once.
+        macs: Executed multiply-accumulates per image.
+        accuracy: On the test images, in percent.
+        seconds: Training time.
+        fold_error: Largest difference to the folded network, relative to the largest output; None for plain.
+        rows: Metrics of each epoch: ``train_loss``, ``top1`` on the test images in percent, ...
+        predictions: Class given to each of the first test images by the folded network, loaded from disk.
+        folder: Where the trained network was saved.
+    """
+
+    name: str
+    technique: str
+    params: int
+    macs: int
+    accuracy: float
+    seconds: float
+    fold_error: float | None
+    rows: Sequence[Mapping[str, Any]]
+    predictions: tuple[int, ...]
+    folder: str
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -36,20 +79,107 @@ def run(arguments: Sequence[str]) -> None:
     options = parse(parser, arguments)
 
     from thriftnet.report.page import write_page
-    from thriftnet.train.demo import SHOWN, compare, demo_recipe
+    from thriftnet.train.recipe import load_recipe
 
-    recipe = demo_recipe(options.epochs, options.seed)
-    use_machine(options, recipe.batch_size)
+    length = {} if options.epochs is None else {"epochs": options.epochs}
+    recipe = load_recipe("digits", seed=options.seed, trackers=(), **length)
+    use_machine(options, recipe.data.batch_size)
     output = Path(options.output)
     start = time.perf_counter()
     with Bars(1 + len(SHOWN)) as bars:
-        source, results = compare(output, recipe, bars.start, bars.watch)
+        source, results = compare(output, recipe, bars)
     report = write_page(_page(source, results, recipe, time.perf_counter() - start), output / "report.html")
     notes = _notes(results)
     text = "\n".join(
         [table(COLUMNS, [_cells(r) for r in results]), *notes, "", f"report: {report}", f"models: {output / 'models'}"]
     )
     emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
+
+
+def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[Result]]:
+    """Train, convert, fold, save and predict; one result for each technique and width.
+
+    The plain network is trained first; each technique starts from its weights and trains as long again.
+
+    Raises:
+        IncompatibleModelError: A folded network that does not compute what the trained one does.
+    """
+    from thriftnet.data.sources import open_data
+    from thriftnet.techniques import convert
+    from thriftnet.train.prepare import prepare_model, seed_everything
+    from thriftnet.train.run_folder import read_metrics
+    from thriftnet.train.trainer import train
+
+    source = open_data("digits")
+    with _one_thread(), tempfile.TemporaryDirectory() as scratch:
+        seed_everything(recipe.seed)
+        plain = prepare_model(recipe, source)
+        results: list[Result] = []
+        for technique in ("", *SHOWN):
+            name = technique.partition("(")[0] or "plain"
+            bars.start(name)
+            model = convert(plain, technique) if technique else plain
+            run = Path(scratch) / name
+            trained = train(recipe, source, run, model=model, device="cpu", on_progress=bars.on_progress)
+            results += _results(model, technique, source, read_metrics(run), trained.seconds, output)
+    return source, results
+
+
+def _results(
+    model: nn.Module, technique: str, source: DataSource, rows: list[dict[str, Any]], seconds: float, output: Path
+) -> list[Result]:
+    """One result for a network, or one per width."""
+    from thriftnet.core.verbs import fold, freeze
+    from thriftnet.core.width import set_width, widths
+    from thriftnet.measure import inspect
+    from thriftnet.measure.difference import relative_difference
+    from thriftnet.store.model_file import load, save
+    from thriftnet.train.evaluate import evaluate
+
+    name = technique.partition("(")[0] or "plain"
+    size = (1, 8, 8)
+    test = held_out(source)
+    facts = {"input_size": size, "mean": source.mean, "std": source.std, "classes": source.classes}
+    model.eval()
+    folder = save(model, output / "models" / name, metadata={**facts, "metrics": {"top1": rows[-1]["top1"]}})
+    results = []
+    for width in widths(model) or (None,):
+        if width is not None:
+            set_width(model, width)
+        folded = fold(model) if width is None else freeze(model, width)
+        label = name if width is None else f"{name} at {width:g}"
+        error = relative_difference(model, folded, size) if technique else None
+        if error is not None and not error <= TOLERANCE:
+            raise IncompatibleModelError(f"{label}: the folded network differs by {error:.1e} of the largest output")
+        place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded", metadata=facts)
+        predicted = load(place)(next(iter(test))[0][:12]).argmax(1).tolist()
+        report = inspect(model, size)
+        score = evaluate(model, test).top1
+        results.append(
+            Result(label, technique, report.params, report.macs, score, seconds, error, rows, tuple(predicted), str(folder))
+        )
+    return results
+
+
+def held_out(source: DataSource) -> Loader:
+    """The test images, as networks are given them."""
+    from thriftnet.data.loaders import make_loader
+    from thriftnet.data.transforms import Augmentation
+
+    return make_loader(source.split("test"), 256, augmentation=Augmentation().for_source(source), train=False)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Maps of 8 x 8 pixels are too small to share among threads; one is faster, and exact under a seed."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Bars:
@@ -75,7 +205,7 @@ class Bars:
         self.done += 1
         self.task = self.bars.add_task(name, total=None, note=f"{self.done} of {self.networks}")
 
-    def watch(self, progress: Progress) -> None:
+    def on_progress(self, progress: Progress) -> None:
         self.bars.update(self.task, total=progress.steps, completed=progress.step)
         if progress.row is not None:
             self.bars.update(self.task, note=f"test accuracy {progress.row['top1']:.1f} %")
@@ -108,7 +238,6 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
 
     from thriftnet.report import plots
     from thriftnet.report.page import Page, Picture
-    from thriftnet.train.demo import held_out
 
     names = [r.name for r in results]
     trained = [r for i, r in enumerate(results) if r.rows is not (results[i - 1].rows if i else None)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
-from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers, processes
+from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table
@@ -31,12 +31,13 @@ def run(arguments: Sequence[str]) -> None:
     options, kwargs = parse_with_kwargs(_parser(), arguments)
     ks = numbers(options.topk, int, "--topk", "1,5")
     if min(ks) < 1 or (options.limit is not None and options.limit < 1) or options.batch_size < 1:
-        raise ConfigError("--topk, --limit and --batch-size take whole numbers from 1")
+        raise ConfigError("--topk, --limit and --batch-size: expected integers >= 1")
     if options.confusion_plot is not None and options.confusion_plot.suffix != ".svg":
         raise ConfigError(f"--confusion-plot {options.confusion_plot}: give a name that ends in .svg")
 
     from thriftnet.core.width import set_width
     from thriftnet.data.sources import open_data
+    from thriftnet.train.distributed import joined, process_group
 
     use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
@@ -44,10 +45,13 @@ def run(arguments: Sequence[str]) -> None:
         set_width(model, literal(options.width))
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     split = source.split(options.split)
-    options.split = next(name for name, images in source.splits.items() if images is split)  # val may stand for test
+    options.split = next(
+        name for name, images in source.splits.items() if images is split
+    )  # without a test split, val replaces it
     images = limited(split, options.limit)
     augmentation = augmentation_of(options, facts, source, images, model)
-    with processes(options.device) as (device, rank, world_size):
+    with process_group(options.device) as device:
+        rank, world_size = joined()
         loader = _loader(images, augmentation, options, device, rank, world_size)
         if options.mode is not None or options.sweep_budget is not None:
             from thriftnet.cli.evaluate_widths import measure_widths
@@ -76,7 +80,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("--split", default="test", help="train, val or test (default; val where there is no test)")
     add("--topk", metavar="K,K", default="1,5", help="which accuracies (1,5)")
-    add("--confusion", action="store_true", help="count what is taken for what")
+    add("--confusion", action="store_true", help="print the confusion matrix")
     add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
     add("--width", help="of a slimmable network: 0.5, a position, smallest or largest")
     add(
@@ -121,9 +125,9 @@ def _measure(
     from thriftnet.train.evaluate import evaluate
 
     confusion = options.confusion or options.confusion_plot is not None
-    with _bar(loader.images_per_epoch, quiet) as watch:
+    with _bar(loader.images_per_epoch, quiet) as on_batch:
         try:
-            return evaluate(model, loader, topk=ks, confusion=confusion, classes=source.classes, watch=watch)
+            return evaluate(model, loader, topk=ks, confusion=confusion, classes=source.classes, on_batch=on_batch)
         except OutOfMemoryError:
             raise ConfigError(f"--batch-size {options.batch_size} does not fit into memory: take a smaller one") from None
         except RuntimeError as error:
@@ -131,10 +135,10 @@ def _measure(
 
 
 @contextmanager
-def _bar(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def _bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar, if someone is looking."""
     if quiet or not sys.stderr.isatty():
-        yield None
+        yield lambda seen: None
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -183,7 +187,7 @@ def _text(options: Namespace, result: Evaluation) -> str:
 def _confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """The matrix, or its largest entries where there are many classes."""
     if len(classes) <= SHOWN:
-        return table(["class \\ taken for", *classes], [[name, *row] for name, row in zip(classes, confusion, strict=True)])
+        return table(["class \\ predicted", *classes], [[name, *row] for name, row in zip(classes, confusion, strict=True)])
     mistakes = [(count, i, j) for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j and count]
     rows = [[classes[i], classes[j], count] for count, i, j in sorted(mistakes, key=lambda entry: -entry[0])[:SHOWN]]
-    return table(["class", "taken for", "images"], rows)
+    return table(["class", "predicted", "images"], rows)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import open_network
@@ -12,7 +10,6 @@ from thriftnet.cli.machine import add_machine_options
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
@@ -89,32 +86,6 @@ def augmentation_of(
         how["resize"] = options.resize
         size = size or (stored[1] if stored else None)
     return Augmentation(mean=_tuple(mean), std=_tuple(std), image_size=size, **how)
-
-
-@contextmanager
-def processes(wanted: str | None) -> Iterator[tuple[torch.device, int, int]]:
-    """Device, rank and number of the processes that torchrun started; one alone otherwise."""
-    import torch
-    import torch.distributed as dist
-
-    kind = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(kind)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {kind} is not possible here: {str(error).splitlines()[0]}. Give cpu") from None
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
-        yield device, 0, 1
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, dist.get_rank(), world_size
-    finally:
-        dist.destroy_process_group()
 
 
 def limited(images: ImageDataset, limit: int | None) -> ImageDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def _show(recipe: Recipe, *, as_json: bool) -> None:
     """All fields of one recipe."""
     import yaml
 
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.to_dict().items()}
+    plain = json.loads(json.dumps(recipe.to_dict()))  # YAML has no tuples
     emit(yaml.safe_dump(plain, sort_keys=False, width=120).rstrip(), plain, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""`thriftnet train`: train a network by a recipe, on one process or many, and take it up again."""
+"""`thriftnet train`: train a network by a recipe, on one process or many; the same command resumes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from thriftnet.cli.machine import add_machine_options, use_machine
 from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from thriftnet.train.engine import Progress
-    from thriftnet.train.job import TrainResult
+    from thriftnet.train.loop import Progress
     from thriftnet.train.recipe import Recipe
+    from thriftnet.train.trainer import TrainResult
 
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR"
 # options that are named like a field of recipes
@@ -38,14 +38,14 @@ FIELDS = {
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser("train", "Train a network; on several processes: torchrun --nproc-per-node N -m thriftnet train ...")
     parser.epilog = (
-        "Each field of a recipe is an option, too: --lr 0.05, --batch-size 256, --augmentation.flip true "
+        "Each field of a recipe is an option, too: --lr 0.05 (or --optimizer.lr 0.05), --batch-size 256, --flip true "
         f"(docs/training.md lists them). {KWARGS_HELP}"
     )
     parser.add_argument("--recipe", metavar="R", help="a name that thriftnet recipes lists, or a YAML file")
     parser.add_argument("--data", metavar="D", required=True, help=DATA_HELP)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument("--device", metavar="cpu|cuda", help="left out: a GPU where there is one")
-    parser.add_argument("--resume", metavar="auto|none|PATH", default="auto", help="take up what the folder holds (default)")
+    parser.add_argument("--resume", metavar="auto|none|PATH", default="auto", help="resume what the folder holds (default)")
     parser.add_argument("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
     parser.add_argument("--budget", metavar="MACS", help="what an image may cost on average, for the stage gate, as 300M")
     add_machine_options(parser)
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
         parser.add_argument(option, metavar=option[2].upper(), help=text, **action)
     options, others = parse_with_kwargs(parser, arguments, literals=False)
 
-    from thriftnet.train.sequence import train
+    from thriftnet.train.trainer import train
 
     stated = {option[2:].replace("-", "_"): options[option[2:].replace("-", "_")] for option in FIELDS}
     fields = {name: value for name, value in stated.items() if value is not None}
@@ -66,109 +66,95 @@ def run(arguments: Sequence[str]) -> None:
             raise ConfigError(
                 f"the recipe {options.recipe} starts from a trained network: give --{name} FOLDER, as RUN/model"
             )
-    use_machine(options, recipe.batch_size)
+    use_machine(options, recipe.data.batch_size)
     with Bar() as bar:
-        outcome = train(
+        result = train(
             recipe,
             options.data,
             options.output,
             teacher=options.teacher,
             device=options.device,
             resume=options.resume,
-            watch=bar.watch,
+            on_progress=bar.on_progress,
         )
     if bar.is_main:
-        emit(describe(outcome), outcome.to_dict(), as_json=options.json)
+        emit(describe(result), result.to_dict(), as_json=options.json)
 
 
-def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Any:
-    """The recipe with fields replaced as written on the command line; what is no field goes to the network.
+def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields replaced as written on the command line; other names are arguments of the network.
 
     Raises:
         ConfigError: Neither a field nor an argument of the network, with close matches.
     """
-    import yaml
-
-    from thriftnet.train.recipe import Recipe, read_recipe, recipe_from, with_fields
+    from thriftnet.train.recipe import Recipe, full_name, read_recipe, recipe_from
 
     stated = read_recipe(name) if name else {}
-    known = Recipe.__dataclass_fields__
     if "max_steps" in texts and "epochs" in texts:
         raise ConfigError("say how long to train with either --epochs or --max-steps")
+    fields = {}
     for key, text in texts.items():
-        try:
-            value = yaml.safe_load(text) if isinstance(text, str) and key != "model" else text
-        except yaml.YAMLError:
-            value = text
-        head, dot, rest = key.partition(".")
-        if head not in known:
-            _check_kwarg(str(texts.get("model") or stated.get("model", Recipe.model)), key, known)
-            head, dot, rest = "model_kwargs", ".", key
-        if dot and head == "stages":
-            _set_in_stage(stated, rest, value)
-        else:
-            stated = with_fields(stated, {head: {**stated.get(head, {}), rest: value} if dot else value})
-    return recipe_from(stated)
+        if full_name(key) is None and "." not in key:
+            _check_kwarg(str(texts.get("model") or stated.get("model", Recipe.model)), key)
+            key = f"model_kwargs.{key}"
+        fields[key] = _value(key, text)
+    return recipe_from(stated, fields)
 
 
-def _set_in_stage(stated: dict[str, Any], place: str, value: Any) -> None:
-    """Replace a field of one stage: its number, from 1 as in the run's folders, and the field's name."""
-    stages = stated.get("stages") or ()
-    number, _, field = place.partition(".")
-    if not field or number not in map(str, range(1, len(stages) + 1)):
-        raise ConfigError(
-            f"--stages.{place}: possible is --stages.N.FIELD with N from 1 to {len(stages)}"
-            if stages
-            else f"--stages.{place}: the recipe has no stages to number; give the field itself, as --lr 0.05"
-        )
-    field, dot, rest = field.partition(".")
-    fields = dict(stages[int(number) - 1])
-    fields[field] = {**fields.get(field, {}), rest: value} if dot else value
-    stated["stages"] = [fields if place == int(number) else other for place, other in enumerate(stages, 1)]
+def _value(name: str, text: Any) -> Any:
+    """A text as it is where the field has a type of its own, otherwise read as YAML."""
+    import yaml
+
+    from thriftnet.train.recipe import field_names, full_name
+
+    own = name.split(".", 2)[-1] if name.startswith("stages.") else name
+    if not isinstance(text, str) or full_name(own) in field_names():
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def with_budget(recipe: Recipe, text: str) -> Recipe:
     """The recipe whose gate keeps to so many multiply-accumulates per image.
 
     Raises:
-        ConfigError: No such number, or no stage that trains a gate.
+        ConfigError: Not such a number, or no stage that trains a gate.
     """
-    budget = {"budget": quantity("--budget", text)}
-    if recipe.stage == "gate" and not recipe.stages:
-        return recipe.replace(stage_options=recipe.stage_options | budget)
-    found = [fields.get("stage", "recalibrate") for fields in recipe.stages] or [recipe.stage]
+    budget = quantity("--budget", text)
+    found = [entry.get("stage.name", "recalibrate") for entry in recipe.stages] or [recipe.stage.name]
     if "gate" not in found:
         raise ConfigError(
             f"--budget {text} is for a stage gate; this recipe has {', '.join(found)}. "
             "Take one with gates, as --recipe ds-net-cifar, or --stage gate for a network that has one"
         )
-    stages = [
-        {**fields, "stage_options": fields.get("stage_options", {}) | budget} if fields.get("stage") == "gate" else fields
-        for fields in recipe.stages
-    ]
-    return recipe.replace(stages=stages)
+    prefixes = [f"stages.{number}." for number, name in enumerate(found, 1) if name == "gate"] if recipe.stages else [""]
+    return recipe.replace(**{f"{prefix}stage.options.budget": budget for prefix in prefixes})
 
 
-def _check_kwarg(model: str, key: str, fields: Mapping[str, Any]) -> None:
+def _check_kwarg(model: str, key: str) -> None:
     """Refuse what neither the recipe nor a network of the zoo knows."""
     from thriftnet.models import model_kwargs
     from thriftnet.models.table import NAMES, normalize_name
+    from thriftnet.train.recipe import field_names
 
     if normalize_name(model) in NAMES and key not in model_kwargs(model):
-        raise unknown_name(f"recipe field, nor argument of {model},", key, [*fields, *model_kwargs(model)])
+        leaves = {path.rpartition(".")[2] for path in field_names()} - {"name"}
+        raise unknown_name(f"recipe field, nor argument of {model},", key, [*leaves, *model_kwargs(model)])
 
 
 class Bar:
     """A progress bar with rate and time left on a terminal; nothing elsewhere."""
 
     def __init__(self) -> None:
-        import os
-
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        from thriftnet.train.distributed import launched
+
+        self.is_main = launched()[0] == 0
         self.bars = Bars(
             TextColumn("epoch {task.fields[epochs]:.1f}"),
             BarColumn(),
@@ -189,7 +175,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def watch(self, progress: Progress) -> None:
+    def on_progress(self, progress: Progress) -> None:
         """Show one step."""
         import time
 
@@ -208,15 +194,15 @@ class Bar:
         self.bars.update(self.task, completed=progress.step, epochs=progress.epochs, rate=rate, note=self.note)
 
 
-def describe(outcome: TrainResult) -> str:
+def describe(result: TrainResult) -> str:
     """The result in words."""
-    lines = [f"note: {note}" for note in outcome.notes]
-    if outcome.resumed_from:
-        lines.append(f"resumed from {outcome.resumed_from}")
+    lines = [f"note: {note}" for note in result.notes]
+    if result.resumed_from:
+        lines.append(f"resumed from {result.resumed_from}")
     lines += [
-        f"test top-1 {outcome.top1:.2f} %, loss {outcome.loss:.4f}; {outcome.params:,} stored parameters",
-        *(f"{name.replace('_', ' ')}: {value}" for name, value in outcome.facts.items()),
-        f"{outcome.steps:,} steps, {outcome.seconds:.1f} s, {outcome.world_size} process{'es' if outcome.world_size > 1 else ''}",
-        f"run: {outcome.run}    (thriftnet evaluate {outcome.run} --data ...)",
+        f"test top-1 {result.top1:.2f} %, loss {result.loss:.4f}; {result.params:,} stored parameters",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.facts.items()),
+        f"{result.steps:,} steps, {result.seconds:.1f} s, {result.world_size} process{'es' if result.world_size > 1 else ''}",
+        f"run: {result.run}    (thriftnet evaluate {result.run} --data ...)",
     ]
     return "\n".join(lines)

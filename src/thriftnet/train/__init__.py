@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, and what comes out. The names below load on first use."""
+"""Training: recipes, the loop, and evaluation. The names below load on first use."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PLACES = {
-    "TrainResult": "thriftnet.train.job",
     "Recipe": "thriftnet.train.recipe",
+    "TrainResult": "thriftnet.train.trainer",
     "list_recipes": "thriftnet.train.recipe",
     "load_recipe": "thriftnet.train.recipe",
-    "train": "thriftnet.train.sequence",
+    "train": "thriftnet.train.trainer",
 }
 
 __all__ = ["Recipe", "TrainResult", "list_recipes", "load_recipe", "train"]
 
 if TYPE_CHECKING:
-    from thriftnet.train.job import TrainResult
     from thriftnet.train.recipe import Recipe, list_recipes, load_recipe
-    from thriftnet.train.sequence import train
+    from thriftnet.train.trainer import TrainResult, train
 
 
 def __getattr__(name: str) -> Any:

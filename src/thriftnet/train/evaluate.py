@@ -1,4 +1,4 @@
-"""How well a network classifies: top-k accuracy, loss, accuracy of each class, and what is taken for what."""
+"""How well a network classifies: top-k accuracy, loss, per-class accuracy and confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.data.loaders import Batch, Loader
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
+from thriftnet.train.distributed import joined, largest, total
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Evaluation:
         loss: Mean cross entropy.
         images: How many.
         seconds: Of the slowest process, loading included.
-        per_class: Percent of the images of each class that were told rightly; None for a class without images.
+        per_class: Per-class accuracy, in percent; None for a class without images.
         classes: Names of the classes.
-        confusion: Images of each class (rows) taken for each class (columns); None unless asked for.
+        confusion: Images of each class (rows) predicted as each class (columns); None unless asked for.
     """
 
     accuracies: dict[int, float]
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def top1(self) -> float:
-        """Percent of images told rightly."""
+        """Accuracy, in percent."""
         return self.accuracies[1]
 
     @property
@@ -55,7 +55,7 @@ class Evaluation:
         return self.images / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready dict; accuracies in percent, a loss that is no number as None."""
+        """As JSON-ready dict; accuracies in percent, a loss that is NaN as None."""
         result: dict[str, Any] = {f"top{k}": accuracy for k, accuracy in self.accuracies.items()}
         result |= {
             "loss": self.loss if self.loss == self.loss else None,
@@ -75,28 +75,28 @@ def evaluate(
     topk: Sequence[int] = (1, 5),
     confusion: bool = False,
     classes: Sequence[str] | None = None,
-    watch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda seen: None,
 ) -> Evaluation:
-    """Measure a network on labelled images; it is as before afterwards, in training mode or not.
+    """Measure a network on labelled images; its modes are restored afterwards.
 
-    Under ``torch.distributed`` each process gives its part of the images, and all get the sums over all parts. The parts
-    need not be equally large.
+    Under ``torch.distributed`` each process evaluates its part of the images, and all get the sums over all parts. The parts
+    need not be of equal size.
 
     Args:
         model: Gives logits (B, classes); on the loader's device.
         loader: Batches of ``(images, labels)``.
         topk: Which accuracies; 1 is always among them.
-        confusion: Whether to count what is taken for what.
+        confusion: Whether to count the confusion matrix.
         classes: Names of the data's classes; left out, their numbers.
-        watch: Told after each batch how many images this process has seen.
+        on_batch: Called after each batch with the number of images that this process has seen.
 
     Raises:
         ConfigError: A k below 1.
-        IncompatibleModelError: Outputs that are no logits, or not as many as the data has classes.
-        DataError: No images, or a label that is no class of the network.
+        IncompatibleModelError: Outputs that are not logits, or not one for each class of the data.
+        DataError: No images, or a label outside the network's classes.
     """
     if not topk or min(topk) < 1:
-        raise ConfigError(f"topk={tuple(topk)}: give whole numbers from 1, as (1, 5)")
+        raise ConfigError(f"topk={tuple(topk)}: expected integers >= 1, as (1, 5)")
     # the wrapper of distributed training shares buffers in each forward, and waits for processes that have no batch left
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     start = time.perf_counter()
@@ -105,14 +105,13 @@ def evaluate(
     with torch.no_grad(), _eval_mode(network):
         for images, labels in loader:
             counts.add(network(images.to(dtype)), labels)
-            if watch is not None:
-                watch(counts.seen)
+            on_batch(counts.seen)
     counts.gather()
     return counts.result(classes, time.perf_counter() - start)
 
 
 def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
-    """Where to count; a process without images must count on the same kind of device as the others."""
+    """Where to count; a process without images counts on the same kind of device as the others."""
     if isinstance(loader, Loader):
         return loader.device
     return next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -120,7 +119,7 @@ def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
 
 @contextmanager
 def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; each as before afterwards."""
+    """All modules in eval mode; restored afterwards."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -131,11 +130,11 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 class _Counts:
-    """Sums over images; nothing is brought to the CPU before the end.
+    """Sums over images; nothing is copied to the CPU before the end.
 
     Args:
         ks: Which top-k accuracies.
-        confusion: Whether all pairs of classes are counted.
+        confusion: Whether to count all pairs of classes.
         classes: How many the data has, if known.
         device: Where to count.
     """
@@ -155,11 +154,13 @@ class _Counts:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
             got = f"outputs {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise IncompatibleModelError(
-                f"the network gives {got} for {len(labels)} images; needed is one row of logits for each"
+                f"the network gives {got} for {len(labels)} images; expected one row of logits for each"
             )
         self._open(logits.shape[1])
         self.highest = torch.maximum(self.highest, labels.max())
-        labels = labels.clamp(max=self.outputs - 1)  # a label that is too high is an error at the end: no wait per batch
+        labels = labels.clamp(
+            max=self.outputs - 1
+        )  # a label that is too high raises at the end: no synchronisation per batch
         logits = logits if logits.dtype == torch.float64 else logits.float()
         self.loss += F.cross_entropy(logits, labels, reduction="sum").to(self.loss.dtype)
         best = logits.topk(min(self.ks[-1], self.outputs), dim=1).indices
@@ -176,7 +177,7 @@ class _Counts:
             return
         if self.classes is not None and outputs != self.classes:
             raise IncompatibleModelError(
-                f"the network tells {outputs} classes apart, the data has {self.classes}: evaluate on the data that it was "
+                f"the network has {outputs} classes, the data has {self.classes}: evaluate on the data that it was "
                 "trained for, or build it with num_classes"
             )
         self.outputs = outputs
@@ -184,30 +185,26 @@ class _Counts:
 
     def gather(self) -> None:
         """Add up over processes."""
-        seen = torch.tensor(self.seen, dtype=torch.int64, device=self.device)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            outputs = torch.tensor(self.outputs, dtype=torch.int64, device=self.device)
-            dist.all_reduce(outputs, op=dist.ReduceOp.MAX)  # a process without images does not know it
-            if self.outputs == 0 and int(outputs):
-                self._open(int(outputs))
-            dist.all_reduce(self.highest, op=dist.ReduceOp.MAX)
-            for total in (seen, self.loss, self.right, self.pairs):
-                dist.all_reduce(total)
-        self.seen = int(seen)
+        if joined()[1] > 1:
+            outputs = int(
+                largest(torch.tensor(self.outputs, device=self.device))
+            )  # a process without images does not know it
+            if self.outputs == 0 and outputs:
+                self._open(outputs)
+            self.highest = largest(self.highest)
+            self.loss, self.right, self.pairs = total(self.loss), total(self.right), total(self.pairs)
+        self.seen = int(total(torch.tensor(self.seen, device=self.device)))
         if self.seen == 0:
             raise DataError("there are no images to evaluate on")
         if int(self.highest) >= self.outputs:
             raise DataError(
-                f"an image has the label {int(self.highest)}, the network tells {self.outputs} classes apart (0 to "
-                f"{self.outputs - 1}): evaluate on the data that it was trained for"
+                f"an image has the label {int(self.highest)}, the network has {self.outputs} classes (0 to {self.outputs - 1}): "
+                "evaluate on the data that it was trained for"
             )
 
     def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
         """The measured figures."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            slowest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            seconds = float(slowest)
+        seconds = float(largest(torch.tensor(seconds, device=self.device)))
         pairs = self.pairs.view(self.outputs, -1).cpu()
         right = pairs.diagonal() if self.confusion else pairs[:, 1]
         shares = zip(right.tolist(), pairs.sum(1).tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What the outputs of a network are compared with: labels, smoothed or mixed, and a teacher's outputs."""
+"""The loss: cross entropy with labels, smoothed or mixed, and the distance to a teacher's outputs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from thriftnet.train.recipe import Recipe
+    from thriftnet.train.recipe import LossFields
 
 
 class Criterion:
     """Cross entropy, and the distance to a teacher where there is one.
 
     Args:
-        recipe: Smoothing, share and temperature of the distillation.
+        fields: Smoothing, and weight and temperature of the distillation.
         teacher: A network whose outputs are compared with, in eval mode.
     """
 
-    def __init__(self, recipe: Recipe, teacher: nn.Module | None = None) -> None:
-        self.smoothing, self.temperature = recipe.label_smoothing, recipe.distill_temperature
-        self.teacher, self.share = teacher, recipe.distill_weight if teacher is not None else 0.0
+    def __init__(self, fields: LossFields, teacher: nn.Module | None = None) -> None:
+        self.smoothing, self.temperature = fields.label_smoothing, fields.distill_temperature
+        self.teacher, self.share = teacher, fields.distill_weight if teacher is not None else 0.0
 
     def __call__(self, outputs: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """The loss, in float32 or wider.
@@ -53,16 +53,16 @@ def distillation(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def make_mixup(recipe: Recipe, classes: int) -> Any:
+def make_mixup(fields: LossFields, classes: int) -> Any:
     """timm's mixup and CutMix on batches, which also smooths the labels; None where the recipe has neither."""
-    if not recipe.mixup and not recipe.cutmix:
+    if not fields.mixup and not fields.cutmix:
         return None
     from timm.data.mixup import Mixup
 
     return Mixup(  # type: ignore[no-untyped-call]
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        switch_prob=recipe.mixup_switch,
-        label_smoothing=recipe.label_smoothing,
+        mixup_alpha=fields.mixup,
+        cutmix_alpha=fields.cutmix,
+        switch_prob=fields.mixup_switch,
+        label_smoothing=fields.label_smoothing,
         num_classes=classes,
     )

@@ -1,56 +1,57 @@
-"""Optimizers from recipes, and which parameters get no weight decay."""
+"""Optimizers, learning rates over the training, and the average of the weights, from recipes."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from thriftnet.core.penalty import param_groups
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
-    from thriftnet.train.recipe import Recipe
+    from thriftnet.train.recipe import OptimizerFields, Recipe
+
+Shape = Callable[[float], float]  # from epochs passed to a factor on the learning rate
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, fields: OptimizerFields) -> torch.optim.Optimizer:
     """torch's SGD or AdamW, or one of timm's by name, over the trainable parameters.
 
     Raises:
         ConfigError: No optimizer of that name, or nothing to train.
     """
-    groups = decay_groups(model, recipe.weight_decay, recipe.no_decay)
+    groups = decay_groups(model, fields.weight_decay, fields.no_decay)
     if not groups:
         raise ConfigError("there is nothing to train: no parameter of the network requires a gradient")
-    if recipe.optimizer == "sgd":
-        nesterov = recipe.nesterov and recipe.momentum > 0
-        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, recipe.lr)
+    if fields.name == "sgd":
+        nesterov = fields.nesterov and fields.momentum > 0
+        return torch.optim.SGD(groups, fields.lr, momentum=fields.momentum, nesterov=nesterov)
+    if fields.name == "adamw":
+        return torch.optim.AdamW(groups, fields.lr)
     from timm import optim
 
     timm_names = [str(name) for name in optim.list_optimizers()]  # type: ignore[attr-defined]
-    if recipe.optimizer not in timm_names:
-        raise ConfigError(f"optimizer={recipe.optimizer!r}: possible are sgd, adamw, and timm's: {', '.join(timm_names)}")
+    if fields.name not in timm_names:
+        raise ConfigError(f"optimizer={fields.name!r}: expected sgd, adamw, or one of timm's: {', '.join(timm_names)}")
     made: torch.optim.Optimizer = optim.create_optimizer_v2(  # type: ignore[attr-defined]
-        groups, opt=recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
+        groups, opt=fields.name, lr=fields.lr, momentum=fields.momentum
     )
     return made
 
 
-def decay_groups(model: nn.Module, weight_decay: float, no_decay: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Parameter groups: ``no_decay`` names who is spared, see `Recipe`; each parameter once, frozen ones not at all."""
-    spared = {id(p) for p in _spared(model, no_decay)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+    """Parameter groups with and without weight decay; each parameter once, frozen ones not at all.
 
-
-def _spared(model: nn.Module, no_decay: tuple[str, ...]) -> list[nn.Parameter]:
+    Args:
+        no_decay: Who has none, as in `OptimizerFields`.
+    """
     spared: list[nn.Parameter] = []
     if "technique" in no_decay:
         spared += [p for group in param_groups(model, 1.0) if not group["weight_decay"] for p in group["params"]]
@@ -59,4 +60,109 @@ def _spared(model: nn.Module, no_decay: tuple[str, ...]) -> list[nn.Parameter]:
         spared += [p for module in model.modules() if isinstance(module, norms) for p in module.parameters(recurse=False)]
     if "bias" in no_decay:
         spared += [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    return spared
+    without = {id(p) for p in spared}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) not in without], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in without], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, epochs: float) -> LambdaLR:
+    """torch's scheduler, to be stepped after each optimizer step.
+
+    Args:
+        optimizer: Its learning rates are those at factor 1.
+        recipe: Has the schedule.
+        steps_per_epoch: Optimizer steps.
+        epochs: Length of the training.
+
+    Raises:
+        ConfigError: A cool-down longer than the training.
+    """
+    shape = SHAPES[recipe.schedule.name](recipe, epochs)
+
+    def factor(step: int) -> float:
+        return shape(float(step // steps_per_epoch) if recipe.schedule.per == "epoch" else step / steps_per_epoch)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _multistep(recipe: Recipe, epochs: float) -> Shape:
+    """Factors multiply from their epochs on."""
+    milestones = recipe.schedule.milestones
+    return lambda epoch: math.prod(factor for start, factor in milestones.items() if epoch >= start)
+
+
+def _piecewise(recipe: Recipe, epochs: float) -> Shape:
+    """Straight lines between points; constant after the last.
+
+    Source: the "onecycle" of SPIN's recipes (PySlowFast).
+    """
+    points = sorted(recipe.schedule.points.items())
+    starts = [start for start, _ in points]
+
+    def shape(epoch: float) -> float:
+        after = bisect_right(starts, epoch)
+        if after in (0, len(points)):
+            return points[max(after - 1, 0)][1]
+        (x0, y0), (x1, y1) = points[after - 1], points[after]
+        return y0 + (y1 - y0) * (epoch - x0) / (x1 - x0)
+
+    return shape
+
+
+def _cosine(recipe: Recipe, epochs: float) -> Shape:
+    """Half a cosine from 1 to ``min_lr``; the warm-up replaces its beginning, the cool-down comes after its end.
+
+    A training of a few steps, shorter than the warm-up, is all warm-up.
+
+    Source: Loshchilov & Hutter, SGDR, ICLR 2017; as timm's `CosineLRScheduler`.
+    """
+    fields = recipe.schedule
+    low, start = fields.min_lr / recipe.optimizer.lr, fields.warmup_lr / recipe.optimizer.lr
+    length = epochs - fields.cooldown_epochs
+    if length <= 0:
+        raise ConfigError(
+            f"cooldown_epochs={fields.cooldown_epochs:g} leaves nothing of {epochs:g} epochs: give more epochs, or a shorter one"
+        )
+
+    def shape(epoch: float) -> float:
+        if epoch < fields.warmup_epochs:
+            return start + (1.0 - start) * epoch / fields.warmup_epochs
+        return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * min(epoch / length, 1.0)))
+
+    return shape
+
+
+SHAPES: dict[str, Callable[[Recipe, float], Shape]] = {
+    "constant": lambda recipe, epochs: lambda epoch: 1.0,
+    "multistep": _multistep,
+    "piecewise": _piecewise,
+    "cosine": _cosine,
+}
+
+
+def average_of(model: nn.Module, decay: float, *, warmup: bool = False) -> AveragedModel | None:
+    """An exponential average of a network over steps, with its running statistics; each tied tensor moves once."""
+    if not decay:
+        return None
+    average = AveragedModel(model, multi_avg_fn=_warmed_up(decay) if warmup else _constant(decay), use_buffers=True)
+    average.eval()
+    return average
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def _constant(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    return get_ema_multi_avg_fn(decay)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _warmed_up(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    def update(average: Tensors, present: Tensors, count: Tensor | int) -> None:
+        number = int(count)
+        _constant(min(decay, (1 + number) / (10 + number)))(average, present, count)
+
+    return update

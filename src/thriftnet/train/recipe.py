@@ -1,109 +1,254 @@
-"""A recipe: everything that decides how a network is trained, as plain data.
+"""Recipes: everything that decides how a network is trained, as plain data.
 
-Recipes are YAML files of these fields. Those shipped with the package lie in ``train/recipes``; a path to a file of your own
-is taken, too. Each field can be replaced on the command line (``--lr 0.05``) or in Python (``load_recipe(name, lr=0.05)``).
+A recipe is a YAML file of the fields below, in their groups. Those shipped with the package are in ``train/recipes``; the path of
+a file of your own works, too. Every field can be replaced, in Python (``load_recipe(name, lr=0.05)``) and on the command line
+(``--lr 0.05``), by its full name, ``optimizer.lr``, or by the last part of it where only one group has such a field.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import functools
 import importlib.resources
 import math
+import re
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from thriftnet.data.transforms import Augmentation
 from thriftnet.errors import ConfigError, unknown_name
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-SCHEDULES = ("constant", "multistep", "cosine", "piecewise")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": PRECISIONS,
-    "schedule": SCHEDULES,
-    "schedule_per": ("step", "epoch"),
-    "memory_format": ("auto", "contiguous", "channels_last"),
-    "select_on": ("val", "test", "last"),
-    "on_nan": ("stop", "skip"),
-    "on_corrupt": ("error", "skip"),
+RANGES: dict[str, Callable[[float], bool]] = {
+    ">= 0": lambda value: 0 <= value < math.inf,
+    ">= 1": lambda value: 1 <= value < math.inf,
+    "> 0": lambda value: 0 < value < math.inf,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
 }
-NO_DECAY_KINDS = ("technique", "norm", "bias")
 # fields that do not change what is computed: a resumed run may have others
 RESUMABLE_FIELDS = (
     "about",
     "needs",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "trackers",
-    "workers",
-    "on_nan",
     "epochs",
     "max_steps",
+    "data.workers",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.on_nan",
+    "run.trackers",
 )
+LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
+RECALIBRATION = ("widths", "momentum", "batches")
+
+
+def number(default: float | None, expected: str) -> Any:
+    """A field that holds a number in one of the `RANGES`, or its default None."""
+    return field(default=default, metadata={"expected": expected})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train; each field is one line of a recipe file.
+class Group:
+    """Fields whose ranges are checked."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, expected = getattr(self, each.name), each.metadata.get("expected")
+            if expected is not None and value is not None and not RANGES[expected](value):
+                raise ConfigError(f"{each.name}={value!r}: expected a number {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFields(Group):
+    """How images are read.
+
+    Args:
+        batch_size: Images per optimizer step, over all processes and accumulated batches.
+        drop_last: Whether a last, smaller batch is left out; with mixup it always is.
+        workers: Processes that decode images, for data not held in memory.
+        resident: Whether all images are held on the device; left out, where they are of one size and small.
+        on_corrupt: Whether an image that cannot be decoded stops the training or is left out.
+    """
+
+    batch_size: int = number(128, ">= 1")
+    drop_last: bool = False
+    workers: int = number(2, ">= 0")
+    resident: bool | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFields(Group):
+    """The optimizer, and the average of the weights.
+
+    Args:
+        name: ``sgd``, ``adamw``, or another name of timm's.
+        lr: Learning rate, at the schedule's factor 1.
+        momentum: Of SGD.
+        nesterov: Whether SGD's momentum is Nesterov's.
+        weight_decay: For all parameters but those that ``no_decay`` names.
+        no_decay: Parameters without weight decay: ``technique`` (what the technique lists, as coefficients), ``norm``, ``bias``.
+        clip_grad: Largest L2 norm of the gradient.
+        accumulate: Batches whose gradients are added up for one optimizer step.
+        reset_momentum_every_epoch: Start each epoch with a new optimizer, as the ShiftResNet authors' script did.
+        ema_decay: Of an average of the weights over steps; 0 for none. What is evaluated and saved is the average.
+        ema_warmup: Let the average forget the beginning: in step n its decay is at most (1 + n) / (10 + n).
+    """
+
+    name: str = "sgd"
+    lr: float = number(0.1, "> 0")
+    momentum: float = number(0.9, "in [0, 1)")
+    nesterov: bool = True
+    weight_decay: float = number(5e-4, ">= 0")
+    no_decay: tuple[Literal["technique", "norm", "bias"], ...] = ("technique",)
+    clip_grad: float | None = number(None, "> 0")
+    accumulate: int = number(1, ">= 1")
+    reset_momentum_every_epoch: bool = False
+    ema_decay: float = number(0.0, "in [0, 1)")
+    ema_warmup: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFields(Group):
+    """The learning rate over the training.
+
+    Args:
+        name: ``constant``, ``multistep``, ``cosine`` or ``piecewise``.
+        milestones: For ``multistep``: epoch (from 0) -> factor applied from then on.
+        points: For ``piecewise``: epoch -> factor, straight lines between.
+        per: Whether the learning rate changes each step or each epoch.
+        warmup_epochs: Epochs from ``warmup_lr`` up to the schedule; for ``cosine``.
+        warmup_lr: Learning rate at the first step of the warm-up.
+        min_lr: Learning rate at the end, for ``cosine``.
+        cooldown_epochs: Epochs at the end, at ``min_lr``, among ``epochs``; for ``cosine``.
+    """
+
+    name: Literal["constant", "multistep", "cosine", "piecewise"] = "cosine"
+    milestones: dict[int, float] = field(default_factory=dict)
+    points: dict[float, float] = field(default_factory=dict)
+    per: Literal["step", "epoch"] = "step"
+    warmup_epochs: float = number(0.0, ">= 0")
+    warmup_lr: float = number(0.0, ">= 0")
+    min_lr: float = number(0.0, ">= 0")
+    cooldown_epochs: float = number(0.0, ">= 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "multistep" and not self.milestones:
+            raise ConfigError("schedule='multistep' needs milestones, as {82: 0.1, 123: 0.1}")
+        if self.name == "piecewise" and len(self.points) < 2:
+            raise ConfigError("schedule='piecewise' needs points, as {0: 0, 5: 1, 30: 0}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFields(Group):
+    """The loss.
+
+    Args:
+        label_smoothing: Share of the target spread over all classes.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of CutMix; 0 for none.
+        mixup_switch: Probability of CutMix where both are on.
+        distill_weight: Share of the loss that compares with the teacher's outputs.
+        distill_temperature: Softens both outputs.
+        penalty: Factor on the technique's own penalty, which its config has scaled already.
+    """
+
+    label_smoothing: float = number(0.0, "in [0, 1)")
+    mixup: float = number(0.0, ">= 0")
+    cutmix: float = number(0.0, ">= 0")
+    mixup_switch: float = number(0.5, "in [0, 1]")
+    distill_weight: float = number(0.5, "in [0, 1]")
+    distill_temperature: float = number(4.0, "> 0")
+    penalty: float = number(1.0, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFields(Group):
+    """What one optimizer step does.
+
+    Args:
+        name: ``auto`` (all widths of a slimmable network, else the plain step), or a name of `thriftnet.train.stages.STAGES`.
+        options: The stage's own.
+    """
+
+    name: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFields(Group):
+    """How the training runs, which network it keeps, and what it writes.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+        memory_format: Of weights and images: ``contiguous`` or ``channels_last``.
+        compile: Whether to compile the network with ``torch.compile``.
+        find_unused_parameters: For networks in which a step leaves parameters without a gradient, on several processes.
+        select_on: Which network is kept: the best on ``val``, the ``last``, or the best on ``test``, as some papers did (which
+            flatters the result).
+        validation: Share of the training images held out for ``select_on: val``.
+        evaluate_every: Epochs between evaluations.
+        checkpoint_every: Optimizer steps between checkpoints; 0 for one at the end of each epoch only.
+        keep_checkpoints: How many of the newest are kept.
+        on_nan: Whether a loss that is not finite stops the training or skips the step.
+        trackers: Of Accelerate, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are left out.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    compile: bool = False
+    find_unused_parameters: bool = False
+    select_on: Literal["val", "test", "last"] = "val"
+    validation: float = number(0.1, "in [0, 1)")
+    evaluate_every: int = number(1, ">= 1")
+    checkpoint_every: int = number(0, ">= 0")
+    keep_checkpoints: int = number(2, ">= 1")
+    on_nan: Literal["stop", "skip"] = "stop"
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.select_on == "val" and not self.validation:
+            raise ConfigError(
+                "select_on='val' needs a share of the training images in validation; otherwise set select_on='last'"
+            )
+
+
+GROUPS: dict[str, type] = {
+    "data": DataFields,
+    "augmentation": Augmentation,
+    "optimizer": OptimizerFields,
+    "schedule": ScheduleFields,
+    "loss": LossFields,
+    "stage": StageFields,
+    "run": RunFields,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Group):
+    """How to train.
 
     Args:
         model: The network: any name that ``--model`` takes.
         model_kwargs: For the function that builds it; classes and channels follow from the data.
         technique: Applied before training, as ``soft-sharing(templates=2)``; several are applied in this order.
-        select: Regular expression on the layers that the techniques may take.
-        stage: What one step does: ``auto`` (all widths of a slimmable network, else the plain step), or a name of
-            `thriftnet.train.stages.STAGES`.
-        stage_options: Fields of the stage.
-        stages: Instead: trainings after each other, each a mapping of the fields in which it differs, with ``stage``, or with
-            ``recalibrate`` (fields of `thriftnet.recalibrate`) for fresh norm statistics.
+        select: Regular expression on the layers that the techniques may convert.
         epochs: Passes over the training images.
         max_steps: Instead: optimizer steps; the schedule spans them.
-        batch_size: Images per step and process.
-        total_batch_size: Instead: images per optimizer step over all processes; what papers state.
-        drop_last: Whether a last, smaller batch is left out; with mixup it always is.
-        accumulate: Batches whose gradients are added up for one optimizer step.
-        optimizer: ``sgd``, ``adamw``, or another name of timm's.
-        lr: Learning rate, at the schedule's factor 1.
-        momentum: Of SGD.
-        nesterov: Whether SGD's momentum is Nesterov's.
-        weight_decay: For all parameters but those spared.
-        no_decay: Who is spared: ``technique`` (what the technique lists, as coefficients), ``norm``, ``bias``.
-        clip_grad: Largest L2 norm of the gradient.
-        reset_momentum_every_epoch: Start each epoch with a new optimizer, as the ShiftResNet authors' script did.
-        schedule: ``constant``, ``multistep``, ``cosine`` or ``piecewise``.
-        milestones: For ``multistep``: epoch (from 0) -> factor applied from then on.
-        points: For ``piecewise``: epoch -> factor, straight lines between.
-        schedule_per: Whether the learning rate moves each step or each epoch.
-        warmup_epochs: Epochs from ``warmup_lr`` up to the schedule; for ``cosine``.
-        warmup_lr: Learning rate at the first step of the warm-up.
-        min_lr: Learning rate at the end, for ``cosine``.
-        cooldown_epochs: Epochs at the end, at ``min_lr``, among ``epochs``; for ``cosine``.
-        label_smoothing: Share of the target spread over all classes.
-        mixup: Alpha of mixup; 0 for none.
-        cutmix: Alpha of CutMix; 0 for none.
-        mixup_switch: How often CutMix is taken where both are on.
-        distill_weight: Share of the loss that compares with the teacher's outputs.
-        distill_temperature: Softens both outputs.
-        penalty: Factor on the technique's own penalty, which its config has scaled already.
-        ema_decay: Of an average of the weights over steps; 0 for none. What is evaluated and saved is the average.
-        ema_warmup: Let the average forget the beginning: in step n its decay is at most (1 + n) / (10 + n).
-        augmentation: Fields of `thriftnet.data.transforms.Augmentation`; mean and std follow from the data if not given.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
-        memory_format: ``auto`` times both for a few steps.
-        compile: Whether to compile the network with ``torch.compile``.
-        sync_batchnorm: Whether batch norms take their statistics over all processes.
-        find_unused_parameters: For networks of which a step leaves parameters unused; needed with several processes only.
-        validation: Share of the training images kept for choosing the best network.
-        select_on: ``val``, ``last`` for none, or ``test`` as some papers did (which flatters the result).
-        evaluate_every: Epochs between evaluations.
         seed: Of weights, order and augmentation.
-        workers: Processes that decode images, for data not held in memory.
-        resident: Whether all images are held on the device; left out, where they are of one size and small.
-        checkpoint_every: Optimizer steps between checkpoints; 0 for one at the end of each epoch only.
-        keep_checkpoints: How many of the newest are kept.
-        on_nan: Whether a loss that is no number stops the training or skips the step.
-        on_corrupt: Whether an image that cannot be read stops the training or is left out.
-        trackers: Of Accelerate, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are left out.
+        data: How images are read.
+        augmentation: What is done to them, as `thriftnet.data.transforms.Augmentation`; mean and std default to the data's.
+        optimizer: The optimizer, and the average of the weights.
+        schedule: The learning rate over the training.
+        loss: The loss.
+        stage: What one optimizer step does.
+        run: How the training runs, which network it keeps, and what it writes.
+        stages: Instead of one training, several of the same network: for each the fields in which it differs, with ``stage``, or with
+            ``recalibrate`` (arguments of `thriftnet.recalibrate`) to recompute norm statistics.
         needs: Options that must be given on the command line, as ``model`` for a recipe that starts from a trained network.
         about: Paper, table row, expected accuracy, parameters, hardware, time.
     """
@@ -112,122 +257,39 @@ class Recipe:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     technique: tuple[str, ...] = ()
     select: str | None = None
-    stage: str = "auto"
-    stage_options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = number(10, ">= 1")
+    max_steps: int | None = number(None, ">= 1")
+    seed: int = number(0, ">= 0")
+    data: DataFields = field(default_factory=DataFields)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    optimizer: OptimizerFields = field(default_factory=OptimizerFields)
+    schedule: ScheduleFields = field(default_factory=ScheduleFields)
+    loss: LossFields = field(default_factory=LossFields)
+    stage: StageFields = field(default_factory=StageFields)
+    run: RunFields = field(default_factory=RunFields)
     stages: tuple[dict[str, Any], ...] = ()
-    epochs: int = 10
-    max_steps: int | None = None
-    batch_size: int = 128
-    total_batch_size: int | None = None
-    drop_last: bool = False
-    accumulate: int = 1
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    no_decay: tuple[str, ...] = ("technique",)
-    clip_grad: float | None = None
-    reset_momentum_every_epoch: bool = False
-    schedule: str = "cosine"
-    milestones: dict[int, float] = field(default_factory=dict)
-    points: dict[float, float] = field(default_factory=dict)
-    schedule_per: str = "step"
-    warmup_epochs: float = 0.0
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
-    cooldown_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_switch: float = 0.5
-    distill_weight: float = 0.5
-    distill_temperature: float = 4.0
-    penalty: float = 1.0
-    ema_decay: float = 0.0
-    ema_warmup: bool = False
-    augmentation: dict[str, Any] = field(default_factory=dict)
-    precision: str = "fp32"
-    memory_format: str = "auto"
-    compile: bool = False
-    sync_batchnorm: bool = False
-    find_unused_parameters: bool = False
-    validation: float = 0.1
-    select_on: str = "val"
-    evaluate_every: int = 1
-    seed: int = 0
-    workers: int = 2
-    resident: bool | None = None
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    on_nan: str = "stop"
-    on_corrupt: Literal["error", "skip"] = "error"
-    trackers: tuple[str, ...] = ("tensorboard",)
     needs: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, possible in CHOICES.items():
-            if getattr(self, name) not in possible:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: possible are {', '.join(possible)}")
-        for name in self.no_decay:
-            if name not in NO_DECAY_KINDS:
-                raise unknown_name("entry of no_decay", name, NO_DECAY_KINDS)
-        self._check_ranges()
-
-    def _check_ranges(self) -> None:
-        rules: tuple[tuple[str, tuple[str, ...], Callable[[Any], bool]], ...] = (
-            ("at least 1", ("epochs", "batch_size", "accumulate", "evaluate_every", "keep_checkpoints"), lambda v: v >= 1),
-            ("at least 1, or left out", ("max_steps", "total_batch_size"), lambda v: v is None or v >= 1),
-            ("greater than 0", ("lr", "distill_temperature"), lambda v: 0 < v < math.inf),
-            ("greater than 0, or left out", ("clip_grad",), lambda v: v is None or 0 < v < math.inf),
-            ("in [0, 1)", ("momentum", "ema_decay", "label_smoothing", "validation"), lambda v: 0 <= v < 1),
-            ("in [0, 1]", ("distill_weight", "mixup_switch"), lambda v: 0 <= v <= 1),
-            (
-                "at least 0",
-                ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup", "cutmix", "penalty"),
-                lambda v: 0 <= v < math.inf,
-            ),
-            ("at least 0", ("workers", "checkpoint_every", "seed"), lambda v: v >= 0),
-        )
-        for possible, names, fits in rules:
-            for name in names:
-                value = getattr(self, name)
-                if not fits(value):
-                    raise ConfigError(f"{name}={value!r}: possible is a number {possible}")
-        if self.schedule == "multistep" and not self.milestones:
-            raise ConfigError("schedule='multistep' needs milestones, as {82: 0.1, 123: 0.1}")
-        if self.schedule == "piecewise" and len(self.points) < 2:
-            raise ConfigError("schedule='piecewise' needs points, as {0: 0, 5: 1, 30: 0}")
-        if self.select_on == "val" and not self.validation:
-            raise ConfigError(
-                "select_on='val' needs a share of the training images in validation; else take select_on='last'"
-            )
-
     def replace(self, **fields: Any) -> Recipe:
-        """The recipe with some fields replaced, each checked.
+        """The recipe with some fields replaced, in each of its stages.
 
         Raises:
             ConfigError: An unknown field, with close matches, or a value that it cannot have.
+
+        Example:
+            >>> Recipe().replace(lr=0.05, flip=True).optimizer.lr
+            0.05
         """
-        hints = get_type_hints(Recipe)
-        for name in fields:
-            if name not in hints:
-                raise unknown_name("recipe field", name, hints)
-        return dataclasses.replace(self, **{name: _typed(name, value, hints[name]) for name, value in fields.items()})
+        return recipe_from(self.to_dict(), fields)
+
+    def for_stage(self, entry: Mapping[str, Any]) -> Recipe:
+        """The recipe of one of the ``stages``."""
+        return self.replace(stages=(), **{name: value for name, value in entry.items() if name != "recalibrate"})
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; `recipe_from` reads it."""
-        return dataclasses.asdict(self)
-
-
-def recipe_from(fields: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain data, as read from YAML or JSON.
-
-    Raises:
-        ConfigError: Unknown fields, or values that they cannot have.
-    """
-    return Recipe().replace(**fields)
+        return asdict(self)
 
 
 def list_recipes() -> list[str]:
@@ -236,35 +298,18 @@ def list_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name: str, **fields: Any) -> Recipe:
+def load_recipe(name: str, /, **fields: Any) -> Recipe:
     """The recipe of that name, or in that file.
 
     Args:
         name: One of `list_recipes`, or the path of a YAML file.
-        fields: Replace those of the recipe, in each of its stages.
+        fields: Replace those of the recipe, in each of its stages: ``lr=0.05`` or ``**{"optimizer.lr": 0.05}``; a mapping for a group
+            replaces the fields that it names.
 
     Raises:
         ConfigError: No such recipe or field, with close matches, or a file that cannot be read.
     """
-    return recipe_from(with_fields(read_recipe(name), fields))
-
-
-def with_fields(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe file states, with fields replaced; they hold for stages that state others, too.
-
-    Raises:
-        ConfigError: A field that says what a stage does, for a recipe of several.
-    """
-    stages = stated.get("stages") or ()
-    if not stages or "stages" in fields:
-        return {**stated, **fields}
-    for name in ("stage", "stage_options"):
-        if name in fields:
-            raise ConfigError(
-                f"{name} of a recipe with several stages belongs to one of them: say stages.{len(stages)}.{name}"
-            )
-    kept = [{name: value for name, value in part.items() if name not in fields} for part in stages]
-    return {**stated, **fields, "stages": kept}
+    return recipe_from(read_recipe(name), fields)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -283,39 +328,158 @@ def read_recipe(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {name}: {' '.join(str(error).split())}") from None
     if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
-        raise ConfigError(f"{name} is no recipe: it must be a mapping of fields, as 'lr: 0.1'")
+        raise ConfigError(f"{name} is not a recipe: expected a mapping of fields, as 'epochs: 10'")
     return stated
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """A value as its field's type, where nothing is lost: lists as tuples, whole numbers as floats."""
-    if get_origin(hint) is Literal:
-        hint = str
-    options = get_args(hint) if get_origin(hint) not in (dict, tuple) else ()
-    if options:
-        if value is None:
-            return None
-        hint = next(option for option in options if option is not type(None))
-    origin = get_origin(hint) or hint
-    if origin is tuple and isinstance(value, str):
-        return (value,)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(value)
-    if origin is dict and isinstance(value, Mapping):
-        key_type = get_args(hint)[0]
-        return {_typed(name, key, key_type): item for key, item in value.items()}
-    if origin is float and isinstance(value, str):
-        value = _number(value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name}={value!r}: possible is {getattr(hint, '__name__', str(hint))}")
+def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from plain data, as read from YAML or JSON, with some fields replaced.
 
-
-def _number(text: str) -> float | str:
-    """YAML reads 5e-4 as text."""
+    Raises:
+        ConfigError: Unknown fields, or values that they cannot have.
+    """
+    flat = _replaced(_flat(stated), replaced or {})
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, last = path.split(".")
+        place = nested
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = copy.deepcopy(value)
     try:
-        return float(text)
-    except ValueError:
+        return Recipe(**vars(_parser().instantiate(_parser().parse_object(nested))))
+    except ArgumentError as error:
+        raise ConfigError(_in_one_line(str(error))) from None
+
+
+def full_name(name: str) -> str | None:
+    """The full name of a field, of a group, or of an entry of a field that is a mapping; None where there is none.
+
+    Example:
+        >>> full_name("lr"), full_name("stage.options.drawn"), full_name("rate")
+        ('optimizer.lr', 'stage.options.drawn', None)
+    """
+    head, _, rest = name.partition(".")
+    if head in GROUPS:
+        return name if not rest or rest.partition(".")[0] in _names(GROUPS[head]) else None
+    if head in _names(Recipe):
+        return name
+    owners = [group for group, kind in GROUPS.items() if head in _names(kind)]
+    return f"{owners[0]}.{name}" if len(owners) == 1 else None
+
+
+def field_names() -> list[str]:
+    """The full names of all fields."""
+    return [
+        path
+        for name in _names(Recipe)
+        for path in ([f"{name}.{leaf}" for leaf in _names(GROUPS[name])] if name in GROUPS else [name])
+    ]
+
+
+def _names(kind: type) -> list[str]:
+    return [each.name for each in fields(kind)]
+
+
+def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by their full names."""
+    flat: dict[str, Any] = {}
+    for name, value in stated.items():
+        path = full_name(name)
+        if path is None:
+            head, _, leaf = name.partition(".")
+            if head in GROUPS:
+                raise unknown_name(f"field of {head}", leaf, _names(GROUPS[head]))
+            raise unknown_name(
+                "recipe field", name, {path.rpartition(".")[2] for path in field_names()} - {"name"} | {*GROUPS}
+            )
+        if path == "stages":
+            flat[path] = [_flat_stage(entry) for entry in value]
+        elif path in LISTS and isinstance(value, str) and not value.startswith("["):
+            flat[path] = [value]
+        elif path not in GROUPS:
+            flat[path] = value
+        elif isinstance(value, Mapping) or is_dataclass(value):
+            items = value if isinstance(value, Mapping) else asdict(value)  # type: ignore[arg-type]
+            flat |= _flat({f"{path}.{leaf}": item for leaf, item in items.items()})
+        elif "name" in _names(GROUPS[path]):
+            flat[f"{path}.name"] = value  # optimizer: adamw
+        else:
+            raise ConfigError(f"{path}={value!r}: expected a mapping of its fields: {', '.join(_names(GROUPS[path]))}")
+    return flat
+
+
+def _flat_stage(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"stages: expected a list of mappings, got {entry!r}")
+    flat = _flat({name: value for name, value in entry.items() if name != "recalibrate"})
+    if ("stage.name" in flat) == ("recalibrate" in entry):
+        raise ConfigError(f"a stage of a recipe has either a field stage or a field recalibrate, got {sorted(entry)}")
+    if "recalibrate" not in entry:
+        return flat
+    for name in entry["recalibrate"]:
+        if name not in RECALIBRATION:
+            raise unknown_name("option of recalibrate", name, RECALIBRATION)
+    return {"recalibrate": dict(entry["recalibrate"]), **flat}
+
+
+def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """With fields replaced; they hold for stages that state others, too. ``stages.2.lr`` is that of the second only."""
+    for_all = _flat({name: value for name, value in fields.items() if not name.startswith("stages.")})
+    stages = for_all.get("stages", stated.get("stages", ()))
+    if stages and "stages" not in for_all:
+        for path in for_all:
+            if path.startswith("stage."):
+                raise ConfigError(
+                    f"{path} of a recipe with several stages belongs to one of them: say stages.{len(stages)}.{path}"
+                )
+        stages = [{path: value for path, value in entry.items() if path not in for_all} for entry in stages]
+    for name, value in fields.items():
+        if name.startswith("stages."):
+            stages = _with_stage_field(stages, name, value)
+    return {**stated, **for_all, **({"stages": stages} if stages else {})}
+
+
+def _with_stage_field(stages: list[dict[str, Any]], name: str, value: Any) -> list[dict[str, Any]]:
+    _, number, path = (*name.split(".", 2), "")[:3]
+    if not path or number not in map(str, range(1, len(stages) + 1)):
+        raise ConfigError(
+            f"{name}: expected stages.N.FIELD with N from 1 to {len(stages)}"
+            if stages
+            else f"{name}: the recipe has no stages to number; give the field itself, as lr=0.05 or --lr 0.05"
+        )
+    entry = stages[int(number) - 1]
+    head, _, option = path.partition(".")
+    own = {"recalibrate": {**entry.get("recalibrate", {}), option: value}} if head == "recalibrate" else {}
+    for leaf, item in ({} if own else _flat({path: value})).items():
+        mapping, _, key = leaf.rpartition(".")
+        own |= {leaf: item} if leaf in field_names() else {mapping: {**entry.get(mapping, {}), key: item}}
+    return [_flat_stage({**entry, **own}) if each is entry else each for each in stages]
+
+
+@functools.cache
+def _parser() -> Any:
+    """Checks and converts the values of all fields by their types."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _in_one_line(message: str) -> str:
+    """jsonargparse's error in our words."""
+    text = " ".join(message.split())
+    found = re.match(r'Parser key "([^"]+)": (.*)', text)
+    if found is None:
         return text
+    name, problem = found.groups()
+    union = re.match(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", problem
+    )
+    single = re.match(r"Expected a (.*)\. Got value: (.*)", problem)
+    if union or single:
+        expected, got = (union or single).groups()  # type: ignore[union-attr]
+        kinds = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", expected).replace(", NoneType", " or null")
+        return f"{name}={got!r}: expected {kinds}"
+    return f"{name}: {problem}"

@@ -1,6 +1,6 @@
-"""What one training step does. A stage is given to the loop, which knows none of them.
+"""Stages: what one training step does. The loop is given one and knows none.
 
-A stage gives one loss after the other; the loop computes the gradients of each before it asks for the next, adds them up, and
+A stage yields one loss after the other; the loop computes the gradients of each before it asks for the next, adds them up, and
 takes one optimizer step.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from thriftnet.core.width import Width, set_width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.train.distributed import total
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
@@ -32,9 +32,9 @@ class Step:
 
     Args:
         model: What `Stage.trained` gave, to be called; with several processes it sums gradients.
-        plain: The same without what the processes need.
+        plain: The unwrapped model (no DDP).
         average: Average of its weights over steps, or None.
-        criterion: Compares outputs with targets.
+        criterion: The loss of outputs and targets.
         number: Of the optimizer step, from 0; the same on all processes.
         seed: Of the run.
     """
@@ -52,33 +52,33 @@ class Stage(Protocol):
 
     @property
     def passes(self) -> int:
-        """How many losses a step has."""
+        """Losses of a step."""
 
     @property
     def partial(self) -> bool:
         """Whether a pass leaves parameters without a gradient."""
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Choose what is trained, and give the module whose forward the losses need: before the optimizer is made."""
+        """Choose what is trained, and give the module whose forward the losses call; before the optimizer is made."""
 
     def train_mode(self, module: nn.Module) -> None:
-        """Put it into the mode in which it is trained: at the start of each epoch."""
+        """Set the modes for training; at the start of each epoch."""
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The losses whose gradients are added up, one for each pass."""
 
     def saved(self, module: nn.Module) -> nn.Module:
-        """The network in what is trained."""
+        """The network to save."""
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        """The network in the form in which its accuracy is measured.
+        """The network to evaluate.
 
         Args:
-            images: Training batches without augmentation, for what has to be found on images.
+            images: Training batches without augmentation, for what has to be calibrated.
         """
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
-        """Metrics of that form beside its accuracy, after it was measured."""
+        """Further metrics of the network that was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ TEACHERS = ("average", "largest", "labels")
 
 @dataclass(frozen=True)
 class Supernet(AllWidths):
-    """The sandwich: the largest width learns the labels, some between and the smallest learn from what it has learned.
+    """The sandwich rule: the largest width learns the labels, some between and the smallest learn from its outputs.
 
     Args:
-        drawn: How many widths between largest and smallest are drawn for each step, alike on all processes.
-        teacher: What the narrower ones learn: the outputs of the network's ``average`` over steps at its largest ("in-place
-            bootstrapping"), of the ``largest`` in this very step ("in-place distillation"), or the ``labels``.
-        ensemble: Let the smallest learn from the mean of what the teacher gives at the largest and at the drawn widths.
+        drawn: Widths between largest and smallest drawn for each step, the same on all processes.
+        teacher: Targets of the narrower widths: the outputs of the network's ``average`` over steps at its largest ("in-place
+            bootstrapping"), of the ``largest`` in the same step ("in-place distillation"), or the ``labels``.
+        ensemble: Train the smallest with the mean of the teacher's outputs at the largest and at the drawn widths.
 
     Source: Yu & Huang, Universally Slimmable Networks, ICCV 2019, sections 3.2 and 3.3; Li et al., Dynamic Slimmable
     Network, CVPR 2021, section 3.2.
@@ -151,34 +151,34 @@ class Supernet(AllWidths):
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         between = self.between(step.seed, step.number)
-        outputs = self._at("largest", step.plain, step.model, images)
+        outputs = self._outputs(step, "largest", images)
         yield step.criterion(outputs, targets, images)
-        taught = self._taught(step, "largest", images, outputs)
-        lessons = [taught]
+        soft = self._soft_targets(step, "largest", images, outputs)
+        ensemble = [soft]
         for width in between:
-            outputs = self._at(width, step.plain, step.model, images)
-            yield self._narrow_loss(step, outputs, targets, images, taught)
+            outputs = self._outputs(step, width, images)
+            yield self._narrow_loss(step, outputs, targets, images, soft)
             if self.ensemble:
-                lessons.append(self._taught(step, width, images, outputs))
-        outputs = self._at("smallest", step.plain, step.model, images)
-        lesson = None if taught is None else torch.stack([each for each in lessons if each is not None]).mean(0)
-        yield self._narrow_loss(step, outputs, targets, images, lesson)
+                ensemble.append(self._soft_targets(step, width, images, outputs))
+        outputs = self._outputs(step, "smallest", images)
+        mean = None if soft is None else torch.stack([each for each in ensemble if each is not None]).mean(0)
+        yield self._narrow_loss(step, outputs, targets, images, mean)
 
     def between(self, seed: int, number: int) -> list[Width]:
-        """The widths drawn for a step; of a network with two widths, any."""
+        """The widths drawn for a step; with two widths, any."""
         possible = self.widths[1:-1] or self.widths
         random = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return [possible[int(place)] for place in torch.randint(len(possible), (self.drawn,), generator=random)]
+        return [possible[int(index)] for index in torch.randint(len(possible), (self.drawn,), generator=random)]
 
     @staticmethod
-    def _at(width: Width, plain: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
-        set_width(plain, width)
-        out: Tensor = model(images)
+    def _outputs(step: Step, width: Width, images: Tensor) -> Tensor:
+        set_width(step.plain, width)
+        out: Tensor = step.model(images)
         return out
 
     @torch.no_grad()
-    def _taught(self, step: Step, width: Width, images: Tensor, outputs: Tensor) -> Tensor | None:
-        """Probabilities that the teacher gives at a width; None where labels are learned."""
+    def _soft_targets(self, step: Step, width: Width, images: Tensor, outputs: Tensor) -> Tensor | None:
+        """The teacher's probabilities at a width; None where labels are learned."""
         if self.teacher == "labels":
             return None
         if self.teacher == "largest":
@@ -186,18 +186,18 @@ class Supernet(AllWidths):
         if step.average is None:
             raise ConfigError("teacher='average' needs an average of the weights: set ema_decay, as 0.997")
         set_width(step.average, width)
-        said: Tensor = step.average(images)
-        return said.softmax(1)
+        logits: Tensor = step.average(images)
+        return logits.softmax(1)
 
     @staticmethod
-    def _narrow_loss(step: Step, outputs: Tensor, targets: Tensor, images: Tensor, taught: Tensor | None) -> Tensor:
-        if taught is None:
+    def _narrow_loss(step: Step, outputs: Tensor, targets: Tensor, images: Tensor, soft: Tensor | None) -> Tensor:
+        if soft is None:
             return step.criterion(outputs, targets, images)
-        return F.cross_entropy(outputs, taught.to(outputs.dtype))
+        return F.cross_entropy(outputs, soft.to(outputs.dtype))
 
 
 class GateTraining(nn.Module):
-    """A gate, and the network that it decides for, out of sight of optimizers and checkpoints.
+    """A gate, and the network that it decides for, hidden from optimizers and checkpoints.
 
     Shape: (N, C, H, W) and (N,) -> a scalar, the loss.
     """
@@ -246,7 +246,7 @@ class GateStage(Standard):
         return cast(GateTraining, module).hidden[0]
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        """Within the budget: what decisions cost is found on training images, and stays with the gate."""
+        """Within the budget: the cost of decisions is calibrated on training images, and stays with the gate."""
         dynamic = cast(GateTraining, module).hidden[1].eval()
         if self.objective.budget is not None:
             dynamic.set_budget(self.objective.budget, images)
@@ -255,9 +255,7 @@ class GateStage(Standard):
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
         dynamic = cast(DynamicNetwork, measured)
-        counts = dynamic.counts.clone()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
+        counts = total(dynamic.counts)
         spent = float((counts * dynamic.macs).sum()) / max(int(counts.sum()), 1)
         return {"macs": round(spent), "decisions": dict(zip(map(str, dynamic.widths), counts.tolist(), strict=True))}
 
@@ -271,7 +269,7 @@ def _supernet(model: nn.Module, size: Size, drawn: int = 2, teacher: str = "aver
     if teacher not in TEACHERS:
         raise unknown_name("teacher", teacher, TEACHERS)
     if type(drawn) is not int or drawn < 0:
-        raise ConfigError(f"drawn={drawn!r}: possible is a whole number of at least 0")
+        raise ConfigError(f"drawn={drawn!r}: expected an integer >= 0")
     available = _widths(model, "supernet")
     return Supernet(passes=drawn + 2, widths=available, drawn=drawn, teacher=teacher, ensemble=ensemble)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: complete or not there, verified before they are used, newest first.
+"""Checkpoints of a training: complete or absent, verified before they are used, newest first.
 
 A checkpoint is a folder ``step-000000120`` of what Accelerate saves (weights, optimizer, schedule, random states of each process)
 with the loop's own state, and a manifest of hashes that is written last.
@@ -24,25 +24,27 @@ from thriftnet.files import sha256_of, sync
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MANIFEST, POSITION, AVERAGE = "manifest.json", "position.json", "average.pt"
+MANIFEST, STATE, AVERAGE = "manifest.json", "state.json", "average.pt"
 
 
 @dataclass
 class TrainState:
-    """Where the training is, and what it has to remember beside the tensors.
+    """How far the training is, and what it has to remember beside the tensors.
 
     Args:
         step: Optimizer steps taken.
         epoch: Epochs completed.
-        loss_sum: Of the steps of this epoch, exact.
+        epoch_ends: Whether the epoch (or the training) ends with this step, and the network is still to be evaluated and kept.
+        loss_sum: Over the steps of this epoch, exact.
         loss_count: Steps of this epoch.
         skipped: Steps left out because of their loss.
-        best: Best accuracy so far on what the network is selected on, in percent; -1 for none.
+        best: Best accuracy so far on the images that the network is selected on, in percent; -1 for none.
         loader: State of the training loader.
     """
 
     step: int = 0
     epoch: int = 0
+    epoch_ends: bool = False
     loss_sum: float = 0.0
     loss_count: int = 0
     skipped: int = 0
@@ -63,24 +65,25 @@ class Checkpoints:
     Args:
         folder: Where they lie.
         accelerator: Holds network and optimizer; its processes call each method together.
-        position: The loop's own state.
+        state: The loop's own.
         average: The averaged network, or None.
         keep: How many of the newest remain.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, position: TrainState, average: nn.Module | None, keep: int
+        self, folder: Path, accelerator: Accelerator, state: TrainState, average: nn.Module | None, keep: int
     ) -> None:
         self.folder, self.accelerator, self.keep = folder, accelerator, keep
-        self.position, self.average = position, average
+        self.state, self.average = state, average
 
     def save(self) -> Path:
-        """Write the state as it is.
+        """Write a checkpoint of the present state.
 
         Raises:
             CheckpointError: It cannot be written; earlier ones are untouched.
         """
-        place = self.folder / f"step-{self.position.step:09d}"
+        name = f"step-{self.state.step:09d}"
+        place = self.folder / (f"{name}-before-evaluation" if self.state.epoch_ends else name)
         if place.exists():
             return place
         draft = self.folder / f".{place.name}.draft"
@@ -89,21 +92,21 @@ class Checkpoints:
         try:
             self.accelerator.save_state(str(draft))
             if self.accelerator.is_main_process:
-                self.position.write(draft / POSITION)
+                self.state.write(draft / STATE)
                 if self.average is not None:
                     torch.save(self.average.state_dict(), draft / AVERAGE)
         except (OSError, RuntimeError, SafetensorError) as problem:  # torch raises RuntimeError where it cannot write
             error = str(problem) or type(problem).__name__
         self._agree(error, place, draft)
         self._on_main(lambda: _complete(draft, place), place, draft)
-        self._on_main(self._remove_old, place)
+        self._on_main(lambda: self._remove_old(place), place)
         return place
 
     def load_newest(self) -> tuple[Path | None, list[str]]:
-        """Load the newest that is whole; also says which were not.
+        """Load the newest intact checkpoint, and describe each corrupt one.
 
         Raises:
-            CheckpointError: There are checkpoints, and none is whole.
+            CheckpointError: There are checkpoints, and all are corrupt.
         """
         self._on_main(self._remove_drafts, self.folder)
         places = sorted(self.folder.glob("step-*"), reverse=True)
@@ -115,14 +118,14 @@ class Checkpoints:
                 return place, problems
             problems.append(f"{place.name} is not used: {problem}")
         if problems:
-            raise CheckpointError(f"none of the checkpoints in {self.folder} is whole: {'; '.join(problems)}")
+            raise CheckpointError(f"none of the checkpoints in {self.folder} is intact: {'; '.join(problems)}")
         return None, problems
 
     def load(self, place: Path) -> None:
-        """Put all that was saved back.
+        """Restore everything that was saved.
 
         Raises:
-            CheckpointError: It is not whole, or does not fit the network or the number of processes.
+            CheckpointError: It is corrupt, or does not fit the network or the number of processes.
         """
         problem = damage(place)
         if problem:
@@ -131,22 +134,23 @@ class Checkpoints:
             raise CheckpointError(f"{place} was written by fewer processes: start as many as before")
         try:
             self.accelerator.load_state(str(place))
-            self.position.read(place / POSITION)
+            self.state.read(place / STATE)
             if self.average is not None:
                 self.average.load_state_dict(torch.load(place / AVERAGE, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
             raise CheckpointError(f"{place} does not fit this training: {' '.join(str(error).split())[:300]}") from error
 
-    def _remove_old(self) -> None:
-        for place in sorted(self.folder.glob("step-*"), reverse=True)[self.keep :]:
-            shutil.rmtree(place, ignore_errors=True)
+    def _remove_old(self, newest: Path) -> None:
+        replaced = list(self.folder.glob(f"{newest.name}-*"))  # of the same step, before its evaluation
+        for path in [*replaced, *sorted({*self.folder.glob("step-*")} - {*replaced}, reverse=True)[self.keep :]]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _remove_drafts(self) -> None:
         for place in self.folder.glob(".step-*"):
             shutil.rmtree(place, ignore_errors=True)
 
     def _on_main(self, action: Callable[[], None], place: Path, draft: Path | None = None) -> None:
-        """Do something on one process, and fail on all where it fails."""
+        """Do something on the main process, and fail on all where it fails."""
         error = ""
         if self.accelerator.is_main_process:
             try:
@@ -167,12 +171,12 @@ class Checkpoints:
         kept = [p.name for p in sorted(self.folder.glob("step-*"))]
         raise CheckpointError(
             f"cannot write {place}: {' '.join(errors[0].split())[:200]}. Last good checkpoint: {kept[-1] if kept else 'none'}. "
-            "Make room or mend the folder, then start the same command again"
+            "Make room or repair the folder, then start the same command again"
         )
 
 
 def damage(place: Path) -> str:
-    """Why a checkpoint is not whole; "" if it is."""
+    """Why a checkpoint is corrupt; "" if it is intact."""
     try:
         manifest = json.loads((place / MANIFEST).read_text())
     except FileNotFoundError:

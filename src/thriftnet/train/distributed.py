@@ -1,0 +1,134 @@
+"""This process among those that ``torchrun`` started: the one place that asks for ranks and sums over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from thriftnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of the processes that ``torchrun`` started, joined or not yet; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def joined() -> tuple[int, int]:
+    """Rank and number of the processes that compute together; (0, 1) for one alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all processes, which each of them gets."""
+    value = value.clone()
+    if joined()[1] > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest over all processes, elementwise."""
+    value = value.clone()
+    if joined()[1] > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+@contextmanager
+def process_group(device: str | None) -> Iterator[torch.device]:
+    """Join the processes that ``torchrun`` started, to evaluate together; gives this one's device.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        own = torch.device(kind)
+        torch.empty(0, device=own)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {kind} is not possible here: {str(error).splitlines()[0]}. Give cpu") from None
+    if launched()[1] == 1:
+        yield own
+        return
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+class Distributed:
+    """Accelerate's view of the processes that train together, checked.
+
+    Args:
+        device: ``cpu``, ``cuda``, or None for a GPU where there is one.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        ConfigError: No such device, or not as many processes as were started.
+    """
+
+    def __init__(self, device: str | None, precision: str) -> None:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device={device!r}: expected cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device='cuda': torch finds no GPU here. Leave it out, or give --device cpu")
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        if precision == "fp16" and cpu:
+            raise ConfigError("precision='fp16' needs a GPU; on the CPU take bf16 or fp32")
+        if AcceleratorState._shared_state:  # of an earlier training in this process
+            AcceleratorState._reset_state(reset_partial_state=True)
+        self._ddp = DistributedDataParallelKwargs()
+        self.accelerator: Accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if precision == "fp32" else precision,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[self._ddp],
+        )
+        self.rank, self.world_size = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        self.is_main = self.rank == 0  # the one that writes and prints
+        self.device: torch.device = self.accelerator.device
+        if self.world_size != launched()[1]:
+            raise ConfigError(
+                f"{launched()[1]} processes were started and {self.world_size} train together: "
+                "start them as torchrun --nproc-per-node N -m thriftnet train ..."
+            )
+
+    def prepare(self, model: nn.Module, *others: Any, find_unused_parameters: bool) -> Any:
+        """Accelerate's wrapping of a network, an optimizer and a schedule.
+
+        Args:
+            find_unused_parameters: Whether a step may leave parameters without a gradient.
+        """
+        self._ddp.find_unused_parameters = find_unused_parameters
+        return self.accelerator.prepare(model, *others)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true for one of the processes."""
+        return value if self.world_size == 1 else bool(largest(torch.tensor(float(value), device=self.device)))
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers (running statistics) of the main one."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,375 @@
+"""A whole training: from a recipe and a data set to a run folder that can be resumed, evaluated and loaded."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thriftnet import __version__
+from thriftnet.core.recalibrate import recalibrate
+from thriftnet.core.verbs import count_params
+from thriftnet.data.dataset import DataSource, ImageDataset, Subset
+from thriftnet.data.loaders import Loader, make_loader
+from thriftnet.data.sources import open_data
+from thriftnet.data.split import train_validation
+from thriftnet.dynamic.network import DynamicNetwork
+from thriftnet.errors import ConfigError
+from thriftnet.resolve import open_model
+from thriftnet.train.distributed import Distributed
+from thriftnet.train.evaluate import evaluate
+from thriftnet.train.loop import Interrupts, Progress, TrainLoop
+from thriftnet.train.prepare import check_classes, input_size, prepare_model, seed_everything, weights_hash
+from thriftnet.train.recipe import Recipe
+from thriftnet.train.run_folder import RunFolder
+from thriftnet.train.stages import GateStage, make_stage
+
+CALIBRATION = 2048  # training images on which a stage may calibrate what it needs for evaluation
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Args:
+        run: The run's folder; ``model`` in it is the network.
+        top1: Of the network that was kept, on the test images, in percent.
+        top5: The same, among the five most likely; None with five classes or fewer.
+        loss: Mean cross entropy on the test images.
+        params: Stored parameters, shared ones once.
+        world_size: Processes that trained together.
+        steps: Optimizer steps in all.
+        weights_sha256: Hash of the weights at the end of the training, to compare runs.
+        seconds: Of this start.
+        resumed_from: The checkpoint it was resumed from, or None.
+        notes: What the user should know.
+        facts: Further metrics of the stage, as the mean multiply-accumulates of a gated network.
+    """
+
+    run: str
+    top1: float
+    top5: float | None
+    loss: float
+    params: int
+    world_size: int
+    steps: int
+    weights_sha256: str
+    seconds: float
+    resumed_from: str | None
+    notes: tuple[str, ...]
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self) | {"notes": list(self.notes), "loss": self.loss if math.isfinite(self.loss) else None}
+
+
+def train(
+    recipe: Recipe,
+    data: str | DataSource,
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    teacher: str | nn.Module | None = None,
+    device: str | None = None,
+    resume: str = "auto",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> TrainResult:
+    """Train a network by a recipe; call it in each of the processes that ``torchrun`` starts.
+
+    Args:
+        recipe: What to train, and how.
+        data: A data set, or as `thriftnet.data.sources.open_data` takes it.
+        output: Folder of the run; of a recipe with several stages, each has a folder in it.
+        model: Your own network instead of the recipe's; trained in place.
+        teacher: A network, or what ``--model`` takes: its outputs are imitated, see ``distill_weight``.
+        device: ``cpu`` or ``cuda``; left out, a GPU where there is one.
+        resume: ``auto`` resumes what the folder holds, ``none`` refuses to, otherwise the path of a checkpoint.
+        on_progress: Called after each step.
+
+    Returns:
+        The result; of several stages, that of the last.
+
+    Raises:
+        ConfigError: Settings that do not fit each other, the folder or the data.
+        DataError: Images that cannot be read.
+        CheckpointError: A checkpoint that cannot be written or read.
+        DivergedError: The loss is not finite.
+        Interrupted: Stopped by a signal; the same call resumes.
+    """
+    start = time.perf_counter()
+    if recipe.stages and resume not in ("auto", "none"):
+        raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
+    parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [(recipe, {"stage.name": recipe.stage.name})]
+    distributed = Distributed(device, parts[0][0].run.precision)
+    source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
+    described: dict[str, Any] = {"model": recipe.model if model is None else type(model).__name__, "data": source.spec}
+    described |= {"teacher": teacher if isinstance(teacher, str) or teacher is None else type(teacher).__name__}
+    seed_everything(recipe.seed)
+    network = prepare_model(recipe, source, model)
+    check_stages(parts, network, source)
+    result: TrainResult | None = None
+    notes: list[str] = []
+    with RunFolder(Path(output), is_main=distributed.is_main).locked():
+        for number, (part, entry) in enumerate(parts, 1):
+            name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
+            if number > 1:
+                distributed = Distributed(device, part.run.precision)
+            trainer = Trainer(part, source, network, Path(output) / name, distributed)
+            if "recalibrate" in entry:
+                notes.append(trainer.recalibrate(entry["recalibrate"]))
+                result = result and trainer.evaluated(result)
+            else:
+                result = trainer.run(described, _open_teacher(teacher), resume, on_progress)
+                notes += result.notes
+    if result is None:
+        raise ConfigError("none of the recipe's stages trains: one must have a field stage")
+    return replace(result, notes=tuple(dict.fromkeys(notes)), seconds=round(time.perf_counter() - start, 3))
+
+
+def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, source: DataSource) -> None:
+    """Refuse before the first stage what the last would refuse, after days.
+
+    Raises:
+        ConfigError: No stage trains, unknown options, or a budget out of reach.
+        IncompatibleModelError: A network that a stage cannot train.
+    """
+    for part, entry in parts:
+        if "recalibrate" not in entry:
+            stage = make_stage(part.stage.name, model, part.stage.options, input_size(part, source))
+            if isinstance(stage, GateStage):
+                stage.objective.check_budget(DynamicNetwork(model, input_size=input_size(part, source)).macs)
+
+
+def _open_teacher(teacher: str | nn.Module | None) -> nn.Module | None:
+    return open_model(teacher) if isinstance(teacher, str) else teacher
+
+
+class Trainer:
+    """One training of a network: what its recipe, the data and the processes make of each other.
+
+    Args:
+        recipe: Of one stage.
+        source: The data.
+        model: Trained in place.
+        folder: Of the run.
+        distributed: This process among the others.
+    """
+
+    def __init__(self, recipe: Recipe, source: DataSource, model: nn.Module, folder: Path, distributed: Distributed) -> None:
+        self.recipe, self.source, self.distributed = recipe, source, distributed
+        self.folder = RunFolder(folder, is_main=distributed.is_main)
+        self.augmentation, self.input_size = recipe.augmentation.for_source(source), input_size(recipe, source)
+        self.model = model.to(distributed.device)
+        self.notes: list[str] = []
+        if source.skipped:
+            self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
+
+    def run(
+        self,
+        described: Mapping[str, Any],
+        teacher: nn.Module | None,
+        resume: str,
+        on_progress: Callable[[Progress], None],
+    ) -> TrainResult:
+        """Train, and measure the network that was kept."""
+        start, recipe, distributed = time.perf_counter(), self.recipe, self.distributed
+        seed_everything(recipe.seed)
+        if teacher is not None:
+            teacher = teacher.to(distributed.device).eval().requires_grad_(False)
+            check_classes(teacher, self.source, self.input_size, "the teacher")
+        description = {**described, "recipe": recipe.to_dict(), "world_size": distributed.world_size}
+        self.notes += self.folder.compare(description)
+        if resume == "none" and any(self.folder.checkpoints.glob("step-*")):
+            raise ConfigError(f"{self.folder.path} holds a training already: give another --output, or --resume auto")
+        training, held_out = self._splits()
+        few = torch.linspace(0, len(training) - 1, min(len(training), CALIBRATION)).long()
+        self.calibration, self.held_out = self.eval_loader(Subset(training, few), shared=False), self.eval_loader(held_out)
+        self.stage = make_stage(recipe.stage.name, self.model, recipe.stage.options, self.input_size)
+        self.loop = TrainLoop(
+            self.model,
+            self.stage,
+            recipe,
+            self.train_loader(training, recipe.optimizer.accumulate, recipe.data.drop_last or self._mixes()),
+            distributed,
+            self.folder.checkpoints,
+            classes=len(self.source.classes),
+            teacher=teacher,
+            on_progress=on_progress,
+        )
+        seed_everything(recipe.seed + distributed.rank)
+        resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
+        self.folder.write({**description, "device": distributed.device.type, "versions": _versions()})
+        self._start_trackers()
+        with Interrupts() as interrupts:
+            while not self.loop.finished:
+                self._end_epoch(self.loop.train_epoch(interrupts))
+        self.folder.write_curves()
+        self.loop.release()
+        return self._result(resumed_from, time.perf_counter() - start)
+
+    def recalibrate(self, options: dict[str, Any]) -> str:
+        """Recompute the network's norm statistics, or load those of an earlier start; says so."""
+        description = {"recipe": self.recipe.to_dict(), "data": self.source.spec, "recalibrate": options}
+        self.folder.compare(description)
+        name = self.folder.path.name
+        if self.folder.model.exists():
+            self.folder.load_kept(self.model)
+            return f"{name}: loaded from {self.folder.path}"
+        loader = self.train_loader(self.source.split("train"), 1, drop_last=True)  # every batch counts alike
+        recalibrate(self.model, loader, **options)
+        self.folder.write(description)
+        self.folder.keep(self.model, self.metadata({}))
+        self.distributed.wait()
+        return f"{name}: statistics recomputed on the training images"
+
+    def evaluated(self, result: TrainResult) -> TrainResult:
+        """The result of an earlier training, for the network as it is now."""
+        found = evaluate(self.model.eval(), self.eval_loader(self.source.split("test")))
+        return replace(result, run=str(self.folder.path), top1=found.top1, top5=found.top5, loss=found.loss)
+
+    def train_loader(self, images: ImageDataset, accumulate: int, drop_last: bool) -> Loader:
+        """Training batches of this process.
+
+        Raises:
+            ConfigError: A batch size that the processes cannot share.
+        """
+        recipe, distributed = self.recipe, self.distributed
+        size, parts = recipe.data.batch_size, distributed.world_size * accumulate
+        if size % parts:
+            raise ConfigError(
+                f"batch_size={size} cannot be divided among {distributed.world_size} processes with accumulate={accumulate}: "
+                f"expected a multiple of {parts}"
+            )
+        return make_loader(
+            images,
+            size // parts,
+            augmentation=self.augmentation,
+            train=True,
+            seed=recipe.seed,
+            device=distributed.device,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
+            workers=recipe.data.workers,
+            resident=recipe.data.resident,
+            drop_last=drop_last,
+        )
+
+    def eval_loader(self, images: ImageDataset, *, shared: bool = True) -> Loader:
+        """Images as they are evaluated, shared among the processes or all of them for each."""
+        rank, world_size = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
+        fields = self.recipe.data
+        return make_loader(
+            images,
+            min(max(2 * fields.batch_size // self.distributed.world_size, 64), 512),
+            augmentation=self.augmentation,
+            train=False,
+            device=self.distributed.device,
+            rank=rank,
+            world_size=world_size,
+            workers=fields.workers,
+        )
+
+    def metadata(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What the users of the network need to know."""
+        mean, std = self.augmentation.normalisation()
+        return {
+            "input_size": list(self.input_size),
+            "normalisation": {"mean": list(mean), "std": list(std)},
+            "class_names": list(self.source.classes),
+            "resize": self.augmentation.resize,
+            "crop_pct": self.augmentation.crop_pct,
+            "eval_interpolation": self.augmentation.eval_interpolation,
+            "data": self.source.spec,
+            "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
+        }
+
+    def _mixes(self) -> bool:
+        return bool(self.recipe.loss.mixup or self.recipe.loss.cutmix)
+
+    def _splits(self) -> tuple[ImageDataset, ImageDataset]:
+        """Images to train on, and those by which the network is selected."""
+        fields = self.recipe.run
+        if fields.select_on == "val":
+            return train_validation(self.source.split("train"), fields.validation, self.recipe.seed)
+        if fields.select_on == "test":
+            self.notes.append("the network was selected on the test images, as the paper did: its accuracy is flattered")
+        return self.source.split("train"), self.source.split("test")
+
+    def _resume(self, checkpoint: Path | None) -> str | None:
+        resumed_from, problems = self.loop.resume(checkpoint)
+        self.notes += problems
+        state = self.loop.state
+        if state.step > self.loop.steps:
+            raise ConfigError(
+                f"{self.folder.path} has been trained for {state.step} steps already, and {self.loop.steps} are asked for: "
+                "give more, or another --output"
+            )
+        self.folder.resume_metrics(state.step - state.epoch_ends)
+        return None if resumed_from is None else str(resumed_from)
+
+    def _start_trackers(self) -> None:
+        """Accelerate's trackers, those that are installed."""
+        from accelerate import tracking
+
+        accelerator = self.distributed.accelerator
+        possible = {str(name): name for name in tracking.get_available_trackers()}
+        accelerator.log_with = [possible[name] for name in self.recipe.run.trackers if name in possible]
+        if accelerator.log_with and self.distributed.is_main:
+            accelerator.project_configuration.set_directories(str(self.folder.path))
+            accelerator.init_trackers("trackers")
+
+    def _end_epoch(self, row: dict[str, Any]) -> None:
+        """Evaluate the network where that is due, keep it if it is the best, and write the metrics."""
+        loop, fields = self.loop, self.recipe.run
+        if loop.state.step == loop.steps or round(row["epoch"]) % fields.evaluate_every == 0:
+            self.distributed.share_buffers(loop.result)
+            network = self.stage.measured(loop.result, self.calibration)
+            found = evaluate(network, self.held_out)
+            row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
+            if fields.select_on == "last" or found.top1 > loop.state.best:
+                loop.state.best = found.top1
+                self.folder.keep(self.stage.saved(loop.result), self.metadata(row))
+        self.folder.add_metrics(row)
+        loop.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=loop.state.step)
+        loop.end_epoch(row)
+
+    def _result(self, resumed_from: str | None, seconds: float) -> TrainResult:
+        """Measure the network that was kept, which the caller's becomes."""
+        loop, stage = self.loop, self.stage
+        digest = weights_hash(stage.saved(loop.result))
+        if loop.state.skipped:
+            self.notes.append(f"{loop.state.skipped} of {loop.state.step} steps were skipped: their loss was not finite")
+        self.distributed.wait()
+        self.folder.load_kept(stage.saved(loop.plain))
+        network = stage.measured(loop.plain, self.calibration)
+        test = self.eval_loader(self.source.split("test"))
+        found = evaluate(network, test)
+        facts = stage.facts(network)
+        if loop.criterion.teacher is not None:
+            facts["teacher_top1"] = evaluate(loop.criterion.teacher, test).top1
+        return TrainResult(
+            run=str(self.folder.path),
+            top1=found.top1,
+            top5=found.top5,
+            loss=found.loss,
+            params=count_params(stage.saved(loop.plain).eval()),
+            world_size=self.distributed.world_size,
+            steps=loop.state.step,
+            weights_sha256=digest,
+            seconds=round(seconds, 3),
+            resumed_from=resumed_from,
+            notes=tuple(self.notes),
+            facts=facts,
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
