@@ -152,7 +152,7 @@ def trained_by_one_and_two(
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path: Path):
-    with pytest.raises(tn.ConfigError, match="batch_size=16 cannot be divided .* expected a multiple of 3"):
+    with pytest.raises(tn.ConfigError, match=r"batch_size=16 cannot be divided .* expected a multiple of 3"):
         run(tmp_path, recipe(accumulate=3))
     assert not (tmp_path / "run.json").exists()
 

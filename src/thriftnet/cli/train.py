@@ -105,10 +105,11 @@ def _value(name: str, text: Any) -> Any:
     """A text as it is where the field has a type of its own, otherwise read as YAML."""
     import yaml
 
-    from thriftnet.train.recipe import field_names, full_name
+    from thriftnet.train.recipe import MAPPINGS, field_names, full_name
 
     own = name.split(".", 2)[-1] if name.startswith("stages.") else name
-    if not isinstance(text, str) or full_name(own) in field_names():
+    path = full_name(own)
+    if not isinstance(text, str) or (path in field_names() and path not in (*MAPPINGS, "stages")):
         return text
     try:
         return yaml.safe_load(text)

@@ -14,7 +14,7 @@ import math
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ RESUMABLE_FIELDS = (
     "run.on_nan",
     "run.trackers",
 )
+MAPPINGS = ("model_kwargs", "about", "stage.options")  # of any values, which are taken as they are
 LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
 RECALIBRATION = ("widths", "momentum", "batches")
 
@@ -346,10 +347,17 @@ def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = 
         for name in above:
             place = place.setdefault(name, {})
         place[last] = copy.deepcopy(value)
+    stages = tuple(nested.pop("stages", ()))
+    kwargs, about = nested.pop("model_kwargs", {}), nested.pop("about", {})
+    options = nested["stage"].pop("options", {}) if "stage" in nested else {}
+    for name, value in zip(MAPPINGS, (kwargs, about, options), strict=True):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}={value!r}: expected a mapping")
     try:
-        return Recipe(**vars(_parser().instantiate(_parser().parse_object(nested))))
+        recipe = Recipe(**vars(_parser().instantiate(_parser().parse_object(nested))))
     except ArgumentError as error:
         raise ConfigError(_in_one_line(str(error))) from None
+    return replace(recipe, model_kwargs=kwargs, about=about, stages=stages, stage=replace(recipe.stage, options=options))
 
 
 def full_name(name: str) -> str | None:
