@@ -38,6 +38,7 @@ _PLACES = {
     "thriftnet.techniques.soft_sharing": ("SConv2d", "SoftSharing", "TemplateBank", "fold_recurrence", "similarity"),
     "thriftnet.techniques.weight_sharing": ("WeightSharing",),
     "thriftnet.dynamic.search": ("search",),
+    "thriftnet.train.evaluate": ("evaluate",),
 }
 _WHERE = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from thriftnet.techniques.slimmable import Slimmable
     from thriftnet.techniques.soft_sharing import SConv2d, SoftSharing, TemplateBank, fold_recurrence, similarity
     from thriftnet.techniques.weight_sharing import WeightSharing
+    from thriftnet.train.evaluate import evaluate
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
-from thriftnet.cli.inputs import processes
 from thriftnet.cli.machine import add_fast_malloc, use_allocator, use_threads
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError
 from thriftnet.text import table
@@ -84,7 +83,9 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.measure.latency import conditions
 
     allocator = use_allocator(fast_malloc=options.fast_malloc)
-    with processes(options.device) as (device, _, _):
+    from thriftnet.train.distributed import process_group
+
+    with process_group(options.device) as device:
         model = open_network(options.model, kwargs).eval().to(device)
         size = input_size(options.input_size, model)
         rows = measured(model, options.technique, size, device, options)

@@ -129,7 +129,7 @@ def _results(
     model: nn.Module, technique: str, source: DataSource, rows: list[dict[str, Any]], seconds: float, output: Path
 ) -> list[Result]:
     """One result for a network, or one per width."""
-    from thriftnet.core.verbs import fold, freeze
+    from thriftnet.core.fold import fold, freeze
     from thriftnet.core.width import set_width, widths
     from thriftnet.measure import inspect
     from thriftnet.measure.difference import relative_difference

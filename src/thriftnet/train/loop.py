@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.verbs import penalty
+from thriftnet.core.penalty import penalty
 from thriftnet.errors import ConfigError, ThriftnetError
 from thriftnet.train.checkpoints import Checkpoints, TrainState
 from thriftnet.train.distributed import Distributed

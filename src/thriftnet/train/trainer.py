@@ -15,7 +15,7 @@ from torch import nn
 
 from thriftnet import __version__
 from thriftnet.core.recalibrate import recalibrate
-from thriftnet.core.verbs import count_params
+from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
