@@ -95,7 +95,7 @@ MISTAKES = {
     "unknown recipe": (["--recipe", "fast-cifra"], r"fast-cifra.*fast-cifar"),
     "unknown field": (["--lrr", "0.1"], r"lrr.*lr"),
     "no number": (["--lr", "fast"], r"lr='fast'"),
-    "negative": (["--lr", "-1"], r"lr=-1.*greater than 0"),
+    "negative": (["--lr", "-1"], r"lr=-1.*expected a number > 0"),
     "unknown schedule": (["--schedule", "cosin"], r"schedule.name='cosin'.*cosine"),
     "unknown model": (["--model", "resnet21"], r"resnet21.*resnet20"),
     "unknown technique": (["--technique", "soft-shering"], r"soft-shering.*soft-sharing"),

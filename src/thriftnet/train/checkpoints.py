@@ -35,6 +35,7 @@ class TrainState:
         step: Optimizer steps taken.
         epoch: Epochs completed.
         epoch_ends: Whether the epoch (or the training) ends with this step, and the network is still to be evaluated and kept.
+        lr: Learning rate of the last step.
         loss_sum: Over the steps of this epoch, exact.
         loss_count: Steps of this epoch.
         skipped: Steps left out because of their loss.
@@ -45,6 +46,7 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     epoch_ends: bool = False
+    lr: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
     skipped: int = 0

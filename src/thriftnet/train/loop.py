@@ -131,7 +131,7 @@ class TrainLoop:
         self.state, self.images = TrainState(), 0
         self.checkpoints = Checkpoints(folder, self.accelerator, self.state, self.average, recipe.run.keep_checkpoints)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
-        self.last_loss, self.last_lr = self.loss_sum, recipe.optimizer.lr
+        self.last_loss = self.loss_sum
         self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=distributed.device)
         alone_on_cpu = distributed.device.type == "cpu" and distributed.world_size == 1
         self.eager_checks = alone_on_cpu or recipe.run.on_nan == "skip"
@@ -197,7 +197,7 @@ class TrainLoop:
             "epoch": round(state.step / self.steps_per_epoch, 4),
             "step": state.step,
             "train_loss": float(self.loss_sum) / max(state.loss_count, 1),
-            "lr": self.last_lr,
+            "lr": state.lr,
             "images_per_second": round(seen / max(seconds, 1e-9), 1),
             "seconds": round(seconds, 3),
             **({"skipped": state.skipped} if state.skipped else {}),
@@ -245,7 +245,7 @@ class TrainLoop:
             state.loss_count += 1
         else:
             state.skipped += 1
-        self.last_loss, self.last_lr = total, self.schedule.get_last_lr()[0]
+        self.last_loss, state.lr = total, self.schedule.get_last_lr()[0]
         self.schedule.step()
         state.step += 1
         return count * self.distributed.world_size
