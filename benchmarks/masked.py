@@ -18,7 +18,7 @@ from thriftnet.dynamic.gate import gate_of
 from thriftnet.errors import IncompatibleModelError
 
 
-class Choice:
+class MaskedChoice:
     """Which widths run for each image of the batch: (N, K) one-hot rows."""
 
     def __init__(self, indices: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class MaskedNetwork(nn.Module):
         super().__init__()
         _, gate = gate_of(model)
         possible = widths(model)
-        self.choice = Choice([width_index(width, possible) for width in (gate.widths if chosen is None else chosen)])
+        self.choice = MaskedChoice([width_index(possible, width) for width in (gate.widths if chosen is None else chosen)])
         memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         network = copy.deepcopy(model, memo).eval()
         set_width(network, possible[self.choice.indices[0]])
@@ -93,7 +93,7 @@ class MaskedConv2d(nn.Module):
     Shape: as `nn.Conv2d`.
     """
 
-    def __init__(self, conv: PlainConv2d, choice: Choice) -> None:
+    def __init__(self, conv: PlainConv2d, choice: MaskedChoice) -> None:
         super().__init__()
         self.conv, self.choice = conv, choice
         self.ins = [slim_of(conv).ins[index] for index in choice.indices]
@@ -117,7 +117,7 @@ class MaskedBatchNorm2d(nn.Module):
     Shape: as `nn.BatchNorm2d`.
     """
 
-    def __init__(self, norm: PlainBatchNorm2d, choice: Choice) -> None:
+    def __init__(self, norm: PlainBatchNorm2d, choice: MaskedChoice) -> None:
         super().__init__()
         self.norm, self.choice = norm, choice
         self.outs = [slim_of(norm).outs[index] for index in choice.indices]
@@ -144,7 +144,7 @@ class MaskedLinear(nn.Module):
     Shape: as `nn.Linear`.
     """
 
-    def __init__(self, linear: PlainLinear, choice: Choice) -> None:
+    def __init__(self, linear: PlainLinear, choice: MaskedChoice) -> None:
         super().__init__()
         self.linear = linear
 

@@ -40,7 +40,7 @@ def at_each_width(model: nn.Module) -> Iterator[int | None]:
     if not widths(model):
         yield None
     for index in range(len(widths(model))):
-        set_width(model, index)
+        set_width(model, index=index)
         yield index
 
 
@@ -241,7 +241,7 @@ def assert_same_network(one: nn.Module, other: nn.Module, x: Tensor) -> None:
     """Two networks give the same bits at every width."""
     for position in at_each_width(other):
         if position is not None:
-            set_width(one, position)
+            set_width(one, index=position)
         assert torch.equal(output(one, x), output(other, x)), f"the outputs differ at width {position}"
 
 
@@ -293,7 +293,7 @@ def law_copies_keep_ties(model: nn.Module, x: Tensor) -> None:
     assert list(single.state_dict()) == list(model.state_dict())
     for position in at_each_width(model):
         if position is not None:
-            set_width(single, position)
+            set_width(single, index=position)
         assert_close(output(single, x.float()).double(), output(model, x), 1e-4, "`.to(float32)`")
 
 

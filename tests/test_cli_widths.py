@@ -13,6 +13,7 @@ from thriftnet.cli import main
 from thriftnet.core.width import width
 from thriftnet.data.sources import open_data
 from thriftnet.data.transforms import Augmentation
+from thriftnet.dynamic.gate import gate_of
 
 WIDTHS = ("0.25", "0.5", "0.75", "1")
 
@@ -22,7 +23,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A slimmable network with a gate, not trained, whose gate tells images apart."""
     torch.manual_seed(0)
     model = tn.convert(tn.create_model("resnet20", in_chans=1), "slimmable(widths=(0.25, 0.5, 0.75, 1.0), gate=True)")
-    gate = tn.core.gate.gate_of(model)[1]
+    gate = gate_of(model)[1]
     with torch.no_grad():
         gate.choose_weight.mul_(300)
     place = tmp_path_factory.mktemp("gated") / "model"
@@ -46,6 +47,10 @@ def test_every_width_and_one(gated: str, tmp_path: Path, capsys: pytest.CaptureF
     one = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "width=0.5")
     plain = result(capsys, "evaluate", gated, "--data", "digits", "--width", "0.5")
     assert one["top1"] == rows[1]["top1"] == plain["top1"]
+    by_index = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "width", "--width-index", "1")
+    assert (by_index["name"], by_index["top1"]) == ("0.5", plain["top1"])
+    widest = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "width", "--width", "1")
+    assert (widest["name"], widest["top1"]) == ("1", rows[3]["top1"])  # not the second width
     assert one["macs"] == rows[1]["macs"] == tn.inspect(tn.freeze(tn.load(gated), 0.5), (1, 8, 8)).macs
 
 
@@ -99,13 +104,16 @@ def test_search_finds_a_plain_network_within_the_budget(gated: str, tmp_path: Pa
 
 
 MISTAKES = {
-    "mode": (["evaluate", "--mode", "some"], "possible are all, dynamic"),
+    "mode": (["evaluate", "--mode", "some"], "expected all, dynamic"),
     "width": (["evaluate", "--mode", "width=0.3"], "no width 0.3"),
-    "budget out of reach": (["evaluate", "--mode", "dynamic", "--budget", "9G"], "out of reach: possible are"),
+    "budget out of reach": (["evaluate", "--mode", "dynamic", "--budget", "9G"], "out of reach: expected"),
     "budget of a fixed width": (["evaluate", "--mode", "all", "--budget", "1M"], "--budget goes with --mode dynamic"),
     "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: write a number"),
     "picture": (["evaluate", "--mode", "all", "--plot", "x.png"], "ends in .svg"),
-    "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: possible are"),
+    "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: expected"),
+    "width and index": (["evaluate", "--width", "0.5", "--width-index", "1"], "give one of them"),
+    "index": (["evaluate", "--width-index", "9"], "no width at index=9: expected 0.25, 0.5"),
+    "recalibrate indices": (["recalibrate", "--width-indices", "0,x", "--output", "OUT"], "--width-indices 0,x"),
     "recalibrate widths": (["recalibrate", "--widths", "0.3", "--output", "OUT"], "no width 0.3"),
 }
 

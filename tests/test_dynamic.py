@@ -96,7 +96,7 @@ def test_batches_of_any_size_and_empty_groups(count: int) -> None:
     dynamic, x = DynamicNetwork(model), images(count)
     for choice in range(3):
         out = dynamic.forced(x, torch.full((count,), choice))
-        assert_close(out, tn.freeze(model, choice)(x).detach(), 1e-11, f"all at {choice}")
+        assert_close(out, tn.freeze(model, index=choice)(x).detach(), 1e-11, f"all at {choice}")
     assert list(dynamic.histogram.values()) == [count] * 3
     dynamic.reset()
     assert dynamic.mean_macs == 0
@@ -106,26 +106,28 @@ def test_batches_of_any_size_and_empty_groups(count: int) -> None:
 def test_other_sizes_of_images() -> None:
     model = ds_net()
     dynamic, x = DynamicNetwork(model, input_size=(3, 32, 32)), images(3, 48)
-    assert_close(dynamic.forced(x, torch.tensor([0, 1, 2]))[1], tn.freeze(model, 1)(x)[1].detach(), 1e-11, "48 pixels")
+    assert_close(dynamic.forced(x, torch.tensor([0, 1, 2]))[1], tn.freeze(model, index=1)(x)[1].detach(), 1e-11, "48 pixels")
 
 
 def test_what_is_refused() -> None:
     dynamic = DynamicNetwork(ds_net())
-    with pytest.raises(tn.DataError, match=r"reads \(N, 3, H, W\) with N of at least 1, got a batch of zero images"):
+    with pytest.raises(tn.DataError, match=r"expects \(N, 3, H, W\) with N >= 1, got a batch of zero images"):
         dynamic(images(2)[:0])
     with pytest.raises(tn.DataError, match=r"got \(2, 1, 8, 8\)"):
         dynamic(torch.zeros(2, 1, 8, 8))
     for wrong in ([0, 3], [-1, 0], [0]):
-        with pytest.raises(tn.ConfigError, match=r"possible are 2 positions, 0 to 2"):
+        with pytest.raises(tn.ConfigError, match=r"expected 2 indices from 0 to 2"):
             dynamic.forced(images(2), torch.tensor(wrong))
-    with pytest.raises(tn.ConfigError, match=r"gate_choices=\(0, 7\): possible are two or more of the sub-networks 0 to 2"):
+    with pytest.raises(
+        tn.ConfigError, match=r"gate_choices=\(0, 7\): expected two or more indices of sub-networks from 0 to 2"
+    ):
         ds_net(gate_choices=(0, 7))
 
 
 def test_fronts_that_differ_are_refused() -> None:
     """A gate cannot choose "largest", which is wide before the gate, too."""
     model = ds_net()
-    model.stages[1][0].se.gate.widths = (0, 1, "largest")
+    model.stages[1][0].se.gate.widths = ("0", "1", "largest")
     with pytest.raises(
         tn.IncompatibleModelError, match=r"layer 'stem' runs before the gate and differs between the widths 0, 1, largest"
     ):
@@ -163,7 +165,7 @@ def test_more_cost_spends_less_and_a_budget_is_met() -> None:
         assert dynamic.mean_macs == pytest.approx(stated)
         assert budget - (most - least) / 8 <= stated <= budget * (1 + 1e-12)
     for budget in (least - 1, most + 1):
-        with pytest.raises(tn.ConfigError, match=r"is out of reach: possible are [\d,]+ to [\d,]+"):
+        with pytest.raises(tn.ConfigError, match=r"is out of reach: expected [\d,]+ to [\d,]+"):
             dynamic.set_budget(budget, [x])
     with pytest.raises(tn.DataError, match="without batches"):
         dynamic.set_budget(most, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from networks import NETWORKS, Block, perturb
 from thriftnet.core.history import history
 from thriftnet.core.tied import count_params
 from thriftnet.core.width import set_width, widths
+from thriftnet.dynamic.add_gate import find_front
 from thriftnet.dynamic.gate import SqueezeGate, decide, gate_of, gates, gumbel_choice
 from thriftnet.dynamic.network import cheapest_cost, mixture
 from thriftnet.dynamic.objective import (
@@ -46,10 +48,84 @@ def gated(name: str = "residual", **kwargs: Any) -> nn.Module:
     ],
 )
 def test_the_front_is_found(model: str, gate: str, front: tuple[str, ...]) -> None:
-    width_spec = tn.convert(tn.create_model(model), tn.Slimmable(widths=(0.5, 1.0), gate=True))
-    config = history(width_spec)[-1]["plan"]["technique"]
-    assert (config["gate"], tuple(config["front"])) == (gate, front)
-    assert gate_of(width_spec)[0] == f"{gate}.gate"
+    plain = tn.create_model(model)
+    found = find_front(plain)
+    assert (found.after, found.front) == (gate, front)
+    converted = tn.convert(plain, tn.Slimmable(widths=(0.5, 1.0), gate=True))
+    assert gate_of(converted)[0] == f"{gate}.gate"
+    steps = history(converted)
+    assert [step["verb"] for step in steps] == ["convert"]
+    row = next(row for row in steps[0]["plan"]["rows"] if row["becomes"] == "SplitPoint")
+    assert (row["names"], row["group"]) == ([gate], None)
+
+
+def slim(name: str = "residual") -> nn.Module:
+    return perturb(tn.convert(NETWORKS[name].make(), tn.Slimmable(widths=WIDTHS))).eval()
+
+
+@pytest.mark.parametrize("after", [None, "bn1", "stage1.0"])
+def test_a_slimmable_network_gets_a_gate(after: str | None, tmp_path: Path) -> None:
+    """The verb gives the same network as the field of the config, keeps the selected width, and is replayed."""
+    model, x = slim(), NETWORKS["residual"].image()
+    tn.set_width(model, 0.5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    made = tn.add_gate(model, after)
+    assert list(model.state_dict()) == list(before)
+    assert not gates(model)
+    assert tn.width(made) == 0.5
+    asked = tn.convert(NETWORKS["residual"].make(), tn.Slimmable(widths=WIDTHS, gate=after or True)).eval()
+    assert {key: value.shape for key, value in made.state_dict().items()} == {
+        key: value.shape for key, value in asked.state_dict().items()
+    }
+    asked.load_state_dict(made.state_dict())
+    tn.save(made, tmp_path / "model")
+    loaded = tn.load(tmp_path / "model", model=NETWORKS["residual"].make(3))
+    assert tn.width(loaded) == 0.5
+    for index in range(len(WIDTHS)):
+        for network in (made, asked, loaded):
+            set_width(network, index=index)
+        assert torch.equal(output(made, x), output(asked, x))
+        assert torch.equal(output(loaded, x), output(asked, x))
+    assert history(made)[-1] == {"verb": "add_gate", "after": after or "stage1"}
+    inplace = tn.add_gate(model, after, inplace=True)
+    assert inplace is model
+    assert gates(model)
+
+
+def test_networks_that_get_no_gate() -> None:
+    with pytest.raises(tn.IncompatibleModelError, match="has one width only"):
+        tn.add_gate(NETWORKS["residual"].make())
+    with pytest.raises(tn.IncompatibleModelError, match=r"has a gate already: stage1\.gate"):
+        tn.add_gate(gated())
+    with pytest.raises(tn.IncompatibleModelError, match=r"widths 0, 1, 2, .* largest: a gate needs two ratios or more"):
+        tn.add_gate(tn.create_model("slimmable_mobilenetv1"))
+    model = slim()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(tn.IncompatibleModelError, match=r"output of 'stage1' bypasses it"):
+        tn.add_gate(model, "stage2.0.conv1", inplace=True)
+    assert list(model.state_dict()) == list(before)
+
+
+class Counts(nn.Module):
+    """A network whose code has a channel count of its own, after the first stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage, self.rest = nn.Conv2d(3, 8, 3), nn.Sequential(Block(8, 8)), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.rest(self.stage(self.stem(x)))
+        return self.head(x.mean((2, 3)).reshape(-1, 8))
+
+
+def test_a_gate_for_a_network_that_cannot_run_narrow_is_refused() -> None:
+    for make in (
+        lambda: tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0), gate="stage")),
+        lambda: tn.add_gate(tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0))), "stage"),
+    ):
+        with pytest.raises(tn.IncompatibleModelError, match=r"Counts does not run at width 0\.5 after a whole front"):
+            make()
 
 
 def test_the_front_is_whole_at_every_width_and_the_rest_narrows() -> None:
@@ -59,7 +135,7 @@ def test_the_front_is_whole_at_every_width_and_the_rest_narrows() -> None:
     channels = []
     model.stage2[0].conv1.register_forward_hook(lambda _, args, out: channels.append((args[0].shape[1], out.shape[1])))
     for index in range(len(WIDTHS)):
-        set_width(model, index)
+        set_width(model, index=index)
         output(model, x)
     assert all(torch.equal(each, seen[0]) for each in seen)
     assert channels == [(2, 4), (4, 8), (8, 16)]
@@ -115,9 +191,9 @@ def test_the_front_may_end_anywhere_where_one_output_goes_on(gate: str) -> None:
         (
             "stage2.0.conv1",
             tn.IncompatibleModelError,
-            r"the front cannot end at 'stage2\.0\.conv1': the output of 'stage1' passes",
+            r"the front cannot end at 'stage2\.0\.conv1': the output of 'stage1' bypasses",
         ),
-        ("fc", tn.IncompatibleModelError, r"module 'fc' gives \(2, 5\): the front can end at one that gives maps"),
+        ("fc", tn.IncompatibleModelError, r"module 'fc' outputs \(2, 5\): the front must end at one that outputs"),
     ],
 )
 def test_fronts_that_are_refused(gate: str, error: type[Exception], message: str) -> None:
@@ -142,7 +218,7 @@ def test_layers_on_both_sides_are_refused() -> None:
     with pytest.raises(tn.IncompatibleModelError, match=r"layer 'again(\.\w+)*' runs before and after 'middle'"):
         tn.convert(Twice(), tn.Slimmable(widths=(0.5, 1.0), gate="middle"))
     with pytest.raises(
-        tn.IncompatibleModelError, match=r"module 'again' runs 2 times: the front can end at one that runs once"
+        tn.IncompatibleModelError, match=r"module 'again' runs 2 times: the front must end at one that runs once"
     ):
         tn.convert(Twice(), tn.Slimmable(widths=(0.5, 1.0), gate="again"))
 
@@ -150,11 +226,9 @@ def test_layers_on_both_sides_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"gate": 3}, "gate=3: possible are False, True, or the name"),
-        ({"gate": ""}, "gate='': possible are"),
-        ({"gate": True, "widths": (1.0,)}, r"a gate has nothing to choose among widths=\(1\.0,\)"),
-        ({"gate": True, "front": ("stem",)}, "front needs a gate at its end"),
-        ({"gate": "layer1", "front": "conv1"}, "front='conv1': possible are names of modules"),
+        ({"gate": 3}, "gate=3: expected False, True, or the name"),
+        ({"gate": ""}, "gate='': expected"),
+        ({"gate": True, "widths": (1.0,)}, r"a gate has nothing to choose from with widths=\(1\.0,\)"),
     ],
 )
 def test_configs_that_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -165,7 +239,7 @@ def test_configs_that_are_refused(fields: dict[str, Any], message: str) -> None:
 def test_networks_without_a_gate_are_refused() -> None:
     for model in (NETWORKS["chain"].make(), tn.convert(NETWORKS["chain"].make(), "slimmable(widths=(0.5, 1.0))")):
         with pytest.raises(
-            tn.IncompatibleModelError, match=r"Chain has no gate; one is needed\. Convert a plain network with"
+            tn.IncompatibleModelError, match=r"Chain has no gate; expected one\. Convert a plain network with"
         ):
             tn.DynamicNetwork(model)
 
@@ -352,7 +426,7 @@ def test_budgets_out_of_reach() -> None:
     macs = torch.tensor([1e8, 6e8])
     GateObjective(budget=1e8).check_budget(macs)
     for budget in (9e7, 7e8):
-        with pytest.raises(tn.ConfigError, match=r"is out of reach: possible are 100,000,000 to 600,000,000"):
+        with pytest.raises(tn.ConfigError, match=r"is out of reach: expected 100,000,000 to 600,000,000"):
             GateObjective(budget=budget).check_budget(macs)
     with pytest.raises(tn.ConfigError, match="budget=-1"):
         GateObjective(budget=-1)

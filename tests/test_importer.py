@@ -130,7 +130,9 @@ def test_files_of_the_authors_compute_what_theirs_did(path: Path, tmp_path: Path
 
 def check_widths(model: nn.Module, expected: dict[str, Any]) -> None:
     for mode, of_mode in expected.items():
-        tn.set_width(model, int(mode.removeprefix("uniform_")) if mode.startswith("uniform") else mode)
+        tn.set_width(
+            model, **({"index": int(mode.removeprefix("uniform_"))} if mode.startswith("uniform") else {"width": mode})
+        )
         check(model, of_mode)
 
 
@@ -165,7 +167,9 @@ def test_every_recorded_network_is_recognised(system: str, name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == case["params"]["total"] - dead
     if system == "dsnet":
         for mode, of_mode in ((mode, of) for mode, of in case["modes"].items() if not mode.startswith(("dynamic", "gate"))):
-            tn.set_width(model, int(mode.removeprefix("uniform_")) if mode.startswith("uniform") else mode)
+            tn.set_width(
+                model, **({"index": int(mode.removeprefix("uniform_"))} if mode.startswith("uniform") else {"width": mode})
+            )
             check(model, {"input_shape": case["input_shape"], **of_mode["logits"]}, 4e-5)
     else:
         check(model, {"input_shape": case.get("input_shape"), **case["logits"]})

@@ -306,7 +306,7 @@ def test_15_two_processes_equal_one(tmp_path: Path) -> None:
     network = NETWORKS["chain"]
     models = {config: converted(network, config) for config in CONFIGS}
     narrow = converted(network, "slimmable")
-    set_width(narrow, 0)
+    set_width(narrow, index=0)
     models["slimmable-narrow"] = narrow
     x = torch.cat([network.image(0), network.image(1)])[:4]
     target = torch.arange(4) % 5

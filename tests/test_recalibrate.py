@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,11 +81,13 @@ def test_every_width_gets_its_own(index: int, channels: int) -> None:
     assert getattr(model.stem_norm, f"num_batches_tracked{suffix}") == 3
 
 
-@pytest.mark.parametrize("chosen", [[0.5], [0], ["smallest"]])
-def test_only_the_chosen_widths_change(chosen: list[float | int | str]) -> None:
+@pytest.mark.parametrize(
+    "chosen", [{"widths": [0.5]}, {"widths": 0.5}, {"widths": "smallest"}, {"indices": [0]}, {"indices": 0}]
+)
+def test_only_the_chosen_widths_change(chosen: dict[str, Any]) -> None:
     model = network(0.5, 1.0)
     before = state(model)
-    tn.recalibrate(model, batches(), widths=chosen)
+    tn.recalibrate(model, batches(), **chosen)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if is_statistic(key) and key.endswith("_0")}
 
@@ -128,7 +131,7 @@ def test_failures_put_the_statistics_back(widths: tuple[float, ...]) -> None:
     model = network(*widths).train()
     before = state(model)
     for loader, error, message in (
-        ([], tn.DataError, "recalibrate got a loader without images: the statistics are unchanged"),
+        ([], tn.DataError, "recalibrate got a loader without images: statistics are unchanged"),
         (failing(), OSError, "the disk is gone"),
         ([torch.zeros(2, 5, 8, 8)], (RuntimeError, tn.ConfigError), "channels"),
     ):
@@ -160,7 +163,7 @@ def test_statistics_inside_of_bases_are_made_anew() -> None:
     ("loader", "kwargs", "expected"),
     [
         ([torch.zeros(0, 3, 8, 8)], {}, "without images"),
-        ([torch.full((4, 3, 8, 8), float("nan"))], {}, "no numbers"),
+        ([torch.full((4, 3, 8, 8), float("nan"))], {}, "NaN"),
         (None, {}, "NoneType for a loader"),
         ([torch.zeros(4, 3, 8, 8)], {"widths": []}, "at least one"),
     ],

@@ -116,7 +116,7 @@ def test_the_three_stages_of_ds_net_are_those_of_the_authors():
     supernet, statistics, gate = (recipe.for_stage(entry) for entry in recipe.stages)
     assert (supernet.stage.name, gate.stage.name) == ("supernet", "gate")
     assert supernet.epochs == 160
-    assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001}
+    assert recipe.stages[1]["recalibrate"] == {"indices": [*range(14)], "batches": 1001}
     assert statistics.data.batch_size == 8 * 4 * 64
     assert {name for name in recipe.stages[2] if name != "stage.name"} == {
         "epochs", "optimizer.weight_decay", "schedule.warmup_epochs",
@@ -127,7 +127,7 @@ def test_the_three_stages_of_ds_net_are_those_of_the_authors():
         model = tn.create_model(recipe.model, **recipe.model_kwargs)
     step = make_stage("supernet", model, supernet.stage.options)
     assert (step.passes, step.teacher, step.ensemble) == (4, "average", False)  # type: ignore[attr-defined]
-    assert gates(model).popitem()[1].widths == tuple(range(14))
+    assert gates(model).popitem()[1].widths == tuple(map(str, range(14)))
     corrected = make_stage("gate", model, gate.stage.options).objective  # type: ignore[attr-defined]
     assert not corrected.original
 
@@ -136,6 +136,6 @@ def test_what_the_authors_of_ds_net_did_can_be_had():
     options = re.findall(r"--([a-z][\w.-]*) (\"[^\"]*\"|[\w.]+)", load_recipe("ds-net-imagenet").about["defects"])
     texts = {name.replace("-", "_"): text.strip('"') for name, text in options}
     recipe = make_recipe("ds-net-imagenet", texts)
-    assert recipe.stages[1]["recalibrate"] == {"widths": [*range(14)], "batches": 1001, "momentum": 0.1}
+    assert recipe.stages[1]["recalibrate"] == {"indices": [*range(14)], "batches": 1001, "momentum": 0.1}
     assert recipe.model_kwargs["gate_choices"] == [0, 1, 2, 3]
     assert recipe.stages[2]["stage.options"] == {"original": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,9 +41,9 @@ def test_narrow_network_uses_the_first_channels(index: int) -> None:
     for conv, layer in zip(model.convs, model.norms, strict=True):
         out = F.relu(norm(layer, F.conv2d(out, conv.weight[:channels, :channels], conv.bias[:channels], padding=1)))
     expected = F.linear(out.mean((2, 3)), model.head.weight[:, :channels], model.head.bias)
-    tn.set_width(model, index)
+    tn.set_width(model, index=index)
     assert_close(output(model, x), expected.detach(), 1e-12, f"width {index}")
-    frozen = tn.freeze(model, index)
+    frozen = tn.freeze(model, index=index)
     assert_close(output(frozen, x), expected.detach(), 1e-12, f"frozen at {index}")
     assert {type(m).__module__.partition(".")[0] for m in frozen.modules()} == {"torch", "networks"}
     assert frozen.convs[0].weight.shape == (channels, channels, 3, 3)
@@ -60,26 +62,54 @@ def test_widths_differ_from_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [(0.25, 0.25), (0.5, 0.5), (1.0, 1.0), (0, 0.25), (3, 1.0), (-1, 1.0), ("smallest", 0.25), ("largest", 1.0)],
+    [
+        ({"width": 0.25}, 0.25),
+        ({"width": 0.5}, 0.5),
+        ({"width": 1.0}, 1.0),
+        ({"width": 1}, 1.0),
+        ({"width": "smallest"}, 0.25),
+        ({"width": "largest"}, 1.0),
+        ({"index": 0}, 0.25),
+        ({"index": 1}, 0.5),
+        ({"index": 3}, 1.0),
+        ({"index": -1}, 1.0),
+    ],
 )
-def test_choosing_a_width(choice: float | int | str, expected: float) -> None:
-    model = slim_chain()
-    tn.set_width(model, choice)
-    assert width(model) == expected
-    assert widths(model) == FOUR
+def test_choosing_a_width(choice: dict[str, Any], expected: float) -> None:
+    """1 is the ratio 1.0 and not the second width."""
+    model, x = slim_chain(), NETWORKS["chain"].image()
+    tn.set_width(model, **choice)
+    assert tn.width(model) == expected
+    assert tn.widths(model) == FOUR
+    frozen = tn.freeze(slim_chain(), **choice)
+    assert torch.equal(output(frozen, x), output(tn.freeze(model, expected), x))
 
 
-@pytest.mark.parametrize("choice", [0.3, 4, -5, "large", True, None, 1.5])
-def test_widths_that_do_not_exist(choice: object) -> None:
+@pytest.mark.parametrize(
+    "choice",
+    [{"width": bad} for bad in (0.3, 4, 2, 0, -1, "large", True, 1.5)] + [{"index": bad} for bad in (4, -5, 0.5, True, "0")],
+    ids=str,
+)
+def test_widths_that_do_not_exist(choice: dict[str, Any]) -> None:
     model = slim_chain()
     tn.set_width(model, 0.5)
     with pytest.raises(
-        tn.ConfigError, match=r"no width .*: possible are 0\.25, 0\.5, 0\.75, 1 \(float\), 0 to 3 \(int.*'smallest'"
+        tn.ConfigError,
+        match=r"no width .*: expected 0\.25, 0\.5, 0\.75, 1, 'smallest', 'largest', or an index: index=0 to 3",
     ):
-        tn.set_width(model, choice)  # type: ignore[arg-type]
+        tn.set_width(model, **choice)
     assert width(model) == 0.5
     with pytest.raises(tn.ConfigError, match="no width"):
-        tn.freeze(model, choice)  # type: ignore[arg-type]
+        tn.freeze(model, **choice)
+
+
+def test_a_width_or_an_index() -> None:
+    for verb in (tn.set_width, tn.freeze):
+        for choice in ({}, {"width": 0.5, "index": 1}, {"width": [0.5] * 5, "index": 1}):
+            with pytest.raises(tn.ConfigError, match="give a width or an index, one of the two"):
+                verb(slim_chain(), **choice)
+    with pytest.raises(tn.ConfigError, match=r"no width 2: .* Did you mean index=2\?"):
+        tn.set_width(slim_chain(), 2)
 
 
 def test_networks_of_one_width() -> None:
@@ -215,7 +245,7 @@ def test_depthwise_and_grouped_layers_narrow_by_whole_groups() -> None:
 
 def test_widths_that_give_no_whole_channels() -> None:
     with pytest.raises(
-        tn.IncompatibleModelError, match=r"layer 'stem' cannot be narrowed: width 0\.3 of its 8 channels is no whole number"
+        tn.IncompatibleModelError, match=r"layer 'stem' cannot be narrowed: width 0\.3 of its 8 channels is not an integer"
     ):
         tn.convert(NETWORKS["chain"].make(), tn.Slimmable(widths=(0.3, 1.0)))
 
@@ -231,7 +261,7 @@ def test_exact_share(channels: int, numerator: int, denominator: int) -> None:
 
 @pytest.mark.parametrize("values", [(), (0.0, 1.0), (0.5, 1.5), (-0.5,), ("half",), (True,), (float("nan"),), "0.5", 2])
 def test_bad_widths(values: object) -> None:
-    with pytest.raises(tn.ConfigError, match=r"widths=.*: possible are numbers in \(0, 1\], as widths=\(0\.25"):
+    with pytest.raises(tn.ConfigError, match=r"widths=.*: expected numbers in \(0, 1\], as widths=\(0\.25"):
         tn.Slimmable(widths=values)  # type: ignore[arg-type]
 
 

@@ -254,7 +254,7 @@ MISTAKES = {
     "budget out of reach": (
         {"stage": {"name": "gate", "options": {"budget": 1e12}}},
         gated,
-        "out of reach: possible are [0-9,]+ to",
+        "out of reach: expected [0-9,]+ to",
     ),
     "neither": ({"stages": [{"epochs": 1}]}, gated, "either a field stage or a field recalibrate"),
     "nothing trains": ({"stages": [{"recalibrate": {}}]}, gated, "none of the recipe's stages trains"),
@@ -357,7 +357,7 @@ REFUSED = {
         "this recipe has supernet, recalibrate",
     ),
     "no number": (["--recipe", "ds-net-digits", "--budget", "lots"], "--budget lots: .* number"),
-    "out of reach": (["--recipe", "ds-net-digits", "--budget", "1M"], "out of reach: possible are 40,228 to 86,872"),
+    "out of reach": (["--recipe", "ds-net-digits", "--budget", "1M"], "out of reach: expected 40,228 to 86,872"),
     "original": (
         ["--recipe", "ds-net-digits", "--budget", "60K", "--stages.3.stage.options.original", "true"],
         "original=True has no budget",

@@ -47,7 +47,7 @@ SUBNETWORKS = (
 )
 
 STAGES = (((8, 12), 1, 3, 1, "ds", False), ((12, 16, 24), 2, 3, 2, "ds", True), ((16, 20, 32), 1, 5, 2, "ds", False))
-EVERY = [*range(14), "smallest", "largest"]
+EVERY = [*map(str, range(14)), "smallest", "largest"]
 
 
 def recorded(name: str) -> nn.Module:
@@ -59,8 +59,8 @@ def recorded(name: str) -> nn.Module:
     return tn.create_model("dsnet", stem=stem[0], stages=stages, num_classes=meta["num_classes"])
 
 
-def mode(which: int | str) -> str:
-    return which if isinstance(which, str) else f"uniform_{which}"
+def mode(which: str) -> str:
+    return f"uniform_{which}" if which.isdigit() else which
 
 
 def check_sub_networks(name: str, float32: float) -> None:
@@ -73,7 +73,7 @@ def check_sub_networks(name: str, float32: float) -> None:
         tn.set_width(model, which)
         report = tn.inspect(model, tuple(case["mac_input_shape"][1:]))
         assert report.macs == case["modes"][mode(which)]["macs"]
-        assert report.width == {"smallest": 0}.get(str(which), which)
+        assert report.width == {"smallest": "0"}.get(which, which)
     images = torch.from_numpy(golden_input(*case["input_shape"]))
     for dtype in (torch.float64, torch.float32):
         fill(model.to(dtype), their_tensors(case, dtype), layout)
@@ -97,12 +97,12 @@ def test_the_state_of_one_forward_does_not_reach_the_next() -> None:
     """The original must be told its width again before every forward."""
     model = perturb(recorded("tiny").double()).eval()
     x = torch.from_numpy(golden_input(2, 3, 64, 64)).double()
-    tn.set_width(model, 3)
+    tn.set_width(model, index=3)
     first = model(x)
     assert torch.equal(model(x), first)
     tn.set_width(model, "largest")
     model(x)
-    tn.set_width(model, 3)
+    tn.set_width(model, index=3)
     assert torch.equal(model(x), first)
 
 
@@ -118,10 +118,10 @@ def test_recorded_recalibration(by_verb: bool) -> None:
     x = torch.from_numpy(golden_input(*step["input_shape"])).double()
     batches = [x * (1 + 0.1 * batch) + 0.05 * batch for batch in range(3)]
     if by_verb:
-        tn.recalibrate(model, batches, widths=range(14), momentum=0.1)
+        tn.recalibrate(model, batches, indices=range(14), momentum=0.1)
     for batch in [] if by_verb else batches:
         for which in range(14):
-            tn.set_width(model, which)
+            tn.set_width(model, index=which)
             model(batch)
     expected = {key: value for key, value in step["buffers_after"].items() if "num_batches" not in key}
     assert expected
@@ -144,7 +144,7 @@ def test_recorded_sandwich_step() -> None:
         taught = teacher(x).softmax(1)
     model.train()
     for each in step["passes"]:
-        tn.set_width(model, each["choice"] if each["mode"] == "uniform" else each["mode"])
+        tn.set_width(model, **({"index": each["choice"]} if each["mode"] == "uniform" else {"width": each["mode"]}))
         logits = model(x)
         largest = each["mode"] == "largest"
         target = torch.arange(len(x)) % logits.shape[1] if largest else taught
@@ -224,7 +224,7 @@ def tiny() -> nn.Module:
 
 
 @pytest.mark.parametrize("which", EVERY, ids=str)
-def test_each_sub_network_comes_out_plain(tiny: nn.Module, which: int | str) -> None:
+def test_each_sub_network_comes_out_plain(tiny: nn.Module, which: str) -> None:
     x = torch.from_numpy(golden_input(2, 3, 64, 64)).double()
     model = copy.deepcopy(tiny)
     tn.set_width(model, which)
@@ -239,20 +239,30 @@ def test_each_sub_network_comes_out_plain(tiny: nn.Module, which: int | str) -> 
 def test_largest_is_no_numbered_sub_network(tiny: nn.Module) -> None:
     model = copy.deepcopy(tiny)
     assert width(model) == "largest"
-    assert widths(model) == (*range(14), "largest")
+    assert widths(model) == (*map(str, range(14)), "largest")
     for number in (13, -1):
-        tn.set_width(model, number)
-        assert width(model) == 13
-    macs = {which: tn.inspect(tn.freeze(model, which), (3, 64, 64)).macs for which in (12, 13, "largest")}
-    assert macs[12] < macs[13] < macs["largest"]
+        tn.set_width(model, index=number)
+        assert width(model) == "13"
+    macs = {which: tn.inspect(tn.freeze(model, which), (3, 64, 64)).macs for which in ("12", "13", "largest")}
+    assert macs["12"] < macs["13"] < macs["largest"]
     tn.set_width(model, "smallest")
-    assert width(model) == 0
+    assert width(model) == "0"
 
 
-@pytest.mark.parametrize("bad", [14, -15, 0.5, "13", "widest", True, None], ids=repr)
-def test_widths_that_it_does_not_have(tiny: nn.Module, bad: Any) -> None:
-    with pytest.raises(tn.ConfigError, match=r"possible are 0 to 13 \(int, a position\), 'smallest' and 'largest'"):
-        tn.set_width(tiny, bad)
+@pytest.mark.parametrize(
+    "bad",
+    [{"width": bad} for bad in (3, 1.0, 14, 0.5, "14", "widest", True)] + [{"index": bad} for bad in (14, -15, True)],
+    ids=str,
+)
+def test_widths_that_it_does_not_have(tiny: nn.Module, bad: dict[str, Any]) -> None:
+    with pytest.raises(tn.ConfigError, match=r"expected 'smallest', 'largest', or an index: index=0 to 13"):
+        tn.set_width(tiny, **bad)
+
+
+def test_a_number_is_no_width_of_a_network_without_ratios(tiny: nn.Module) -> None:
+    for verb in (tn.set_width, tn.freeze):
+        with pytest.raises(tn.ConfigError, match=r"no width 3: .*Did you mean index=3\?"):
+            verb(tiny, 3)
 
 
 def test_statistics_exist_once_for_each_distinct_width(tiny: nn.Module) -> None:
@@ -265,7 +275,7 @@ def test_statistics_exist_once_for_each_distinct_width(tiny: nn.Module) -> None:
     assert len(means) == 14
     model = copy.deepcopy(tiny).train()
     before = copy.deepcopy(dict(model.named_buffers()))
-    tn.set_width(model, 5)
+    tn.set_width(model, index=5)
     model(torch.randn(4, 3, 64, 64, dtype=torch.float64))
     changed = {key for key, value in model.named_buffers() if not torch.equal(value, before[key])}
     assert "norm.running_mean_0" in changed
@@ -273,18 +283,18 @@ def test_statistics_exist_once_for_each_distinct_width(tiny: nn.Module) -> None:
     assert not [key for key in changed if key.endswith(("running_mean", "running_var"))], "the widest statistics moved"
 
 
-def test_stores_of_a_norm() -> None:
-    width_spec = WidthSpec((0, 1, 2, "largest"), (4, 4, 4, 8), (4, 4, 4, 8), (0, 0, 0, 1))
+def test_bn_sets_of_a_norm() -> None:
+    width_spec = WidthSpec(("0", "1", "2", "largest"), (4, 4, 4, 8), (4, 4, 4, 8), (0, 0, 0, 1))
     assert [width_spec.bn_set(index) for index in (0, 2, 3, -1)] == [0, 0, 1, 1]
     assert width_spec.narrower_bn_sets() == {0: 4}
     assert WidthSpec((0.5, 1.0), (2, 4), (2, 4)).narrower_bn_sets() == {0: 2}
-    assert width_spec.with_outs(3).stores == width_spec.stores
+    assert width_spec.with_outs(3).bn_sets == width_spec.bn_sets
 
 
 def test_recalibration_reaches_all_sub_networks(tiny: nn.Module) -> None:
     model = copy.deepcopy(tiny)
     batches = [torch.randn(8, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
-    tn.recalibrate(model, batches, widths=range(14))
+    tn.recalibrate(model, batches, indices=range(14))
     assert width(model) == "largest"
     assert int(model.stages[3][0].norm2.num_batches_tracked_4) == 2
     assert torch.equal(model.norm.running_mean, tiny.norm.running_mean), "of 'largest', which was not asked for"
@@ -308,7 +318,7 @@ def test_published_multiply_adds_count_what_is_pooled() -> None:
         if isinstance(module, SqueezeExcite):
             module.register_forward_pre_hook(lambda _, args: pooled.append(args[0].numel()))
     for which, (published, macs) in enumerate(SUBNETWORKS):
-        tn.set_width(model, which)
+        tn.set_width(model, index=which)
         pooled.clear()
         features = model.forward_features(torch.empty(1, 3, 224, 224, device="meta"))
         stated = macs + sum(pooled) + features.numel()
@@ -323,9 +333,9 @@ def test_inverted_residuals_and_shortcuts_by_hand(which: int) -> None:
     model = tn.create_model("dsnet", stem=(8, 12), stages=dsnet_by_hand.STAGES, skip=True, num_classes=5).double()
     model = randomise_norms(perturb(model)).eval()
     x = torch.randn(2, 3, 30, 34, dtype=torch.float64)
-    tn.set_width(model, which)
+    tn.set_width(model, index=which)
     assert_close(model(x), dsnet_by_hand.run(model, x, which), 1e-12, f"sub-network {which}")
-    assert_close(tn.freeze(model, which)(x), model(x), 1e-12, "frozen")
+    assert_close(tn.freeze(model, index=which)(x), model(x), 1e-12, "frozen")
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -366,8 +376,8 @@ def test_without_a_gate_every_stage_narrows() -> None:
     for which in widths(model):
         tn.set_width(model, which)
         seen[which] = (model.forward_features(x).shape[1], tn.inspect(model).macs)
-    assert [seen[which][0] for which in (0, 1, "largest")] == [16, 32, 32]
-    assert seen[1] == seen["largest"]
+    assert [seen[which][0] for which in ("0", "1", "largest")] == [16, 32, 32]
+    assert seen["1"] == seen["largest"]
 
 
 def test_networks_offer_what_timm_users_expect() -> None:
@@ -377,13 +387,13 @@ def test_networks_offer_what_timm_users_expect() -> None:
     assert features.shape[:2] == (2, 32)
     assert torch.equal(model.forward_head(features), model(images))
     assert model.get_classifier().out_features == 7 == model.default_cfg["num_classes"]
-    tn.set_width(model, 1)
+    tn.set_width(model, index=1)
     model.reset_classifier(3)
     assert model(images).shape == (2, 3)
     assert model.forward_head(model.forward_features(images), pre_logits=True).shape == (2, 20)
     tn.set_width(model, "largest")
     assert model(images).shape == (2, 3)
-    frozen = tn.freeze(model, 0)
+    frozen = tn.freeze(model, index=0)
     frozen.reset_classifier(5)
     assert frozen(images).shape == (2, 5)
     model.reset_classifier(0)
@@ -410,7 +420,7 @@ def test_dropout_acts_in_the_widest_network_only() -> None:
             module.eval()
     x = torch.randn(1, 3, 32, 32)
     assert not torch.equal(model(x), model(x))
-    tn.set_width(model, 2)
+    tn.set_width(model, index=2)
     assert torch.equal(model(x), model(x))
 
 
@@ -421,7 +431,7 @@ def test_the_gate_is_stored_and_left_out_of_what_is_frozen() -> None:
     gate = model.get_submodule(gates[0])
     assert gate.conv.weight.shape == (4, 66, 1, 1)
     assert gate(torch.randn(2, 66, 1, 1)).shape == (2, 4)
-    frozen = tn.freeze(model, 3)
+    frozen = tn.freeze(model, index=3)
     assert type(frozen.get_submodule(gates[0])) is nn.Identity
 
 
@@ -449,17 +459,17 @@ def test_initialisation() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stem": (16, 8)}, r"widths \(16, 8\) of stem: possible are whole numbers above 0 in ascending order"),
-        ({"stem": ()}, "of stem: possible are"),
+        ({"stem": (16, 8)}, r"widths \(16, 8\) of stem: expected integers >= 1 in ascending order"),
+        ({"stem": ()}, "of stem: expected"),
         ({"stages": [*STAGES[:2], ((16, 20), 1, 3, 2, "ds", False)]}, "stage 2 has 2 widths, but .* 3 sub-networks"),
         ({"stages": [STAGES[1], STAGES[1]]}, "2 stages with 2 gates"),
         ({"stages": []}, "0 stages with 0 gates"),
         ({"stages": [((8, 12), 1, 3)]}, "stage 0 is .*write it as"),
         ({"stages": [((8, 12), 0, 3, 1, "ds", False)]}, "blocks of stage 0=0"),
-        ({"stages": [((8, 12), 1, 4, 1, "ds", False)]}, "possible are odd numbers; nearest are 3 and 5"),
+        ({"stages": [((8, 12), 1, 4, 1, "ds", False)]}, "expected an odd number, such as 3 or 5"),
         ({"stages": [((8, 12), 1, 3, 1, "dw", False)]}, "unknown kind of stage 0 'dw'"),
         ({"activation": "swich"}, "did you mean 'swish'"),
-        ({"drop_rate": 1.0}, r"drop_rate=1\.0: possible is a number in \[0, 1\)"),
+        ({"drop_rate": 1.0}, r"drop_rate=1\.0: expected a number in \[0, 1\)"),
         ({"se_ratio": 0}, "se_ratio=0"),
         ({"skip": "yes"}, "skip"),
         ({"head": -1}, "head=-1"),

@@ -15,7 +15,8 @@ _PLACES = {
     "thriftnet.core.recalibrate": ("recalibrate",),
     "thriftnet.core.fold": ("eval_fold", "fold", "freeze"),
     "thriftnet.core.penalty": ("param_groups", "penalty"),
-    "thriftnet.core.width": ("set_width",),
+    "thriftnet.core.width": ("set_width", "width", "widths"),
+    "thriftnet.dynamic.add_gate": ("add_gate",),
     "thriftnet.errors": (
         "CheckpointError",
         "ConfigError",
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     from thriftnet.core.penalty import param_groups, penalty
     from thriftnet.core.plan import Plan
     from thriftnet.core.recalibrate import recalibrate
-    from thriftnet.core.width import set_width
+    from thriftnet.core.width import set_width, width, widths
+    from thriftnet.dynamic.add_gate import add_gate
     from thriftnet.dynamic.network import DynamicNetwork
     from thriftnet.errors import (
         CheckpointError,

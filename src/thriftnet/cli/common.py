@@ -99,6 +99,35 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> 
             raise unknown_name(where, option, options | possible)
 
 
+def add_width_options(parser: ArgumentParser) -> None:
+    """Options that select one width of a slimmable network: taken by `chosen_width`."""
+    parser.add_argument(
+        "--width", metavar="W", help="of a slimmable network: a ratio that it has, as 0.5, smallest or largest"
+    )
+    parser.add_argument("--width-index", type=int, metavar="I", help="instead: index into its list of sub-networks, from 0")
+
+
+def chosen_width(options: Namespace) -> dict[str, Any]:
+    """The keyword arguments of `set_width` and `freeze` for these options; empty if no width is selected."""
+    if options.width is not None and options.width_index is not None:
+        raise ConfigError("--width and --width-index both select a width: give one of them")
+    given = {"width": None if options.width is None else width_from(options.width), "index": options.width_index}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def width_from(text: str) -> float | str:
+    """A width as text: a ratio, or a name.
+
+    Example:
+        >>> width_from("0.5"), width_from("largest")
+        (0.5, 'largest')
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
 def literal(text: str) -> Any:
     """A plain Python value, or the text itself."""
     try:

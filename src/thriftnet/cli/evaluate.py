@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
+from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, parse_with_kwargs
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -35,14 +35,16 @@ def run(arguments: Sequence[str]) -> None:
     if options.confusion_plot is not None and options.confusion_plot.suffix != ".svg":
         raise ConfigError(f"--confusion-plot {options.confusion_plot}: give a name that ends in .svg")
 
+    width = chosen_width(options)
+
     from thriftnet.core.width import set_width
     from thriftnet.data.sources import open_data
     from thriftnet.train.distributed import joined, process_group
 
     use_machine(options, options.batch_size)
     model, facts = network_of(options.model, kwargs, options.plain)
-    if options.width is not None:
-        set_width(model, literal(options.width))
+    if width:
+        set_width(model, **width)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     split = source.split(options.split)
     options.split = next(
@@ -82,11 +84,11 @@ def _parser() -> ArgumentParser:
     add("--topk", metavar="K,K", default="1,5", help="which accuracies (1,5)")
     add("--confusion", action="store_true", help="print the confusion matrix")
     add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
-    add("--width", help="of a slimmable network: 0.5, a position, smallest or largest")
+    add_width_options(parser)
     add(
         "--mode",
-        metavar="all|dynamic|width=W",
-        help="accuracy, MACs and latency of every width, by the gate, or at one width",
+        metavar="all|dynamic|width[=W]",
+        help="accuracy, MACs and latency of every width, by the gate, or at one width (W, or as --width and --width-index say)",
     )
     add("--budget", metavar="N", help="with --mode dynamic: mean multiply-accumulates that the gate may spend, as 300M")
     add("--plot", metavar="FILE.svg", type=Path, help="with --mode: accuracy over MACs, or the gate's decisions by class")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.cli.common import literal, quantity
+from thriftnet.cli.common import quantity, width_from
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
@@ -54,13 +54,14 @@ def measure_widths(
         points = every_width(model, loader)
         _draw(options.plot, lambda: plots.accuracy_against_macs({"fixed widths": [(p.macs, p.top1) for p in points]}))
         return _text(points), {"widths": [asdict(point) for point in points]}
-    if mode == "width" and chosen:
-        set_width(model, literal(chosen))
+    if mode == "width":
+        if chosen:
+            set_width(model, width_from(chosen))
         point = one_width(model, loader)
         return _text([point]), asdict(point)
     if mode == "dynamic" and not chosen:
         return _dynamic(model, loader, calibration, classes, options)
-    raise ConfigError(f"--mode {options.mode}: possible are all, dynamic, and width=W with a width of the network")
+    raise ConfigError(f"--mode {options.mode}: expected all, dynamic, width, or width=W with a width of the network")
 
 
 def _dynamic(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, input_size, literal, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import (
+    add_width_options,
+    chosen_width,
+    emit,
+    input_size,
+    new_parser,
+    open_network,
+    parse_with_kwargs,
+)
 from thriftnet.errors import IncompatibleModelError
 
 TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
@@ -13,9 +21,10 @@ TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", takes_model=True)
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the plain network")
-    parser.add_argument("--width", help="of a slimmable network: 0.5, a position, smallest or largest")
-    parser.add_argument("--input-size", metavar="C,H,W", help="for the check; left out, what the network was made for")
+    add_width_options(parser)
+    parser.add_argument("--input-size", metavar="C,H,W", help="for the check (default: the size the network states)")
     options, kwargs = parse_with_kwargs(parser, arguments)
+    width = chosen_width(options)
 
     from thriftnet.core.fold import fold, freeze, is_foldable
     from thriftnet.core.tied import count_params
@@ -29,12 +38,11 @@ def run(arguments: Sequence[str]) -> None:
             f"{options.model} has plain layers only: there is nothing to fold. See thriftnet convert"
         )
     size = input_size(options.input_size, model)
-    if options.width is None:
-        folded = fold(model)
+    if width:
+        set_width(model, **width)
+        folded = freeze(model, **width)
     else:
-        width = literal(options.width)
-        folded = freeze(model, width)
-        set_width(model, width)
+        folded = fold(model)
     error = relative_difference(model, folded, size)
     if not error <= TOLERANCE:
         raise IncompatibleModelError(f"the plain network differs by {error:.1e} of the largest output: nothing was saved")

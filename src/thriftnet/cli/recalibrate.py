@@ -1,11 +1,11 @@
-"""`thriftnet recalibrate`: fresh batch-norm statistics from training images, for every width."""
+"""`thriftnet recalibrate`: batch-norm statistics estimated again from training images, for every width."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, literal, new_parser, parse_with_kwargs
-from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
+from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, width_from
+from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError
 
@@ -13,23 +13,25 @@ from thriftnet.errors import ConfigError
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser(
         "recalibrate",
-        "Give a network fresh batch-norm statistics from the training images, at each of its widths; weights stay as they are.",
+        "Estimate the batch-norm statistics of a network again from the training images, at each width; weights do not change.",
         takes_model=True,
     )
     add_image_options(parser)
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the network")
     parser.add_argument("--split", default="train", help="which images (train)")
-    parser.add_argument("--widths", help="only these, as 0.5,1.0 or 0,3,largest; left out, all")
-    parser.add_argument("--batches", type=int, metavar="N", help="read no more than this many; left out, all images")
+    parser.add_argument("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest (default: all)")
+    parser.add_argument("--width-indices", metavar="I,I", help="instead: indices into the list of sub-networks, as 0,3")
+    parser.add_argument("--batches", type=int, metavar="N", help="read at most this many (default: all images)")
     parser.add_argument("--momentum", type=float, help="a moving average instead of the exact one; DS-Net's authors use 0.1")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
     options, kwargs = parse_with_kwargs(parser, arguments)
     if options.batch_size < 1:
-        raise ConfigError("--batch-size takes whole numbers from 1")
+        raise ConfigError(f"--batch-size {options.batch_size}: expected an integer >= 1")
+    chosen = None if options.widths is None else [width_from(text) for text in options.widths.split(",")]
+    indices = None if options.width_indices is None else numbers(options.width_indices, int, "--width-indices", "0,3")
 
     from thriftnet.core.recalibrate import recalibrate
-    from thriftnet.core.width import format_width
-    from thriftnet.core.width import widths as widths_of
+    from thriftnet.core.width import format_width, widths
     from thriftnet.data.loaders import make_loader
     from thriftnet.data.sources import open_data
     from thriftnet.store.model_file import save
@@ -39,7 +41,6 @@ def run(arguments: Sequence[str]) -> None:
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     images = limited(source.split(options.split), options.limit)
     augmentation = augmentation_of(options, facts, source, images, model)
-    chosen = None if options.widths is None else [literal(word.strip()) for word in options.widths.split(",")]
     loader = make_loader(
         images,
         options.batch_size,
@@ -52,9 +53,11 @@ def run(arguments: Sequence[str]) -> None:
         workers=options.workers,
     )
     model = model.to(options.device or "cpu")
-    recalibrate(model, loader, chosen, momentum=options.momentum, batches=options.batches)
+    recalibrate(model, loader, chosen, indices=indices, momentum=options.momentum, batches=options.batches)
     folder = save(model.cpu(), options.output, metadata=facts)
-    names = [format_width(width) for width in (chosen or widths_of(model))]
+    available = widths(model)
+    done = available if chosen is None and indices is None else [*(chosen or ()), *(available[i] for i in indices or ())]
+    names = [format_width(width) for width in done]
     batches = min(len(loader), options.batches or len(loader))
     result = {"model": options.model, "output": str(folder), "widths": names, "batches": batches}
     at = f" at widths {', '.join(names)}" if names else ""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def run(arguments: Sequence[str]) -> None:
     options, kwargs = parse_with_kwargs(_parser(), arguments)
     if options.batch_size < 1 or options.recalibration < 0:
-        raise ConfigError("--batch-size takes whole numbers from 1, --recalibration from 0")
+        raise ConfigError("expected --batch-size >= 1 and --recalibration >= 0")
     budget, device = quantity("--macs", options.macs), options.device or "cpu"
 
     from thriftnet.data.sources import open_data
@@ -69,10 +69,16 @@ def _parser() -> ArgumentParser:
     )
     add_image_options(parser)
     add = parser.add_argument
-    add("--macs", metavar="N", required=True, help="multiply-accumulates that one image may cost, as 300M")
+    add("--macs", metavar="N", required=True, help="most multiply-accumulates for one image, as 300M")
     add("--output", metavar="FOLDER", required=True, help="where to save the network found")
     add("--validation", type=float, default=0.1, help="share of the training images that candidates are scored on")
-    add("--recalibration", type=int, default=8, metavar="N", help="batches for each candidate's statistics; 0: none")
+    add(
+        "--recalibration",
+        type=int,
+        default=8,
+        metavar="N",
+        help="batches for the batch-norm statistics of each candidate; 0: none",
+    )
     add("--population", type=int, default=16, help="candidates kept from one generation to the next")
     add("--generations", type=int, default=8)
     add("--seed", type=int, default=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, format_width
+from thriftnet.core.width import WidthAware, WidthSpec, format_width
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +65,14 @@ class GeneratedConv2d(Tied, WidthAware):
             0 if self.bias is None else self.out_channels
         )
 
+    @property
+    def chooses_outs(self) -> bool:
+        return self.groups == 1
+
+    def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
+        spec, index = super().width_for(ins, index)
+        return (spec if self.groups == 1 else spec.with_outs(ins * self.out_channels // self.in_channels)), index
+
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
         weight, bias = self.weight, self.bias
@@ -105,6 +113,8 @@ class GeneratedConv2d(Tied, WidthAware):
 
 class PlainConv2d(GeneratedConv2d):
     """A convolution with a weight of its own, as `nn.Conv2d`; in addition it may be tied and have several widths."""
+
+    standalone: ClassVar[bool] = True
 
     def __init__(self, like: Convolution) -> None:
         super().__init__(like)

@@ -14,9 +14,9 @@ from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
-from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
+from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, names_by_module, replace, selection, sites
 from thriftnet.core.spec import format_spec
-from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
+from thriftnet.core.technique import Technique, is_whole, takes
 from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
@@ -95,7 +95,7 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
         config, groups = _planned_groups(model, technique)
     else:
-        config = adapted(technique, model)
+        config = technique
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
@@ -104,22 +104,23 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
             f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
         )
-    before = count_params(model)
+    before, names = count_params(model), names_by_module(model)
+    described = {id(module): describe(module) for module in model.modules()}
     rows: list[PlanRow] = []
     table: dict[int, nn.Module] = {}
     for number, group in enumerate(groups):
         for site in group:
             _check_hooks(site)
-        described = {id(site.module): describe(site.module) for site in group}
-        names = {id(site.module): site.names for site in group}
+        members = {id(site.module): site.names for site in group}
         pairs = config.build(group)
         _freeze_alike(pairs)
         for old, new in pairs:
             table[id(old)] = new.train(old.training)
-            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, number, relative_error(old, new)))
+            in_group = number if id(old) in members else None
+            of_old = members.get(id(old), names[id(old)])
+            rows.append(PlanRow(of_old, described[id(old)], type(new).__name__, in_group, relative_error(old, new)))
     model_name = type(model).__name__
     converted = replace(model, table)
-    finish(config, converted)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
 
@@ -15,10 +14,10 @@ from thriftnet.core.fold_norms import fold_norms_of
 from thriftnet.core.history import HISTORY, history, record
 from thriftnet.core.sites import replace, sites
 from thriftnet.core.spec import check_choice
-from thriftnet.core.width import Width, set_width, widths
+from thriftnet.core.width import require_widths, select_width, widths
 from thriftnet.core.width import width as selected_width
-from thriftnet.core.width_slots import Choice, assign
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.core.width_slots import IndexChoice, WidthChoice, assign, width_indices
+from thriftnet.errors import IncompatibleModelError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -82,54 +81,50 @@ def _folded(layer: Foldable, prefer: str) -> nn.Module:
 
 def freeze(
     model: nn.Module,
-    width: Choice,
+    width: WidthChoice | None = None,
     *,
+    index: IndexChoice | None = None,
     fold_norms: bool = False,
     input_size: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A plain network, in eval mode, that computes what ``model`` does at one of its widths. Its weights are copies.
+    """A plain network, in eval mode, that computes what ``model`` computes at one of its widths. Its weights are copies.
 
     Args:
-        model: A network of several widths.
-        width: One width for all of it; or a width for each part that can have its own; or widths by regular expressions on the
-            names of layers, where the first that is found counts, and the largest if none is. What the history of a
-            frozen network holds is taken, too: JSON text.
+        model: A slimmable network.
+        width: One width for all of it, as `set_width` takes it; or a sequence with a width for each part that can have its own; or
+            widths by regular expressions on the names of layers, where the first match counts and other layers stay at the
+            largest.
+        index: The same as indices into the network's list of sub-networks.
         fold_norms: Fold batch norms into the convolutions before them, where nothing else reads those.
-        input_size: Channels, height and width of an image, for finding out which layers belong together. Left out, as the
-            network says or as is found by trying.
+        input_size: Channels, height and width of an image, used to find which layers need the same width. Default: the size the
+            network states, or one it runs on.
 
     Raises:
-        IncompatibleModelError: The network has one width only, or a layer can have none of its own.
-        ConfigError: It has no such width, or widths that do not fit together.
+        IncompatibleModelError: The network has one width only, or a layer cannot have a width of its own.
+        ConfigError: It has no such width, or the widths do not fit together.
     """
-    if isinstance(width, str) and width.startswith("{"):
-        return freeze(model, **_from_text(width))
     _check_slimmable(model)
-    options = ({"fold_norms": True} if fold_norms else {}) | ({"input_size": list(input_size)} if input_size else {})
-    uniform = not isinstance(width, Mapping | list | tuple)
-    size = None if uniform and not fold_norms else probe.input_size(model, input_size)
+    chosen = width_indices(require_widths(model), width, index)
+    size = probe.input_size(model, input_size) if fold_norms or not isinstance(chosen, int) else None
     model = copy.deepcopy(model).eval()
-    if isinstance(width, Mapping | list | tuple):
-        assign(model, width, size or ())
+    if isinstance(chosen, int):
+        select_width(model, chosen)
     else:
-        set_width(model, cast(Width, width))
+        assign(model, chosen, cast(probe.Size, size))
     frozen = fold(model, inplace=True)
     if fold_norms:
-        frozen = fold_norms_of(frozen, size or ())
-    step = {"verb": "freeze", "width": width if uniform and not options else json.dumps({"width": width, **options})}
-    setattr(frozen, HISTORY, [*history(frozen)[:-1], step])
+        frozen = fold_norms_of(frozen, cast(probe.Size, size))
+    options = {"width": width, "index": index, "fold_norms": fold_norms or None, "input_size": input_size}
+    given = {name: _plain(value) for name, value in options.items() if value is not None}
+    setattr(frozen, HISTORY, [*history(frozen)[:-1], {"verb": "freeze", **given}])
     return frozen
 
 
-def _from_text(text: str) -> dict[str, Any]:
-    """Arguments of `freeze` as a frozen network's history holds them."""
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"cannot read the widths {text!r}: {error}") from None
-    if "width" not in given or not given.keys() <= {"width", "fold_norms", "input_size"}:
-        raise ConfigError(f"widths as text are JSON with the keys width, fold_norms, input_size; got {sorted(given)}")
-    return dict(given)
+def _plain(value: object) -> object:
+    """A choice of widths as JSON holds it."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
 
 
 def _check_slimmable(model: nn.Module) -> None:

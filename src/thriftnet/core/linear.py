@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class GeneratedLinear(Tied, WidthAware):
     out_features: int
     weight: Tensor
     bias: Tensor | None
+    channel_axis: ClassVar[int] = -1
 
     @property
     def generation_macs(self) -> int:
@@ -65,6 +66,8 @@ class GeneratedLinear(Tied, WidthAware):
 
 class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
     """A linear layer with a weight of its own, as `nn.Linear`; in addition it may be tied and have several widths."""
+
+    standalone: ClassVar[bool] = True
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +11,30 @@ from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware, WidthSpec
-from thriftnet.errors import IncompatibleModelError
+from thriftnet.errors import ConfigError, IncompatibleModelError
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
+class WidthAwareNorm(WidthAware):
+    """A norm of several widths: it has as many outputs as inputs."""
+
+    standalone: ClassVar[bool] = True
+
+    @property
+    def chooses_outs(self) -> bool:
+        return False
+
+    def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
+        spec = self.width_spec
+        fitting = [] if spec is None else [i for i, outs in enumerate(spec.outs) if outs == ins]
+        if spec is None or not fitting:
+            available = "one width" if spec is None else f"statistics for {sorted({*spec.outs})} channels"
+            raise ConfigError(f"{type(self).__name__} has {available}, got {ins}")
+        return spec, index if index in fitting else fitting[0]
+
+
+class PlainBatchNorm2d(Tied, WidthAwareNorm, nn.BatchNorm2d):
     """A batch norm as `nn.BatchNorm2d`; in addition it may be tied and have several widths.
 
     Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own,
@@ -39,12 +59,14 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
 
     def set_width_spec(self, width_spec: WidthSpec | None) -> None:
         super().set_width_spec(width_spec)
+        for name in [name for name in self._buffers if name not in STATISTICS]:
+            delattr(self, name)  # statistics of former widths
         if width_spec is None or self.running_mean is None:
             return
-        for store, channels in width_spec.narrower_bn_sets().items():
+        for bn_set, channels in width_spec.narrower_bn_sets().items():
             for name in STATISTICS:
                 full = self.get_buffer(name)
-                self.register_buffer(f"{name}_{store}", (full[:channels] if full.ndim else full).clone())
+                self.register_buffer(f"{name}_{bn_set}", (full[:channels] if full.ndim else full).clone())
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running mean, variance and batch count of the selected width."""
@@ -97,7 +119,7 @@ class PlainBatchNorm2d(Tied, WidthAware, nn.BatchNorm2d):
         return norm.train(self.training)
 
 
-class PlainGroupNorm(Tied, WidthAware, nn.GroupNorm):
+class PlainGroupNorm(Tied, WidthAwareNorm, nn.GroupNorm):
     """A group norm as `nn.GroupNorm`; at a narrower width it keeps its channels per group and has fewer groups."""
 
     def __init__(self, like: nn.GroupNorm) -> None:
@@ -127,8 +149,10 @@ class PlainGroupNorm(Tied, WidthAware, nn.GroupNorm):
         return norm.train(self.training)
 
 
-class PlainLayerNorm(Tied, WidthAware, nn.LayerNorm):
+class PlainLayerNorm(Tied, WidthAwareNorm, nn.LayerNorm):
     """A layer norm over the last axis as `nn.LayerNorm`; in addition it may be tied and have several widths."""
+
+    channel_axis: ClassVar[int] = -1
 
     def __init__(self, like: nn.LayerNorm) -> None:
         super().__init__(

@@ -23,7 +23,7 @@ class PlanRow:
         names: All names of the layer.
         layer: What it is now.
         becomes: What it will be.
-        group: Number of the group it shares with.
+        group: Number of the group it shares with; None for a module that is wrapped, not replaced, as by a gate.
         relative_error: Distance of its new weight from the old, ``|new - old| / |old|``; None where the new layer is
             no single convolution or linear layer.
     """
@@ -31,7 +31,7 @@ class PlanRow:
     names: tuple[str, ...]
     layer: str
     becomes: str
-    group: int
+    group: int | None
     relative_error: float | None
 
 
@@ -60,7 +60,8 @@ class Plan:
         """First names of the layers, group by group."""
         groups: dict[int, list[str]] = {}
         for row in self.rows:
-            groups.setdefault(row.group, []).append(row.names[0])
+            if row.group is not None:
+                groups.setdefault(row.group, []).append(row.names[0])
         return list(groups.values())
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Fresh batch-norm statistics from data, for every width of a network."""
+"""Batch-norm statistics estimated again from data, for every width of a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
 from thriftnet.core.spec import check_whole_number
-from thriftnet.core.width import set_width, width
+from thriftnet.core.width import Width, require_widths, select_width, slimmable_layers, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 
@@ -21,29 +21,30 @@ from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 def recalibrate(
     model: nn.Module,
     loader: Iterable[Any],
-    widths: Sequence[float | int | str] | float | int | str | None = None,
+    widths: Sequence[Width] | Width | None = None,
     *,
+    indices: Sequence[int] | int | None = None,
     momentum: float | None = None,
     batches: int | None = None,
 ) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
-    It is the cumulative average of `torch.nn.BatchNorm2d`, in which every batch counts alike: give batches of equal size.
-    Weights, modes, the selected width and the random state are left as they were; only statistics change. If the loader
-    fails, the old statistics are put back. Under `torch.distributed` they are averaged over all processes, each of which
-    reads its own loader.
+    It is the cumulative average of `torch.nn.BatchNorm2d`, in which every batch counts equally: give batches of equal size.
+    Only statistics change; weights, modes, the selected width and the random state do not. If the loader fails, the old statistics
+    are restored. Under `torch.distributed` statistics are averaged over all processes, each of which reads its own loader.
 
     Args:
         model: Any network with batch norms.
-        loader: Yields ``inputs`` or ``(inputs, ...)``; gone through once.
-        widths: Which widths of a slimmable network, or one of them; left out, all.
-        momentum: Take a moving average instead, in which the latest batch has this share. The authors of DS-Net use 0.1.
-        batches: Read no more than this many; left out, all.
+        loader: Yields ``inputs`` or ``(inputs, ...)``; read once.
+        widths: Widths of a slimmable network as `set_width` takes them, or one of them. Default: all.
+        indices: Instead of, or in addition to, widths: indices into its list of sub-networks, or one of them.
+        momentum: Take a moving average with this momentum instead. The authors of DS-Net use 0.1.
+        batches: Read at most this many. Default: all.
 
     Raises:
-        ConfigError: A ``momentum`` outside of (0, 1], less than one batch, or no width.
-        IncompatibleModelError: No batch norm keeps statistics.
-        DataError: The loader yields no images, something else than tensors, or images that make statistics infinite.
+        ConfigError: A ``momentum`` outside (0, 1], less than one batch, an empty list of widths, or widths it does not have.
+        IncompatibleModelError: No batch norm has running statistics.
+        DataError: The loader yields no images, no tensors, or images that make statistics infinite or NaN.
     """
     _check_options(momentum, batches)
     if not isinstance(loader, Iterable):
@@ -55,72 +56,71 @@ def recalibrate(
         raise IncompatibleModelError(
             f"{type(model).__name__} has no batch norm with running statistics to recalibrate{hint}"
         )
-    if isinstance(widths, float | int | str):
-        widths = (widths,)
-    chosen: Sequence[float | int | str | None] = widths if widths is not None else (widths_of(model) or (None,))
-    if not chosen:
-        raise ConfigError(f"widths={widths!r}: give at least one, or leave it out for all")
+    chosen = _selected(model, widths, indices)
     like = next(p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     with _only_norms_train(model, norms, momentum), _restored_on_failure(norms):
         for each in chosen:
-            _choose(model, each)
+            select_width(model, each)
             for norm in norms:
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
         seen = _pass(model, itertools.islice(loader, batches), chosen, like)
         if not seen:
-            raise DataError("recalibrate got a loader without images: the statistics are unchanged. Give it training data")
+            raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
         _average_over_processes(model, norms, chosen)
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
-            raise DataError("recalibrate got images that make statistics infinite or no numbers: they are unchanged")
+            raise DataError("recalibrate got images that make statistics infinite or NaN: they are unchanged")
 
 
 def _check_options(momentum: float | None, batches: int | None) -> None:
     if momentum is not None and (not isinstance(momentum, int | float) or not 0 < momentum <= 1):
-        raise ConfigError(f"momentum={momentum!r}: possible is a number in (0, 1], or None for exact averages")
+        raise ConfigError(f"momentum={momentum!r}: expected a number in (0, 1], or None for exact averages")
     if batches is not None:
         check_whole_number("batches", batches, 1)
 
 
-def _pass(
-    model: nn.Module,
-    loader: Iterable[Any],
-    chosen: Sequence[float | int | str | None],
-    like: Tensor,
-) -> int:
-    """Let the norms see every batch at every width; gives the number of images."""
+def _selected(model: nn.Module, widths: Sequence[Width] | Width | None, indices: Sequence[int] | int | None) -> list[int]:
+    """Indices of the chosen widths among all; one for a network of one width."""
+    if widths is None and indices is None:
+        return list(range(len(widths_of(model)) or 1))
+    named = (widths,) if isinstance(widths, float | int | str) else widths or ()
+    numbered = (indices,) if isinstance(indices, int) else indices or ()
+    if not (len(named) or len(numbered)):
+        raise ConfigError(f"widths={widths!r}, indices={indices!r}: give at least one, or leave both out for all widths")
+    available = require_widths(model)
+    by_width = [width_index(available, width=each) for each in named]
+    return [*by_width, *(width_index(available, index=each) for each in numbered)]
+
+
+def _pass(model: nn.Module, loader: Iterable[Any], chosen: Sequence[int], like: Tensor) -> int:
+    """Run every batch at every width; returns the number of images."""
     seen = 0
     for batch in loader:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         if not isinstance(images, Tensor):
             raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
         for each in chosen if len(images) else ():
-            _choose(model, each)
+            select_width(model, each)
             model(images.to(like))
         seen += len(images)
     return seen
 
 
 def _average_over_processes(
-    model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], chosen: Sequence[float | int | str | None]
+    model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], chosen: Sequence[int]
 ) -> None:
-    """Give every process the mean of what all of them have found."""
+    """Average the statistics over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     found: dict[int, Tensor] = {}
     for each in chosen:
-        _choose(model, each)
+        select_width(model, each)
         for norm in norms:
             mean, var, _ = _statistics(norm).values()
             found |= {id(buffer): buffer for buffer in (mean, var) if buffer is not None}
     for buffer in found.values():
         torch.distributed.all_reduce(buffer)
         buffer.div_(torch.distributed.get_world_size())
-
-
-def _choose(model: nn.Module, each: float | int | str | None) -> None:
-    if each is not None:
-        set_width(model, each)
 
 
 def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Tensor | None]:
@@ -134,7 +134,7 @@ def _only_norms_train(
     """Norms in training mode with this momentum, everything else in eval mode; all restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    now = width(model)
+    selected = [(layer, layer.width_index) for layer in slimmable_layers(model)]
     model.eval()
     for norm in norms:
         norm.train()
@@ -146,8 +146,8 @@ def _only_norms_train(
             module.training = mode
         for norm, momentum in momenta:
             norm.momentum = momentum
-        if widths_of(model):
-            set_width(model, now)
+        for layer, index in selected:
+            layer.set_width_index(index)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from torch import nn
@@ -27,12 +27,14 @@ class Site(Generic[M]):
     Args:
         names: Dotted names, in registration order.
         module: The module itself.
-        role: "stem" for the layer that reads the image, "classifier" for the one that gives the classes, else "body".
+        role: "stem" for the layer that reads the image, "classifier" for the one that outputs the classes, else "body".
+        network: The network it is in, for techniques that depend on how layers are connected.
     """
 
     names: tuple[str, ...]
     module: M
     role: str = "body"
+    network: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -56,7 +58,15 @@ def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
         if want(name, module):
             found.setdefault(id(module), (module, []))[1].append(name)
             inside.append(f"{name}." if name else "")
-    return [Site(tuple(names), module, roles.get(id(module), "body")) for module, names in found.values()]
+    return [Site(tuple(names), module, roles.get(id(module), "body"), model) for module, names in found.values()]
+
+
+def names_by_module(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of every module, by its id."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[id(module)] = (*found.get(id(module), ()), name)
+    return found
 
 
 def replace(model: nn.Module, table: Mapping[int, nn.Module]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -14,9 +14,7 @@ class Technique(Protocol):
     """A frozen, keyword-only dataclass with three methods. The verbs know nothing else of it.
 
     Two class attributes are looked at when present: ``takes``, a phrase for error messages that says which layers it
-    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none. Likewise two methods:
-    ``adapt(model)`` gives the config with what it leaves to the network filled in, and ``finish(model)`` adds to the
-    converted network, in place, what stands for no layer.
+    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none.
     """
 
     def accepts(self, module: nn.Module) -> bool:
@@ -28,7 +26,10 @@ class Technique(Protocol):
         ...
 
     def build(self, group: Sequence[Site[Any]]) -> list[Replacement]:
-        """New layers for one group, as (old, new) pairs, started from the old ones' weights."""
+        """New layers for one group, as (old, new) pairs, initialised from the old ones' weights.
+
+        A pair may also wrap a module that is in no group, such as a container: its new module then holds the old one.
+        """
         ...
 
 
@@ -40,16 +41,3 @@ def takes(technique: Technique) -> str:
 def is_whole(technique: Technique) -> bool:
     """Whether a technique changes every layer with parameters or none."""
     return bool(getattr(technique, "every_layer", False))
-
-
-def adapted(technique: Technique, model: nn.Module) -> Technique:
-    """The config with what it leaves to the network filled in."""
-    adapt = getattr(technique, "adapt", None)
-    return technique if adapt is None else cast(Technique, adapt(model))
-
-
-def finish(technique: Technique, model: nn.Module) -> None:
-    """Add to a converted network what stands for no layer."""
-    add = getattr(technique, "finish", None)
-    if add is not None:
-        add(model)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from torch import nn
 
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
-Width: TypeAlias = float | int | str
+Width: TypeAlias = float | str
+ENDS = ("smallest", "largest")  # understood by every slimmable network
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,12 @@ class WidthSpec:
     """How many channels a layer reads and gives in each of the network's sub-networks, narrowest first.
 
     Args:
-        widths: What the sub-networks are called: multipliers in (0, 1], ascending; or, where no one multiplier fits the
-            whole network, their positions 0, 1, ..., and after them names of such as are not among these.
-        ins: Channels read in each.
-        outs: Channels given in each.
-        bn_sets: Which of a norm's statistics each one uses, numbered from 0, the widest ones last. Left out, every
-            sub-network has its own.
-        slot: Where several layers must give equally many channels, a name for them all. Left out, the layer's own name.
+        widths: Names of the sub-networks: ratios in (0, 1], ascending; or text, where no single ratio fits all layers. A network
+            whose "largest" is not the last in its list of sub-networks, as DS-Net's, has it as one more at the end.
+        ins: Input channels of each.
+        outs: Output channels of each.
+        bn_sets: Index of the batch-norm statistics that each uses, the widest ones last. Default: one set each.
+        slot: A common name for layers that must have equally many output channels. Default: the layer's own name.
     """
 
     widths: tuple[Width, ...]
@@ -37,46 +37,72 @@ class WidthSpec:
     slot: str = field(default="", compare=False)
 
     def with_ins(self, channels: int) -> WidthSpec:
-        """The same widths, reading ``channels`` at each of them."""
+        """The same widths with ``channels`` inputs at each."""
         return replace(self, ins=(channels,) * len(self.widths))
 
     def with_outs(self, channels: int) -> WidthSpec:
-        """The same widths, giving ``channels`` at each of them."""
+        """The same widths with ``channels`` outputs at each."""
         return replace(self, outs=(channels,) * len(self.widths))
 
     def bn_set(self, index: int) -> int:
-        """Which of a norm's statistics the sub-network at position ``index`` uses."""
+        """Index of the batch-norm statistics that the sub-network at ``index`` uses."""
         return range(len(self.widths))[index] if self.bn_sets is None else self.bn_sets[index]
 
     def narrower_bn_sets(self) -> dict[int, int]:
-        """Channels of each of a norm's statistics, but for the widest ones."""
+        """Channels of each set of batch-norm statistics, without the widest."""
         channels = {self.bn_set(index): outs for index, outs in enumerate(self.outs)}
         widest = max(channels)
-        return {store: outs for store, outs in sorted(channels.items()) if store != widest}
+        return {bn_set: outs for bn_set, outs in sorted(channels.items()) if bn_set != widest}
 
 
 class WidthAware(nn.Module):
-    """A layer that can run at several widths; until `set_width_spec` is called it has one."""
+    """A layer that can run at several widths; until `set_width_spec` is called it has one.
+
+    The class attributes say how a part of a network gets a width of its own, see `width_slots`.
+    """
 
     width_spec: WidthSpec | None = None
-    width_index: int = -1  # position in width_spec.widths; the last is the widest
+    width_index: int = -1  # into width_spec.widths; the last is the widest
+
+    channel_axis: ClassVar[int] = -3  # of its input
+    standalone: ClassVar[bool] = False  # whether it can have a width of its own, apart from the rest of the network
+
+    @property
+    def chooses_outs(self) -> bool:
+        """Whether its width is free to choose: outputs do not have to match inputs."""
+        return True
 
     def set_width_spec(self, width_spec: WidthSpec | None) -> None:
-        """Give the layer its widths, and select the widest."""
+        """Give the layer its widths, and select the widest; None makes it a layer of one width."""
         self.width_spec = width_spec
         self.width_index = -1
 
     def set_width_index(self, index: int) -> None:
-        """Select a width by its position."""
+        """Select a width by its index."""
         self.width_index = index
 
     def active_ins(self, full: int) -> int:
-        """Channels read at the selected width, of ``full``."""
+        """Input channels at the selected width, of ``full``."""
         return full if self.width_spec is None else self.width_spec.ins[self.width_index]
 
     def active_outs(self, full: int) -> int:
-        """Channels given at the selected width, of ``full``."""
+        """Output channels at the selected width, of ``full``."""
         return full if self.width_spec is None else self.width_spec.outs[self.width_index]
+
+    def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
+        """The widths of this layer, and the one to select, if it reads ``ins`` channels and has the width at ``index``.
+
+        Raises:
+            ConfigError: It cannot read that many channels.
+        """
+        spec = self._spec_that_reads(ins)
+        return WidthSpec(("own",), (ins,), (spec.outs[index],)), 0
+
+    def _spec_that_reads(self, ins: int) -> WidthSpec:
+        if self.width_spec is None or ins not in self.width_spec.ins:
+            expected = "one width" if self.width_spec is None else f"{sorted({*self.width_spec.ins})} channels"
+            raise ConfigError(f"{type(self).__name__} reads {expected}, got {ins}")
+        return self.width_spec
 
 
 def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:
@@ -85,11 +111,11 @@ def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:
 
 
 def widths(model: nn.Module) -> tuple[Width, ...]:
-    """The widths that ``model`` can run at, as `set_width` takes them, ascending; empty for a network of one width."""
-    for layer in slimmable_layers(model):
-        if layer.width_spec is not None:
-            return layer.width_spec.widths
-    return ()
+    """The widths that ``model`` can run at, as `set_width` takes them, ascending; empty for a network of one width.
+
+    Ratios, or names: DS-Net's sub-networks are "0", "1", ... and "largest".
+    """
+    return next((layer.width_spec.widths for layer in slimmable_layers(model) if layer.width_spec is not None), ())
 
 
 def width(model: nn.Module) -> Width:
@@ -100,52 +126,81 @@ def width(model: nn.Module) -> Width:
     return 1.0
 
 
-def set_width(model: nn.Module, width: Width) -> None:
+def set_width(model: nn.Module, width: Width | None = None, *, index: int | None = None) -> None:
     """Let ``model`` run at one of its widths from now on.
 
     Args:
         model: A network converted by `Slimmable`, or slimmable by itself.
-        width: A multiplier (float), a position in the ascending list of widths (int), "smallest" or "largest". A network
-            may name further ones: in DS-Net "largest" is none of those that have a position.
+        width: A ratio that the network has, "smallest" or "largest", or another name in `widths`.
+        index: Instead of a width: index into the network's list of sub-networks, narrowest first. DS-Net's "largest" is
+            not in that list: its last sub-network is narrower.
 
     Raises:
         IncompatibleModelError: The network has one width only.
         ConfigError: It has no such width; the message lists those it has.
+
+    Example:
+        >>> from thriftnet.models import create_model
+        >>> from thriftnet.techniques import convert
+        >>> model = convert(create_model("resnet20"), "slimmable(widths=(0.25, 0.5, 1.0))")
+        >>> set_width(model, 0.5)
+        >>> set_width(model, index=1)
+        >>> width(model)
+        0.5
     """
-    possible = widths(model)
-    if not possible:
+    select_width(model, width_index(require_widths(model), width, index))
+
+
+def select_width(model: nn.Module, selected: int) -> None:
+    """Let ``model`` run at the width at this index of `widths`."""
+    for layer in slimmable_layers(model):
+        layer.set_width_index(selected)
+
+
+def require_widths(model: nn.Module) -> tuple[Width, ...]:
+    """The widths of a slimmable network.
+
+    Raises:
+        IncompatibleModelError: It has one width only.
+    """
+    available = widths(model)
+    if not available:
         raise IncompatibleModelError(
             f"{type(model).__name__} has one width only. Make it slimmable first: convert(model, Slimmable(widths=(0.5, 1.0)))"
         )
-    index = width_index(width, possible)
-    for layer in slimmable_layers(model):
-        layer.set_width_index(index)
+    return available
 
 
-def width_index(width: Width, possible: tuple[Width, ...]) -> int:
-    """Where a width stands in the ascending list of a network's widths.
+def width_index(available: tuple[Width, ...], width: Width | None = None, index: int | None = None) -> int:
+    """Index into `widths` of a width, which is given by ratio or name, or by its index in the list of sub-networks.
 
     Raises:
-        ConfigError: It is none of them; the message lists them.
+        ConfigError: Neither is given, or both; or there is no such width: the message lists those there are.
     """
-    if isinstance(width, str) and width in possible:
-        return possible.index(width)
-    names = {"smallest": 0, "largest": len(possible) - 1}
-    if isinstance(width, str) and width in names:
-        return names[width]
-    numbered = [candidate for candidate in possible if not isinstance(candidate, str)]
-    if isinstance(width, int) and not isinstance(width, bool) and -len(numbered) <= width < len(numbered):
-        return width % len(numbered)
-    multipliers = [candidate for candidate in numbered if isinstance(candidate, float)]
-    for index, candidate in enumerate(multipliers):
-        if isinstance(width, float) and abs(candidate - width) < 1e-9:
-            return index
-    named = ["'smallest'", *(repr(item) for item in possible if isinstance(item, str) and item not in names)]
-    listed = f"{', '.join(map(format_width, multipliers))} (float), " if multipliers else ""
-    raise ConfigError(
-        f"no width {width!r}: possible are {listed}0 to {len(numbered) - 1} (int, a position), "
-        f"{', '.join(named)} and 'largest'"
-    )
+    if (width is None) == (index is None):
+        raise ConfigError(f"width={width!r}, index={index!r}: give a width or an index, one of the two")
+    listed = len(available) - sum(each in ENDS for each in available)
+    if index is not None:
+        if isinstance(index, int) and not isinstance(index, bool) and -listed <= index < listed:
+            return index % listed
+        raise ConfigError(f"no width at index={index!r}: expected {_expected(available, listed)}")
+    if isinstance(width, str):
+        named = {"smallest": 0, "largest": len(available) - 1, **{each: i for i, each in enumerate(available)}}
+        if width in named:
+            return named[width]
+    elif isinstance(width, int | float) and not isinstance(width, bool):
+        for i, each in enumerate(available):
+            if isinstance(each, float) and abs(each - width) < 1e-9:
+                return i
+    number = float(width) if isinstance(width, int | float) else 0.5
+    hint = f". Did you mean index={number:g}?" if number.is_integer() and 0 <= number < listed else ""
+    raise ConfigError(f"no width {width!r}: expected {_expected(available, listed)}{hint}")
+
+
+def _expected(available: tuple[Width, ...], listed: int) -> str:
+    """The widths of a network for messages."""
+    ratios = "".join(f"{format_width(each)}, " for each in available if not isinstance(each, str))
+    return f"{ratios}'smallest', 'largest', or an index: index=0 to {listed - 1} (--width-index on the command line)"
 
 
 def format_width(width: Width) -> str:
@@ -159,15 +214,15 @@ def format_width(width: Width) -> str:
 
 
 def exact_share(channels: int, width: Width) -> int | None:
-    """``width`` of ``channels``, or None when that is not a whole number of at least 1, or ``width`` no multiplier.
+    """``width`` of ``channels``; None if that is not an integer >= 1, or ``width`` is not a ratio.
 
-    Only whole shares are taken, so that sums of channels (concatenation) and products (flattening) stay consistent.
+    Only exact shares are taken, so that sums of channels (concatenation) and products (flattening) stay consistent.
 
     Example:
         >>> exact_share(64, 0.25), exact_share(10, 0.25)
         (16, None)
     """
-    if not isinstance(width, float):
+    if isinstance(width, str):
         return None
     share = round(channels * width)
     return share if share >= 1 and abs(share - channels * width) < 1e-6 else None

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from thriftnet.core.probe import Size
 from thriftnet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ImageSize = tuple[int, int, int]  # channels, height, width
 
 
 class ImageDataset(Protocol):
@@ -25,7 +24,7 @@ class ImageDataset(Protocol):
         """Class of each image, int64 (N,)."""
 
     @property
-    def input_size(self) -> ImageSize | None:
+    def input_size(self) -> Size | None:
         """Size of all images; None if they differ in size, or are too many to check."""
 
     def __len__(self) -> int: ...
@@ -66,7 +65,7 @@ class DataSource:
     skipped: tuple[str, ...] = ()
 
     @property
-    def input_size(self) -> ImageSize | None:
+    def input_size(self) -> Size | None:
         """Size of the training images; None if they differ in size, or are too many to check."""
         return next(iter(self.splits.values())).input_size
 
@@ -96,7 +95,7 @@ class ArrayImages:
         self.labels = labels
 
     @property
-    def input_size(self) -> ImageSize:
+    def input_size(self) -> Size:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
@@ -130,7 +129,7 @@ class Subset:
         return self.base.labels[self.indices]
 
     @property
-    def input_size(self) -> ImageSize | None:
+    def input_size(self) -> Size | None:
         return self.base.input_size
 
     def __len__(self) -> int:
@@ -155,7 +154,7 @@ class TorchImages:
         ConfigError: No labels, or not one per image.
     """
 
-    def __init__(self, dataset: object, labels: Sequence[int] | None = None, input_size: ImageSize | None = None) -> None:
+    def __init__(self, dataset: object, labels: Sequence[int] | None = None, input_size: Size | None = None) -> None:
         known = labels if labels is not None else getattr(dataset, "targets", None)
         if known is None or len(known) != len(dataset):  # type: ignore[arg-type]
             raise ConfigError(f"{type(dataset).__name__} has no `targets` for its images: give labels=[...], one per image")

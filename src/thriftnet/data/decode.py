@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from thriftnet.data.dataset import ImageSize, stacked
+from thriftnet.core.probe import Size
+from thriftnet.data.dataset import stacked
 from thriftnet.errors import DataError
 from thriftnet.files import open_regular
 
@@ -39,7 +40,7 @@ class EncodedImages(ABC):
         """The file of an image, or its content; and its name in error messages."""
 
     @cached_property
-    def input_size(self) -> ImageSize | None:
+    def input_size(self) -> Size | None:
         """Size of all images by their headers; those that cannot be read are named when they are decoded."""
         common = None
         for index in range(len(self) if len(self) <= CHECKED_HEADERS else 0):

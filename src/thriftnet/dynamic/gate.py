@@ -1,7 +1,7 @@
-"""Gates: what chooses a width for each image.
+"""Gates: small modules that choose a width for each image.
 
-A network with a gate has three parts. The *front* is the same at every width and runs once. The *gate* reads what the front
-gives, pooled to one number per channel, and chooses. The *tails* are the rest of the network, one for each width.
+A network with a gate has three parts. The *front* is the same at every width and runs once. The *gate* reads the front's output,
+pooled to one number per channel, and chooses. The *tails* are the rest of the network, one for each width.
 
 Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
 """
@@ -10,42 +10,43 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.width import Width, WidthAware, WidthSpec
-from thriftnet.errors import IncompatibleModelError
+from thriftnet.errors import ConfigError, IncompatibleModelError
 
 REDUCTION = 4  # channels per hidden feature of a gate
 
 
 class Gate(nn.Module):
-    """Base of all gates. It is registered in the module whose output ends the front, under the name ``gate``.
+    """Base class of gates. A gate is registered, as ``gate``, in the module whose output ends the front.
 
-    At a fixed width it plays no part: it does not run, and folding leaves nothing of it. It does not train either until
-    ``requires_grad_(True)``, so that distributed training of the widths has no parameter without a gradient.
+    At a fixed width a gate does not run, and folding removes it. Its parameters have ``requires_grad=False`` until its own
+    training, so that distributed training of the widths has no parameter without a gradient.
 
     Shape: (N, C) or (N, C, h, w) -> (N, choices) logits.
 
     Args:
-        widths: What it chooses among, as `set_width` takes them, narrowest first.
-        cut: The module whose output ends the front, as seen from the one that holds the gate; "" for that one itself.
-        reads: The module whose output the gate reads, likewise.
+        widths: The widths it chooses among, as `set_width` takes them, narrowest first.
+        split_after: Name of the module that ends the front, relative to the module that holds the gate; "" for that module.
+        reads: Name of the module whose output the gate reads, relative likewise.
 
-    State: ``cost``, what multiply-accumulates cost in its decisions (see `decide`), kept with the weights.
+    State: ``cost``, the price of multiply-accumulates in its decisions (see `decide`), saved with the weights.
     """
 
     cost: Tensor
 
-    def __init__(self, widths: Sequence[Width], cut: str = "", reads: str = "") -> None:
+    def __init__(self, widths: Sequence[Width], split_after: str = "", reads: str = "") -> None:
         super().__init__()
-        self.widths, self.cut, self.reads = tuple(widths), cut, reads
+        self.widths, self.split_after, self.reads = tuple(widths), split_after, reads
         self.register_buffer("cost", torch.zeros(()))
 
     def fold(self) -> nn.Identity:
-        """Nothing: at a fixed width there is nothing to choose."""
+        """An identity: at a fixed width there is nothing to choose."""
         return nn.Identity()
 
     def extra_repr(self) -> str:
@@ -61,7 +62,7 @@ class SqueezeGate(Gate):
     """
 
     def __init__(self, channels: int, widths: Sequence[Width], like: Tensor) -> None:
-        super().__init__(widths, cut="body", reads="body")
+        super().__init__(widths, split_after="body", reads="body")
         hidden = max(4, channels // REDUCTION)
         self.reduce_weight = nn.Parameter(like.new_empty(hidden, channels))
         self.reduce_bias = nn.Parameter(like.new_zeros(hidden))
@@ -75,36 +76,52 @@ class SqueezeGate(Gate):
         return F.linear(hidden, self.choose_weight)
 
 
-class SplitPoint(WidthAware):
-    """The end of the front: the module before it runs whole, and a narrower tail reads the first of its channels.
+class Narrow(WidthAware):
+    """Passes on the first channels, as many as the width has.
+
+    Shape: (N, C, h, w) -> (N, c, h, w).
+    """
+
+    standalone: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.active_outs(x.shape[1])]
+
+    def fold(self) -> nn.Module:
+        """A padding by a negative number, which drops channels."""
+        kept = self.active_outs(0) - self.active_ins(0)
+        layer = nn.ConstantPad3d((0, 0, 0, 0, 0, kept), 0.0) if kept else nn.Identity()
+        return layer.train(self.training)
+
+
+class SplitPoint(nn.Module):
+    """The end of the front: modules up to here keep all channels, and a narrower tail reads the first of them.
 
     Shape: as ``body``, with fewer channels at a narrower width.
 
     Args:
         body: The last module of the front.
-        gate: What chooses the width of the tail.
+        gate: Chooses the width of the tail.
         width_spec: Channels that the tails read.
     """
 
     def __init__(self, body: nn.Module, gate: Gate, width_spec: WidthSpec) -> None:
         super().__init__()
-        self.body, self.gate = body, gate
-        self.set_width_spec(width_spec)
+        self.body, self.gate, self.narrow = body, gate, Narrow()
+        self.narrow.set_width_spec(width_spec)
         self.train(body.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x)
-        return out[:, : self.active_outs(out.shape[1])]
+        out: Tensor = self.narrow(self.body(x))
+        return out
 
     def fold(self) -> nn.Sequential:
-        """The module, and a padding by less than nothing, which takes channels away."""
-        full, kept = self.width_spec.outs[-1] if self.width_spec else 0, self.active_outs(0)
-        narrow = nn.ConstantPad3d((0, 0, 0, 0, 0, kept - full), 0.0) if kept < full else nn.Identity()
-        return nn.Sequential(OrderedDict(body=self.body, narrow=narrow)).train(self.training)
+        """The body and the narrowing, without the gate."""
+        return nn.Sequential(OrderedDict(body=self.body, narrow=self.narrow)).train(self.training)
 
 
 def squeeze(features: Tensor) -> Tensor:
-    """One number per channel: (N, C, h, w) or (N, C) -> (N, C)."""
+    """Global average pooling: (N, C, h, w) or (N, C) -> (N, C)."""
     return features.mean((2, 3)) if features.ndim == 4 else features
 
 
@@ -114,16 +131,17 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
 
 def gate_of(model: nn.Module) -> tuple[str, Gate]:
-    """Name and gate of a network that chooses its width.
+    """Name and gate of a network that has one.
 
     Raises:
-        IncompatibleModelError: It has none.
+        IncompatibleModelError: It has none, or several.
     """
     found = gates(model)
     if len(found) != 1:
         raise IncompatibleModelError(
-            f"{type(model).__name__} has {'no gate' if not found else f'{len(found)} gates: ' + ', '.join(found)}; one is needed. "
-            "Convert a plain network with Slimmable(widths=(0.5, 1.0), gate=True), or create_model('slimmable_mobilenetv1')"
+            f"{type(model).__name__} has {'no gate' if not found else f'{len(found)} gates: ' + ', '.join(found)}; expected one. "
+            "Convert a plain network with Slimmable(widths=(0.5, 1.0), gate=True), give a slimmable one a gate with add_gate(model), "
+            "or create_model('slimmable_mobilenetv1')"
         )
     return next(iter(found.items()))
 
@@ -131,18 +149,15 @@ def gate_of(model: nn.Module) -> tuple[str, Gate]:
 def gumbel_choice(
     logits: Tensor, temperature: float = 1.0, noise: bool = True, random: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A choice per image that gradients pass: one-hot in the forward, softmax in the backward.
+    """Straight-through Gumbel-softmax: one-hot in the forward, the gradient of the softmax in the backward.
 
-    Shape: (N, choices) -> twice (N, choices).
+    Shape: (N, choices) -> (one-hot choice, softmax), each (N, choices).
 
     Args:
-        logits: What the gate says.
-        temperature: The lower, the nearer the softmax is to one-hot.
-        noise: Draw the choice, each with the probability that the softmax of the logits gives it; else take the largest.
-        random: Where the noise comes from.
-
-    Returns:
-        The one-hot choice, and the softmax that its gradient is taken of.
+        logits: The gate's output.
+        temperature: At a lower one the softmax is nearer to one-hot.
+        noise: Sample a choice with the probabilities of the softmax of ``logits``; else take the largest logit.
+        random: Generator of the noise.
 
     Source: Jang et al., Categorical Reparameterization with Gumbel-Softmax, ICLR 2017, section 2.2.
     """
@@ -154,14 +169,22 @@ def gumbel_choice(
 
 
 def decide(logits: Tensor, macs: Tensor, cost: float | Tensor = 0.0) -> Tensor:
-    """The choice of each image without noise, when multiply-accumulates cost something.
+    """The choice of each image without noise, when multiply-accumulates have a price.
 
-    Shape: (N, choices) -> (N,), positions among the choices.
+    Shape: (N, choices) -> (N,), indices of choices.
 
     Args:
-        logits: What the gate says.
+        logits: The gate's output.
         macs: Multiply-accumulates of each choice.
-        cost: What the most expensive choice loses in its logit; others lose in proportion. 0 takes the gate at its word,
-            more moves images to narrower tails, less than 0 to wider ones.
+        cost: What is subtracted from the logit of the most expensive choice; others lose in proportion to their MACs. More than 0
+            moves images to narrower tails, less than 0 to wider ones.
     """
     return (logits - cost * (macs / macs.max()).to(logits)).argmax(1)
+
+
+def check_budget(budget: float, least: float, most: float) -> None:
+    """Raise ConfigError for a budget of MACs below the narrowest width's or above the widest's."""
+    if not isinstance(budget, int | float) or not least <= budget <= most:
+        raise ConfigError(
+            f"a budget of {budget:,} multiply-accumulates is out of reach: expected {least:,.0f} to {most:,.0f}"
+        )

@@ -1,7 +1,7 @@
 """What a gate is trained for: right answers, the narrowest width that gives them, and a budget of multiply-accumulates.
 
-The network stays as it is; only the gate learns. Each image's output is the one of the width that was chosen for it, so the
-gradient of a choice is what the loss would gain by it.
+The network stays as it is; only the gate learns. The output for each image is that of the chosen width, so the gradient of a
+choice is what the loss would gain by it.
 
 Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thriftnet.core.spec import check_choice, check_number
-from thriftnet.dynamic.gate import gumbel_choice
+from thriftnet.dynamic.gate import check_budget, gumbel_choice
 from thriftnet.errors import ConfigError
 
 HARD = ("widest", "narrowest")
@@ -24,15 +24,15 @@ TARGETS = ("sandwich", "losses")
 
 
 class Decision(NamedTuple):
-    """What a gate decided, for N images and K widths, each (N, K)."""
+    """A gate's decision on N images among K widths, each (N, K)."""
 
     logits: Tensor
     choice: Tensor  # one-hot, with the gradient of soft
-    soft: Tensor  # softmax, noise included
+    soft: Tensor  # softmax, including noise
 
 
 class GateLoss(NamedTuple):
-    """The loss of a gate and what it is made of: scalars, all of them weighted."""
+    """The loss of a gate and its terms: weighted scalars."""
 
     total: Tensor
     task: Tensor
@@ -44,18 +44,18 @@ class GateLoss(NamedTuple):
 class GateObjective:
     """Cross-entropy of the chosen outputs + sandwich gate sparsification + distance from the budget; or, ours, the widths' losses.
 
-    With ``targets="losses"`` the logits learn what each width loses on an image, and nothing else, see `value_loss`: such a gate
-    serves every budget, which enters by the cost of decisions only.
+    With ``targets="losses"`` the logits learn the loss of each width on an image, and nothing else, see `value_loss`: one such gate
+    serves every budget, since the budget only enters through the cost of decisions.
 
     Args:
-        budget: Multiply-accumulates that images should spend on average; None for no budget.
+        budget: Multiply-accumulates per image, on average; None for no budget.
         budget_weight: Of the squared relative distance from the budget.
         sparsification_weight: Of the cross-entropy between the gate and its targets.
         label_smoothing: In both cross-entropies.
-        hard: Where images belong that no width gets right: to the "widest" or the "narrowest".
-        targets: What the logits learn: "sandwich", the narrowest width where it is right, else the widest, as in the paper; or
-            "losses", what each width loses, which is ours.
-        original: The authors' forms: a second softmax in the sparsification, and ``(mean MACs / 1e9) ** 2 / 2`` instead of a
+        hard: The target of images that no width gets right: the "widest" or the "narrowest".
+        targets: What the logits learn: "sandwich", as in the paper, the narrowest width where it is right, else the widest; or
+            "losses", the loss of each width, which is ours.
+        original: The authors' formulas: a second softmax in the sparsification, and ``(mean MACs / 1e9) ** 2 / 2`` instead of a
             budget.
 
     Source: Li et al., section 3.3; the budget and ``targets="losses"`` are ours.
@@ -80,23 +80,20 @@ class GateObjective:
             raise ConfigError(f"original=True is for targets='sandwich', got {self.targets!r}: leave one of them out")
 
     def check_budget(self, macs: Tensor) -> None:
-        """Raise where no choice of the gate could meet the budget.
+        """Raise if no choice of the gate can meet the budget.
 
         Args:
             macs: Multiply-accumulates of each width, (K,).
         """
-        least, most = float(macs.min()), float(macs.max())
-        if self.budget is not None and not least <= self.budget <= most:
-            raise ConfigError(
-                f"a budget of {self.budget:,} multiply-accumulates is out of reach: possible are {least:,.0f} to {most:,.0f}"
-            )
+        if self.budget is not None:
+            check_budget(self.budget, float(macs.min()), float(macs.max()))
 
     def wanted(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What the logits learn: (K, N, classes) and (N,) -> (N,) of the sandwich, (N, K) of losses.
+        """What the logits learn: (K, N, classes) and (N,) -> (N,) for the sandwich, (N, K) for losses.
 
         Args:
-            outputs: What each width gives, narrowest first.
-            labels: Right classes.
+            outputs: Of each width, narrowest first.
+            labels: True classes.
         """
         return (
             width_losses(outputs, labels) if self.targets == "losses" else sparsification_targets(outputs, labels, self.hard)
@@ -106,9 +103,9 @@ class GateObjective:
         """The loss of one batch.
 
         Args:
-            decision: What the gate decided.
-            output: What the network gives at these choices, (N, classes), with the choices' gradient.
-            labels: Right classes, (N,).
+            decision: The gate's.
+            output: The network's output for these choices, (N, classes), with the gradient of the choices.
+            labels: True classes, (N,).
             targets: From `wanted`.
             macs: Multiply-accumulates of each width, (K,).
         """
@@ -131,19 +128,18 @@ def decision_of(
     logits: Tensor, temperature: float = 1.0, noise: bool = True, random: torch.Generator | None = None
 ) -> Decision:
     """A gate's decision in training, see `gumbel_choice`."""
-    choice, soft = gumbel_choice(logits, temperature, noise, random)
-    return Decision(logits, choice, soft)
+    return Decision(logits, *gumbel_choice(logits, temperature, noise, random))
 
 
 def sparsification_targets(outputs: Tensor, labels: Tensor, hard: str = "widest") -> Tensor:
-    """The width that each image should take: the narrowest if it is right, else the widest.
+    """The width that each image should take: the narrowest if it is right, else the widest. Those in between are never a target.
 
-    Shape: (K, N, classes) and (N,) -> (N,), positions among the K widths. Only the ends of the sandwich are looked at.
+    Shape: (K, N, classes) and (N,) -> (N,), indices of widths.
 
     Args:
-        outputs: What each width gives, narrowest first.
-        labels: Right classes.
-        hard: Where images belong that the widest gets wrong, too: "widest" (try the best) or "narrowest" (give up).
+        outputs: Of each width, narrowest first.
+        labels: True classes.
+        hard: The target of images that the widest gets wrong, too: "widest" (try the best) or "narrowest" (give up).
 
     Source: Li et al., section 3.3, "sandwich gate sparsification".
     """
@@ -160,15 +156,15 @@ def width_losses(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def value_loss(logits: Tensor, losses: Tensor) -> Tensor:
-    """Squared distance of the logits from the losses' opposites, each less its mean over the widths.
+    """Squared distance between the logits and the negative losses, each minus its mean over the widths.
 
-    It is least where the logits are, up to a number that all widths of an image share, what can be expected of each. `decide`
-    adds what multiply-accumulates cost, so its choice is the best that the features allow, at every cost and so at every budget.
+    Its minimum is at the expected losses, up to a constant per image. `decide` adds the cost of multiply-accumulates, so its choice
+    is the best that the features allow, at every cost and so at every budget.
 
     Shape: twice (N, K) -> a scalar.
 
     Args:
-        logits: What the gate says, before noise.
+        logits: The gate's output, before noise.
         losses: From `width_losses`.
     """
     distance = logits + losses
@@ -176,25 +172,25 @@ def value_loss(logits: Tensor, losses: Tensor) -> Tensor:
 
 
 def sparsification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy between what the gate says, before noise, and the targets: one softmax."""
+    """Cross-entropy between the gate's logits, before noise, and the targets: one softmax."""
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def original_sparsification_loss(soft: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """As the authors have it: probabilities taken for logits, so that the softmax is taken twice. Its least value is above 0."""
+    """The authors' formula: probabilities as logits, so that the softmax is taken twice. Its minimum is above 0."""
     return F.cross_entropy(soft, targets, label_smoothing=label_smoothing)
 
 
 def mean_macs(choice: Tensor, macs: Tensor) -> Tensor:
-    """What the images of a batch spend on average, with the choices' gradient: each choice costs what it really costs."""
+    """Multiply-accumulates per image of a batch, with the gradient of the choices."""
     return (choice @ macs.to(choice)).mean()
 
 
 def budget_loss(choice: Tensor, macs: Tensor, budget: float) -> Tensor:
-    """Squared relative distance of what is spent from what should be."""
+    """Squared relative distance from the budget."""
     return (mean_macs(choice, macs) / budget - 1) ** 2
 
 
 def original_macs_loss(choice: Tensor, macs: Tensor) -> Tensor:
-    """As the authors have it: half the squared mean in billions, which no budget enters."""
+    """The authors' formula: half the squared mean in billions, without a budget."""
     return 0.5 * (mean_macs(choice, macs) / 1e9) ** 2

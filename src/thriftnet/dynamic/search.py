@@ -1,7 +1,7 @@
 """The best widths of a trained supernet within a budget, without a gate and without training: an evolutionary search.
 
-A candidate has a width for each part of the network that can have its own. It is taken out of the supernet as a plain network,
-gets its norms' statistics from data, and is scored.
+A candidate has a width for each part of the network that can have its own. It is frozen as a plain network, its batch-norm
+statistics are estimated from data, and it is scored.
 
 Source: Cai et al., Once-for-All, ICLR 2020, section 3.4 (evolutionary search in a supernet); Yu & Huang, AutoSlim, 2019 (widths).
 """
@@ -17,18 +17,19 @@ from typing import Any
 from torch import nn
 
 from thriftnet.core.fold import freeze
+from thriftnet.core.probe import Size, on_meta
 from thriftnet.core.probe import input_size as size_of
-from thriftnet.core.probe import on_meta
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.spec import check_whole_number
 from thriftnet.core.width import Width, widths
 from thriftnet.core.width_slots import groups, width_slots
+from thriftnet.dynamic.gate import check_budget
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.measure import inspect
 from thriftnet.text import table
 
-TRIES = 200  # to draw a candidate within the budget
-Genes = tuple[int, ...]  # a position in the list of widths for each part
+TRIES = 200  # attempts to draw a new candidate within the budget
+Genes = tuple[int, ...]  # for each part, an index into the widths of the network
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Candidate:
     Args:
         widths: Of each part, as `freeze` takes them.
         macs: Multiply-accumulates for one image.
-        score: What the caller's function says, the higher the better.
+        score: From the caller's function, the higher the better.
     """
 
     widths: tuple[Width, ...]
@@ -48,11 +49,11 @@ class Candidate:
 
 @dataclass
 class SearchResult:
-    """What a search found. Prints as a table, best first.
+    """The result of a search. Prints as a table, best first.
 
     Args:
-        model: The best candidate, a plain network with fresh statistics.
-        best: It in the table.
+        model: The best candidate, a plain network with its own batch-norm statistics.
+        best: Its row in the table.
         candidates: All that were tried, best first.
         parts: The layers of each part.
     """
@@ -80,9 +81,9 @@ class Evolution:
     """How to search.
 
     Args:
-        population: Candidates that are kept from one generation to the next.
-        generations: How often new ones are made; 0 tries random ones only.
-        mutation: Probability of each part to get another width.
+        population: Candidates kept from one generation to the next.
+        generations: Number of generations; with 0 only random candidates are tried.
+        mutation: Probability that a part of a child gets a random width.
         seed: Of all draws.
     """
 
@@ -95,7 +96,7 @@ class Evolution:
         check_whole_number("population", self.population, 2)
         check_whole_number("generations", self.generations, 0)
         if not isinstance(self.mutation, int | float) or not 0 < self.mutation <= 1:
-            raise ConfigError(f"mutation={self.mutation!r}: possible is a number in (0, 1]")
+            raise ConfigError(f"mutation={self.mutation!r}: expected a number in (0, 1]")
 
 
 def search(
@@ -111,20 +112,19 @@ def search(
     """The best widths of a trained supernet that cost at most ``macs``.
 
     Args:
-        model: A network of several widths; it is left as it is.
-        score: What a plain network is worth, as its accuracy on images that it was not trained on. Called once per candidate.
-        macs: Multiply-accumulates that one image may cost.
-        loader: Batches for the norms' statistics of each candidate, gone through once for each. Left out, the supernet's are used.
+        model: A slimmable network; it is not changed.
+        score: Rates a plain network, as its accuracy on images that it was not trained on. Called once per candidate.
+        macs: Multiply-accumulates for one image, at most.
+        loader: Batches for the batch-norm statistics of candidates, read once. Default: they keep the supernet's.
         evolution: How to search.
-        input_size: Channels, height and width of an image; left out, as the network says.
+        input_size: Channels, height and width of an image. Default: the size the network states.
         progress: Called with the number of candidates tried and the latest.
 
     Raises:
-        IncompatibleModelError: The network has one width only.
-        ConfigError: A budget that no candidate meets, or that all meet; the message says the range.
+        IncompatibleModelError: The network has one width only, or layers that cannot have a width of their own.
+        ConfigError: A budget that no candidate meets; the message says the range.
     """
-    run = _Search(model, score, float(macs), loader, evolution or Evolution(), size_of(model, input_size), progress)
-    return run.result()
+    return _Search(model, score, float(macs), loader, evolution or Evolution(), size_of(model, input_size), progress).run()
 
 
 class _Search:
@@ -134,110 +134,95 @@ class _Search:
         score: Callable[[nn.Module], float],
         macs: float,
         loader: Iterable[Any] | None,
-        how: Evolution,
-        size: tuple[int, int, int],
+        options: Evolution,
+        size: Size,
         progress: Callable[[int, Candidate], None] | None,
     ) -> None:
-        if not widths(model):
+        self.widths = widths(model)
+        if not self.widths:
             raise IncompatibleModelError(
                 f"{type(model).__name__} has one width only: search needs a supernet, see Slimmable"
             )
-        self.model, self.score, self.macs, self.how, self.size, self.progress = model, score, macs, how, size, progress
+        self.model, self.score, self.macs, self.size, self.progress = model, score, macs, size, progress
+        self.options, self.random = options, random.Random(options.seed)
         self.batches = None if loader is None else list(loader)
         self.parts = groups(model, size)
         channels = width_slots(model)
         self.choices = [_distinct([channels[name] for name in part]) for part in self.parts]
         self.ghost = on_meta(model)  # counting needs shapes only
-        self.random = random.Random(how.seed)
         self.costs: dict[Genes, int] = {}
         self.tried: dict[Genes, Candidate] = {}
         self.best: tuple[tuple[float, int], nn.Module] | None = None
 
-    def result(self) -> SearchResult:
-        self._check_budget()
-        population = self._first_ones()
-        for _ in range(self.how.generations):
-            children = [self._child(population) for _ in range(self.how.population)]
+    def run(self) -> SearchResult:
+        least, most = (self._cost(tuple(choice[end] for choice in self.choices)) for end in (0, -1))
+        check_budget(self.macs, least, max(most, self.macs))
+        population = self._first_population()
+        for _ in range(self.options.generations):
+            children = [self._child(population) for _ in range(self.options.population)]
             population = self._fittest({*population, *(child for child in children if child is not None)})
         ranked = sorted(self.tried.values(), key=lambda c: (-c.score, c.macs))
         if self.best is None:
             raise IncompatibleModelError("no candidate was tried")
         return SearchResult(self.best[1], ranked[0], ranked, self.parts)
 
-    def _check_budget(self) -> None:
-        least, most = (self._cost(tuple(choice[end] for choice in self.choices)) for end in (0, -1))
-        if not least <= self.macs:
-            raise ConfigError(
-                f"a budget of {self.macs:,.0f} multiply-accumulates is out of reach: possible are {least:,} to {most:,}"
-            )
-
-    def _first_ones(self) -> list[Genes]:
+    def _first_population(self) -> list[Genes]:
         """The uniform networks within the budget, and random ones."""
-        first: dict[Genes, None] = {}
-        for place in range(max(map(len, self.choices))):
-            first[tuple(choice[min(place, len(choice) - 1)] for choice in self.choices)] = None
-        fitting = [genes for genes in first if self._cost(genes) <= self.macs][-self.how.population :]
+        uniform: dict[Genes, None] = {}
+        for index in range(max(map(len, self.choices))):
+            uniform[tuple(choice[min(index, len(choice) - 1)] for choice in self.choices)] = None
+        fitting = [genes for genes in uniform if self._cost(genes) <= self.macs][-self.options.population :]
         for _ in range(TRIES):
-            if len(fitting) >= self.how.population:
+            if len(fitting) >= self.options.population:
                 break
-            genes = self._within(tuple(self.random.choice(choice) for choice in self.choices))
+            genes = self._within_budget(tuple(self.random.choice(choice) for choice in self.choices))
             fitting += [genes] if genes not in fitting else []
         return self._fittest(set(fitting))
 
     def _child(self, parents: list[Genes]) -> Genes | None:
-        """A mix of two parents, mutated, within the budget and not tried before; None where none is found."""
+        """A new mix of two parents, mutated, within the budget; None if none is found."""
         for _ in range(TRIES):
             one, other = self.random.choice(parents), self.random.choice(parents)
             mixed = [self.random.choice(pair) for pair in zip(one, other, strict=True)]
-            for place, choice in enumerate(self.choices):
-                if self.random.random() < self.how.mutation:
-                    mixed[place] = self.random.choice(choice)
-            genes = self._within(tuple(mixed))
+            for part, choice in enumerate(self.choices):
+                if self.random.random() < self.options.mutation:
+                    mixed[part] = self.random.choice(choice)
+            genes = self._within_budget(tuple(mixed))
             if genes not in self.tried:
                 self._try(genes)
                 return genes
         return None
 
-    def _within(self, genes: Genes) -> Genes:
-        """Narrow parts, drawn at random, until the budget is met."""
+    def _within_budget(self, genes: Genes) -> Genes:
+        """Narrow random parts until the budget is met."""
         while self._cost(genes) > self.macs:
-            wide = [place for place, choice in enumerate(self.choices) if genes[place] != choice[0]]
-            place = self.random.choice(wide)
-            choice = self.choices[place]
-            genes = (*genes[:place], choice[choice.index(genes[place]) - 1], *genes[place + 1 :])
+            part = self.random.choice([part for part, choice in enumerate(self.choices) if genes[part] != choice[0]])
+            choice = self.choices[part]
+            genes = (*genes[:part], choice[choice.index(genes[part]) - 1], *genes[part + 1 :])
         return genes
 
     def _fittest(self, pool: set[Genes]) -> list[Genes]:
         for genes in sorted(pool):
             self._try(genes)
-        return sorted(pool, key=lambda genes: (-self.tried[genes].score, genes))[: self.how.population]
+        return sorted(pool, key=lambda genes: (-self.tried[genes].score, genes))[: self.options.population]
 
-    def _frozen(self, genes: Genes) -> nn.Module:
-        return self._taken_out(self.model, genes)
-
-    def _taken_out(self, model: nn.Module, genes: Genes) -> nn.Module:
-        chosen = {
-            f"^{re.escape(name)}$": self._widths[i] for part, i in zip(self.parts, genes, strict=True) for name in part
-        }
+    def _frozen(self, model: nn.Module, genes: Genes) -> nn.Module:
+        chosen = {f"^{re.escape(name)}$": self.widths[i] for part, i in zip(self.parts, genes, strict=True) for name in part}
         return freeze(model, chosen, input_size=self.size)
-
-    @property
-    def _widths(self) -> list[Width]:
-        return list(widths(self.model))
 
     def _cost(self, genes: Genes) -> int:
         if genes not in self.costs:
-            self.costs[genes] = inspect(self._taken_out(self.ghost, genes), self.size).macs
+            self.costs[genes] = inspect(self._frozen(self.ghost, genes), self.size).macs
         return self.costs[genes]
 
     def _try(self, genes: Genes) -> None:
         if genes in self.tried:
             return
-        network = self._frozen(genes)
+        network = self._frozen(self.model, genes)
         if self.batches is not None:
             recalibrate(network, self.batches)
         score = float(self.score(network))
-        candidate = Candidate(tuple(self._widths[place] for place in genes), self._cost(genes), score)
+        candidate = Candidate(tuple(self.widths[index] for index in genes), self._cost(genes), score)
         self.tried[genes] = candidate
         rank = (score, -candidate.macs)
         if self.best is None or rank > self.best[0]:
@@ -247,8 +232,8 @@ class _Search:
 
 
 def _distinct(channels: list[list[int]]) -> list[int]:
-    """Positions of widths that differ in some layer of a part, narrowest first."""
+    """Indices of widths that differ in some layer of a part, narrowest first."""
     seen: dict[tuple[int, ...], int] = {}
-    for position, each in enumerate(zip(*channels, strict=True)):
-        seen.setdefault(each, position)
-    return [seen[each] for each in sorted(seen)]
+    for index, of_layers in enumerate(zip(*channels, strict=True)):
+        seen.setdefault(of_layers, index)
+    return [seen[of_layers] for of_layers in sorted(seen)]

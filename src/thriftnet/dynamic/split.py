@@ -1,12 +1,13 @@
-"""A network in two: the front up to a named module, and the tail after it.
+"""A network in two: the front, up to the end of a named module, and the tail after it.
 
-The network's code is not looked at. The front is the network, stopped at the end of the named module. The tail is the network,
-too, in which that module gives what the front has found, and what runs before it is left out.
+The network's code is not analysed. The front is the network, stopped at the end of the named module. The tail is also the network:
+that module returns the output of the front, and the layers before it are removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from thriftnet.core.probe import Call, Size, calls, failure, on_meta
 from thriftnet.core.sites import replace
 from thriftnet.errors import IncompatibleModelError, unknown_name
 
-FEATURES = 3  # images that a tail is tried with, while what stands for the front's inputs has another number: 2
+FEATURES = 3  # batch size of the front's outputs in the trial of a tail; everything else has 2
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Split:
     """Where a network is divided.
 
     Args:
-        front: The modules that have run when the front ends, outermost only.
-        cuts: Those of them whose outputs the tail needs; at the last of them the front ends.
+        front: Modules that have run when the front ends, outermost only.
+        cuts: Those whose outputs the tail reads; the front ends after the last of them.
         channels: Channels of their outputs.
-        both: Modules without parameters that run on both sides, as activation functions.
+        both: Modules without parameters that run on both sides, such as activations.
     """
 
     front: tuple[str, ...]
@@ -36,87 +37,89 @@ class Split:
     channels: tuple[int, ...] = ()
     both: tuple[str, ...] = ()
 
+    @property
+    def after(self) -> str:
+        """The module that ends the front."""
+        return self.cuts[-1]
 
-def split_at(model: nn.Module, cut: str, size: Size) -> Split:
-    """How ``model`` is divided at the end of the module ``cut``.
 
-    Outputs from further back are taken along when the tail needs one, as where a shortcut passes by.
+def split_at(model: nn.Module, after: str, size: Size) -> Split:
+    """How ``model`` is divided at the end of the module ``after``.
+
+    If the tail needs one more output from before it, as where a shortcut bypasses the module, it becomes a second cut.
 
     Args:
         model: Any network.
-        cut: Name of a module that runs once.
+        after: Name of a module that runs once.
         size: Channels, height and width of an image.
 
     Raises:
         ConfigError: No such module.
-        IncompatibleModelError: It does not run once, a layer runs before and after it, or too much passes by.
+        IncompatibleModelError: It does not run exactly once, a layer runs on both sides, or the tail needs more than two outputs.
     """
     ran = calls(model, size)
-    end = _end(model, cut, ran)
-    before, after = [call.name for call in ran[: end + 1]], {call.name for call in ran[end + 1 :]}
-    _check_apart(model, cut, set(before), after)
-    front = _outermost([name for name in before if name not in after])
-    both = tuple(dict.fromkeys(name for name in before if name in after))
+    end = _end(model, after, ran)
+    before, later = [call.name for call in ran[: end + 1]], {call.name for call in ran[end + 1 :]}
+    for name in sorted(later.intersection(before)):
+        if any(True for _ in model.get_submodule(name).parameters()):
+            raise IncompatibleModelError(
+                f"layer {name!r} runs before and after {after!r}: the front and the tails cannot share it. End the front elsewhere"
+            )
+    front = _outermost([name for name in before if name not in later])
+    both = tuple(dict.fromkeys(name for name in before if name in later))
     outputs = {call.name: call.output for call in ran[: end + 1]}
-    passing = [name for name in reversed(front) if name != cut and isinstance(outputs[name], Tensor)]
-    for cuts in ([cut], *([name, cut] for name in passing)):
+    bypassing = [name for name in reversed(front) if name != after and isinstance(outputs[name], Tensor)]
+    for cuts in ([after], *([name, after] for name in bypassing)):
         if _suffices(model, front, [outputs[name] for name in cuts], cuts, size):
             return Split(front, tuple(cuts), tuple(outputs[name].shape[1] for name in cuts), both)
     raise IncompatibleModelError(
-        f"{type(model).__name__} cannot be divided after {cut!r}: what runs later reads more from before it than one further "
-        "output. Name a module whose output is all that goes on, as the end of a stage"
+        f"{type(model).__name__} cannot be divided after {after!r}: the rest reads more than one other output from before it. "
+        "Name a module whose output is the only input of the rest, such as the end of a stage"
     )
 
 
-def _end(model: nn.Module, cut: str, ran: list[Call]) -> int:
-    """Which call ends the front."""
+def _end(model: nn.Module, after: str, ran: list[Call]) -> int:
+    """Index of the call that ends the front."""
     names = {name for name, _ in model.named_modules()} - {""}
-    if cut not in names:
-        raise unknown_name("module to end the front", cut, names)
-    places = [place for place, call in enumerate(ran) if call.name == cut]
-    if len(places) != 1:
-        raise IncompatibleModelError(f"module {cut!r} runs {len(places)} times: the front can end at one that runs once")
-    output = ran[places[0]].output
+    if after not in names:
+        raise unknown_name("module to end the front", after, names)
+    found = [index for index, call in enumerate(ran) if call.name == after]
+    if len(found) != 1:
+        raise IncompatibleModelError(f"module {after!r} runs {len(found)} times: the front must end at one that runs once")
+    output = ran[found[0]].output
     if not isinstance(output, Tensor) or output.ndim != 4:
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise IncompatibleModelError(f"module {cut!r} gives {given}: the front can end at one that gives maps (N, C, H, W)")
-    return places[0]
+        raise IncompatibleModelError(
+            f"module {after!r} outputs {given}: the front must end at one that outputs feature maps (N, C, H, W)"
+        )
+    return found[0]
 
 
 def _outermost(names: list[str]) -> tuple[str, ...]:
-    """Names in the order met, without those that lie inside another."""
-    held = set(names)
-    inside = {name for name in held for part in _parents(name) if part in held}
-    return tuple(dict.fromkeys(name for name in names if name not in inside))
+    """Names in order, without those inside another."""
+    present = set(names)
+    return tuple(dict.fromkeys(name for name in names if not is_within(name.rpartition(".")[0], present)))
 
 
-def _parents(name: str) -> list[str]:
+def is_within(name: str, outer: Sequence[str] | set[str]) -> bool:
+    """Whether a module is one of ``outer`` or lies inside one."""
     parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def _check_apart(model: nn.Module, cut: str, before: set[str], after: set[str]) -> None:
-    for name in sorted(before & after):
-        if any(True for _ in model.get_submodule(name).parameters()):
-            raise IncompatibleModelError(
-                f"layer {name!r} runs before and after {cut!r}: the front and the tails cannot share it. End the front elsewhere"
-            )
+    return any(".".join(parts[:count]) in outer for count in range(1, len(parts) + 1))
 
 
 def _suffices(model: nn.Module, front: tuple[str, ...], outputs: list[Tensor], cuts: list[str], size: Size) -> bool:
-    """Whether the tail needs nothing of the front but the outputs at ``cuts``: then nothing else has its batch size."""
+    """Whether the tail needs no other output of the front: only then its own output has their batch size."""
     tail = Tail(on_meta(model), Split(front, tuple(cuts)))
-    features = [output.new_empty(FEATURES, *output.shape[1:]) for output in outputs]
-    ends: list[int] = []
+    sizes: list[int] = []
     tail.network.register_forward_hook(
-        lambda _, args, output: ends.append(len(output) if isinstance(output, Tensor) else -1)
+        lambda _, args, output: sizes.append(len(output) if isinstance(output, Tensor) else -1)
     )
-    for replay, value in zip(tail.replays, features, strict=True):
-        replay.value = value
-    return failure(tail.network, size) is None and ends == [FEATURES]
+    for replay, output in zip(tail.replays, outputs, strict=True):
+        replay.value = output.new_empty(FEATURES, *output.shape[1:])
+    return failure(tail.network, size) is None and sizes == [FEATURES]
 
 
-class Stop(Exception):  # noqa: N818  # no error: the front has ended
+class Stop(Exception):  # noqa: N818  # not an error
     """Raised where the front ends."""
 
 
@@ -133,14 +136,14 @@ class Recorder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.body(x)
-        self.value = out.detach()  # counts as a reader: what is kept must not be overwritten
+        self.value = out.detach()  # counts as a reader, so that no activation overwrites it
         if self.last:
             raise Stop
         return out
 
 
 class Replay(nn.Module):
-    """Gives what the front has found, whatever it is called with.
+    """Returns an output of the front, whatever its input.
 
     Shape: anything -> that of ``value``.
     """
@@ -155,8 +158,8 @@ class Replay(nn.Module):
         return self.value
 
 
-class Passing(nn.Module):
-    """An activation that runs on both sides: in the tail, what stands for a value of the front passes it untouched.
+class PassThrough(nn.Module):
+    """An activation that runs on both sides: in the tail it skips the placeholders of the front, which are on the meta device.
 
     Shape: as ``body``, which keeps shapes.
     """
@@ -170,40 +173,40 @@ class Passing(nn.Module):
 
 
 class Front(nn.Module):
-    """A network up to where it is divided. It takes the network over.
+    """A network up to where it is divided. It takes ownership of the network.
 
-    Shape: (N, ...) images -> the outputs at ``keeps``, in that order.
+    Shape: (N, ...) images -> the outputs of ``keep``, in that order.
 
     Args:
-        network: The network; what runs later is taken out of it.
+        network: The network; later layers are removed from it.
         split: Where it is divided.
-        keeps: The modules whose outputs are wanted; left out, those that the tail needs.
+        keep: Modules whose outputs are wanted. Default: those that the tail reads.
     """
 
-    def __init__(self, network: nn.Module, split: Split, keeps: tuple[str, ...] = ()) -> None:
+    def __init__(self, network: nn.Module, split: Split, keep: tuple[str, ...] = ()) -> None:
         super().__init__()
-        keeps = keeps or split.cuts
-        needed = (*split.front, *split.both)
-        captures = {
-            n: Recorder(network.get_submodule(n), n == split.cuts[-1]) for n in dict.fromkeys((*keeps, split.cuts[-1]))
+        keep = keep or split.cuts
+        recorders = {
+            name: Recorder(network.get_submodule(name), name == split.after) for name in dict.fromkeys((*keep, split.after))
         }
-        table: dict[int, nn.Module] = {id(capture.body): capture for capture in captures.values()}
-        running = {id(m) for name, m in network.named_modules() if _within(name, needed) or _holds(name, needed)}
-        table |= {id(m): nn.Identity() for m in network.modules() if id(m) not in running}
-        self.network, self.captures = replace(network, table), [captures[name] for name in keeps]
-        self.every = list(captures.values())
+        needed = {*split.front, *split.both}
+        holders = {".".join(name.split(".")[:count]) for name in needed for count in range(name.count(".") + 1)}
+        running = {id(m) for name, m in network.named_modules() if name in holders or is_within(name, needed)}
+        table: dict[int, nn.Module] = {id(m): nn.Identity() for m in network.modules() if id(m) not in running}
+        table |= {id(recorder.body): recorder for recorder in recorders.values()}
+        self.network, self.kept, self.recorders = replace(network, table), keep, recorders
 
     def forward(self, images: Tensor) -> list[Tensor]:
         with contextlib.suppress(Stop):
             self.network(images)
-        found = [capture.value for capture in self.captures]
-        for capture in self.every:
-            capture.value = None
-        return [value for value in found if value is not None]
+        outputs = [self.recorders[name].value for name in self.kept]
+        for recorder in self.recorders.values():
+            recorder.value = None
+        return [output for output in outputs if output is not None]
 
 
 class Tail(nn.Module):
-    """A network after where it is divided. It takes the network over.
+    """A network after where it is divided. It takes ownership of the network.
 
     Shape: outputs of the front, each (N, ...), and the shape of an image -> as the network.
     """
@@ -211,30 +214,20 @@ class Tail(nn.Module):
     def __init__(self, network: nn.Module, split: Split) -> None:
         super().__init__()
         replays = {name: Replay() for name in split.cuts}
-        later = {id(m) for name, m in network.named_modules() if name and not _within(name, split.front)}
+        later = {id(m) for name, m in network.named_modules() if name and not is_within(name, split.front)}
         table: dict[int, nn.Module] = {id(network.get_submodule(name)): nn.Identity() for name in split.front}
         table |= {id(network.get_submodule(name)): replay for name, replay in replays.items()}
+        table = {key: new for key, new in table.items() if key not in later}
         shared = [network.get_submodule(name) for name in split.both]
-        later -= {id(module) for module in shared if isinstance(module, ACTIVATIONS)}
-        table |= {id(module): Passing(module) for module in shared if isinstance(module, ACTIVATIONS)}
-        self.network = replace(network, {key: new for key, new in table.items() if key not in later})
+        table |= {id(module): PassThrough(module) for module in shared if isinstance(module, ACTIVATIONS)}
+        self.network = replace(network, table)
         self.replays = list(replays.values())
 
     def forward(self, features: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """What passes through the places of the front has a shape and no values: nothing is computed there."""
+        """The input of the removed layers is on the meta device: nothing is computed there."""
         for replay, value in zip(self.replays, features, strict=True):
             replay.value = value
         out: Tensor = self.network(torch.empty(len(features[0]), *shape, device="meta", dtype=features[0].dtype))
         for replay in self.replays:
             replay.value = None
         return out
-
-
-def _within(name: str, outer: tuple[str, ...]) -> bool:
-    """Whether a module is one of ``outer`` or lies inside one."""
-    return any(name == part or name.startswith(f"{part}.") for part in outer)
-
-
-def _holds(name: str, inner: tuple[str, ...]) -> bool:
-    """Whether one of ``inner`` lies in a module, or the module is the whole network."""
-    return not name or any(part.startswith(f"{name}.") for part in inner)

@@ -1,7 +1,7 @@
 """DS-Net's slimmable supernets: MobileNets whose stages have a choice of widths.
 
-A sub-network keeps the smallest widths up to the stage that holds the gate, and takes its own width from that stage on:
-there a gate may choose it per image. Only "largest" is wide everywhere, and it is none of the numbered sub-networks.
+A sub-network has the smallest widths up to the stage with the gate, and its own widths from that stage on, where a gate may
+choose it per image. Only "largest" is wide everywhere; it is not in the list of numbered sub-networks.
 
 Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.
 """
@@ -9,7 +9,7 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from thriftnet.models.dsnet_blocks import (
     InvertedResidual,
     Options,
     SeparableBlock,
-    Stage,
+    StageSpec,
     WidestDropout,
     Widths,
     make_stage,
@@ -36,9 +36,9 @@ from thriftnet.models.dsnet_blocks import (
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU}
 
-StageSpec = Sequence[Any]
+StageRow: TypeAlias = Sequence[Any]  # widths, blocks, kernel size, stride, kind, gate
 
-MOBILENETV1: tuple[StageSpec, ...] = (
+MOBILENETV1: tuple[StageRow, ...] = (
     ((32, 88), 1, 3, 1, "ds", False),
     ((48, 168), 2, 3, 2, "ds", False),
     ((96, 264), 2, 3, 2, "ds", False),
@@ -50,10 +50,10 @@ MOBILENETV1: tuple[StageSpec, ...] = (
 class DSNet(Classifier):
     """Stem, stages, optionally a 1 x 1 head, global average pooling, dropout at "largest", linear classifier.
 
-    It starts at "largest"; `set_width` selects a sub-network by its number or name, `freeze` takes one out.
+    It starts at "largest"; ``set_width(model, index=3)`` selects a sub-network, ``freeze(model, index=3)`` extracts one.
 
-    Behind the gate "largest" is as wide as the last sub-network and shares its norms' statistics. The authors recalibrate
-    the numbered ones only: ``recalibrate(model, loader, widths=range(14))``.
+    After the gate "largest" is as wide as the last sub-network and shares its batch-norm statistics. The authors recalibrate
+    the numbered ones only: ``recalibrate(model, loader, indices=range(14))``.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for any H and W.
     """
@@ -61,7 +61,7 @@ class DSNet(Classifier):
     def __init__(
         self,
         stem: Widths,
-        stages: Sequence[tuple[Stage, Widths]],
+        stages: Sequence[tuple[StageSpec, Widths]],
         head: int,
         options: Options,
         num_classes: int,
@@ -119,9 +119,9 @@ class DSNet(Classifier):
         return pooled if pre_logits else self.fc(self.dropout(pooled))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for this many classes, for all widths that the network has; 0 removes it."""
+        """A new classifier for this many classes, for all widths of the network; 0 removes it."""
         if isinstance(self.fc, nn.Linear) and not isinstance(self.stem, WidthAware):
-            self.num_features = self.fc.in_features  # of a sub-network that was taken out
+            self.num_features = self.fc.in_features  # of a frozen sub-network
         super().reset_classifier(num_classes)
         if num_classes and isinstance(self.stem, WidthAware):
             like = next(self.parameters())
@@ -142,11 +142,11 @@ def slimmable_mobilenetv1(
         num_classes: Outputs.
         in_chans: Channels of the image.
         drop_rate: Dropout before the classifier, at "largest" only.
-        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
-        gate_choices: Sub-networks that the gate chooses among; left out, the first four, as the authors have it.
+        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
+        gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
 
     Raises:
-        ConfigError: An argument out of its range.
+        ConfigError: An argument out of range.
 
     Source: Li et al., section 4.1.
     """
@@ -157,7 +157,7 @@ def slimmable_mobilenetv1(
 
 def dsnet(
     stem: Sequence[int] = (16, 24),
-    stages: Sequence[StageSpec] = MOBILENETV1,
+    stages: Sequence[StageRow] = MOBILENETV1,
     head: int = 0,
     se_ratio: float = 0.25,
     skip: bool = False,
@@ -167,27 +167,27 @@ def dsnet(
     drop_rate: float = 0.0,
     gate_choices: Sequence[int] | None = None,
 ) -> DSNet:
-    """A slimmable supernet of any stages.
+    """A slimmable supernet with the given stages.
 
     Sub-network c has the smallest widths up to the stage with the gate and the c-th from that stage on; without a gate, the
     c-th everywhere. "largest" has the last widths everywhere.
 
     Args:
-        stem: Possible channels of the stem, ascending.
+        stem: Widths of the stem, ascending.
         stages: For each stage its widths, blocks, kernel size, stride, kind ("ds" or "ir") and whether it holds the gate.
         head: Channels of a 1 x 1 convolution before pooling, 0 for none.
-        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
         skip: Give blocks shortcuts.
         activation: "swish" or "relu".
         num_classes: Outputs.
         in_chans: Channels of the image.
         drop_rate: Dropout before the classifier, at "largest" only.
-        gate_choices: Sub-networks that the gate chooses among; left out, the first four, as the authors have it.
+        gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 
     Raises:
-        ConfigError: An argument out of its range, or stages whose numbers of widths do not go together.
+        ConfigError: An argument out of range, or stages with different numbers of widths.
 
     Source: Li et al., section 3.
     """
@@ -197,16 +197,16 @@ def dsnet(
     check_choice("skip", skip, (True, False))
     check_choice("activation", activation, tuple(ACTIVATIONS))
     if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
-        raise ConfigError(f"drop_rate={drop_rate!r}: possible is a number in [0, 1)")
+        raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
     parsed = [read_stage(number, spec) for number, spec in enumerate(stages)]
-    places = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
-    options = Options(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(places[0]) - 1))
-    built = list(zip(parsed, places[1:], strict=True))
-    return DSNet(places[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
+    channels = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
+    options = Options(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(channels[0]) - 1))
+    built = list(zip(parsed, channels[1:], strict=True))
+    return DSNet(channels[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
 
 
-def read_stage(number: int, spec: StageSpec) -> Stage:
-    """A stage from what the user wrote."""
+def read_stage(number: int, spec: StageRow) -> StageSpec:
+    """A stage from the row the user wrote."""
     where = f"stage {number}"
     if not isinstance(spec, list | tuple) or len(spec) != 6:
         raise ConfigError(f"{where} is {spec!r}: write it as (widths, blocks, kernel_size, stride, 'ds' or 'ir', gate)")
@@ -218,22 +218,20 @@ def read_stage(number: int, spec: StageSpec) -> Stage:
     check_choice(f"gate of {where}", gate, (True, False))
     if kernel_size % 2 == 0:
         raise ConfigError(
-            f"kernel_size={kernel_size} of {where}: possible are odd numbers; nearest are {kernel_size - 1} and {kernel_size + 1}"
+            f"kernel_size={kernel_size} of {where}: expected an odd number, such as {kernel_size - 1} or {kernel_size + 1}"
         )
-    return Stage(_ascending(where, widths), blocks, kernel_size, stride, kind, gate)
+    return StageSpec(_ascending(where, widths), blocks, kernel_size, stride, kind, gate)
 
 
 def sub_networks(widths: Sequence[tuple[int, ...]], gates: Sequence[bool]) -> list[Widths]:
-    """Channels of stem and stages in each sub-network, "largest" last.
+    """Channels of the stem and the stages in each sub-network, "largest" last.
 
     Args:
-        widths: Possible channels of the stem and of each stage.
-        gates: Which stages hold a gate: one, or none.
+        widths: Widths of the stem and of each stage.
+        gates: For each stage whether it holds the gate; at most one does.
     """
     if not gates or sum(gates) > 1:
-        raise ConfigError(
-            f"{len(gates)} stages with {sum(gates)} gates: possible are one stage or more, and at most one gate"
-        )
+        raise ConfigError(f"{len(gates)} stages with {sum(gates)} gates: expected one stage or more, and at most one gate")
     first = gates.index(True) + 1 if any(gates) else 0
     count = len(widths[first])
     for place, possible in enumerate(widths[first:], first):
@@ -255,7 +253,7 @@ def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     whole = all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in given)
     if len(given) < 2 or not whole or list(given) != sorted(set(given)):
         raise ConfigError(
-            f"gate_choices={choices!r}: possible are two or more of the sub-networks 0 to {count - 1}, ascending, as (0, {count - 1})"
+            f"gate_choices={choices!r}: expected two or more indices of sub-networks from 0 to {count - 1}, ascending, as (0, {count - 1})"
         )
     return given
 
@@ -264,7 +262,5 @@ def _ascending(where: str, widths: object) -> tuple[int, ...]:
     values = tuple(widths) if isinstance(widths, list | tuple) else ()
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
     if not values or not whole or list(values) != sorted(set(values)):
-        raise ConfigError(
-            f"widths {widths!r} of {where}: possible are whole numbers above 0 in ascending order, as (16, 24)"
-        )
+        raise ConfigError(f"widths {widths!r} of {where}: expected integers >= 1 in ascending order, as (16, 24)")
     return values

@@ -1,4 +1,4 @@
-"""Layers and blocks of DS-Net that run in several sub-networks.
+"""Layers and blocks of DS-Net, shared by its sub-networks.
 
 Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3; the authors' code for what the paper leaves open.
 """
@@ -22,11 +22,11 @@ KINDS = ("ds", "ir")
 
 
 class Widths(tuple[int, ...]):
-    """Channels at one slot of the network, in each sub-network, "largest" last.
+    """Channels at one slot of the network in each sub-network, "largest" last.
 
     Args:
         channels: The channels.
-        slot: Name of the slot; "" where all sub-networks have equally many.
+        slot: Name of the slot; "" if all sub-networks have the same number there.
     """
 
     slot: str
@@ -38,11 +38,11 @@ class Widths(tuple[int, ...]):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Blocks at one resolution, as the authors write them.
+class StageSpec:
+    """Blocks at one resolution, in the authors' terms.
 
     Args:
-        widths: Possible channels, ascending.
+        widths: Output channels to choose from, ascending.
         blocks: Blocks; only the first strides.
         kernel_size: Side of the depthwise kernels, odd.
         stride: Of the first block.
@@ -60,13 +60,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Options:
-    """What all blocks of a network have in common.
+    """Options of all blocks of a network.
 
     Args:
-        se_ratio: Reduced features of the channel attention, as a part of the widest channels.
+        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
         activation: Activation function.
         skip: Whether blocks have shortcuts.
-        choices: The sub-networks that the gate chooses among.
+        choices: Indices of the sub-networks that the gate chooses among.
     """
 
     se_ratio: float
@@ -87,20 +87,20 @@ def slim_conv(
 
 
 def slim_norm(widths: Widths) -> PlainBatchNorm2d:
-    """A norm with statistics for each distinct width: sub-networks that are equally wide here share them."""
+    """A norm with statistics for each distinct width: sub-networks of the same width share them."""
     distinct = sorted(set(widths))
     norm = PlainBatchNorm2d(nn.BatchNorm2d(widths[-1]))
     norm.set_width_spec(WidthSpec(names_of(widths), tuple(widths), tuple(widths), tuple(map(distinct.index, widths))))
     return norm
 
 
-def names_of(widths: Widths) -> tuple[int | str, ...]:
-    """What the sub-networks are called: their positions, and "largest"."""
-    return (*range(len(widths) - 1), "largest")
+def names_of(widths: Widths) -> tuple[str, ...]:
+    """Names of the sub-networks: "0", "1", ... as the authors number them, and "largest"."""
+    return (*map(str, range(len(widths) - 1)), "largest")
 
 
 class WidthGate(Gate):
-    """What chooses a sub-network for an image, from the reduced features of a squeeze-and-excitation.
+    """Chooses a sub-network for an image from the reduced features of a squeeze-and-excitation.
 
     Shape: (N, reduced) or (N, reduced, 1, 1) -> (N, choices) logits.
 
@@ -108,7 +108,7 @@ class WidthGate(Gate):
     """
 
     def __init__(self, reduced: int, choices: Sequence[int]) -> None:
-        super().__init__(choices, reads="reduce")
+        super().__init__([str(choice) for choice in choices], reads="reduce")
         self.conv = nn.Conv2d(reduced, len(self.widths), 1, bias=False)
         self.requires_grad_(False)
 
@@ -117,7 +117,7 @@ class WidthGate(Gate):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention; its reduced features are equally many at every width. The gate, if any, reads them.
+    """Channel attention, whose reduced features are the same at every width. The gate, if any, reads them.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
@@ -136,7 +136,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Shortcut(nn.Sequential):
-    """Average pooling where the block strides, a 1 x 1 convolution where it changes widths."""
+    """Average pooling if the block has a stride, a 1 x 1 convolution if its input and output channels differ."""
 
     def __init__(self, ins: Widths, outs: Widths, stride: int) -> None:
         pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
@@ -146,7 +146,7 @@ class Shortcut(nn.Sequential):
 class SeparableBlock(nn.Module):
     """Depthwise convolution, channel attention, 1 x 1 convolution."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: Stage, first: bool, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: Options) -> None:
         super().__init__()
         stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
         self.depthwise = slim_conv(ins, ins, stage.kernel_size, stride, depthwise=True)
@@ -171,7 +171,7 @@ class SeparableBlock(nn.Module):
 class InvertedResidual(nn.Module):
     """1 x 1 expansion, depthwise convolution, channel attention, linear 1 x 1 projection."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: Stage, first: bool, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: Options) -> None:
         super().__init__()
         stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
         middle = Widths((divisible(width * EXPANSION, 8) for width in ins), ins.slot)
@@ -197,7 +197,7 @@ class InvertedResidual(nn.Module):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
-def make_stage(stage: Stage, ins: Widths, outs: Widths, options: Options) -> nn.Sequential:
+def make_stage(stage: StageSpec, ins: Widths, outs: Widths, options: Options) -> nn.Sequential:
     """The blocks of one stage."""
     block = SeparableBlock if stage.kind == "ds" else InvertedResidual
     first = block(ins, outs, stage, True, options)
@@ -205,7 +205,7 @@ def make_stage(stage: Stage, ins: Widths, outs: Widths, options: Options) -> nn.
 
 
 class WidestDropout(WidthAware):
-    """Dropout in the widest network only: narrower ones have too little capacity to need it."""
+    """Dropout in the widest sub-network only: narrower ones have too little capacity to need it."""
 
     def __init__(self, rate: float, widths: Widths) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class WidestDropout(WidthAware):
         return F.dropout(x, self.rate, self.training and widest)
 
     def fold(self) -> nn.Identity:
-        """Nothing: folding is for eval mode."""
+        """An identity: folding is for eval mode."""
         return nn.Identity()
 
 

@@ -60,7 +60,9 @@ def _is_step(value: object) -> bool:
     if verb == "convert":
         return _is_object(value.get("plan")) and _is_object(value["plan"].get("technique"))
     if verb == "freeze":
-        return _is_width(value.get("width"))
+        return set(value) <= {"verb", "width", "index", "fold_norms", "input_size"}
+    if verb == "add_gate":
+        return _is_text(value.get("after"))
     if verb == "tie":
         return _is_list_of(lambda names: _is_list_of(_is_text, names), value.get("groups"))
     if verb == "pack":

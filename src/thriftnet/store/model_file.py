@@ -24,6 +24,7 @@ from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.tied import first_names, unique_tensors
 from thriftnet.core.width import set_width
+from thriftnet.dynamic.add_gate import add_gate
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
 from thriftnet.files import TEMPORARY, open_regular, write_together
 from thriftnet.kernels.pack import pack
@@ -169,13 +170,15 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
                 set_width(model, step["width"])
             model = fold(model, prefer=step.get("prefer", ""))
         elif verb == "freeze":
-            model = freeze(model, step["width"])
+            model = freeze(model, **{name: value for name, value in step.items() if name != "verb"})
+        elif verb == "add_gate":
+            model = add_gate(model, step["after"])
         elif verb == "tie":
             model = tie(model, step["groups"])
         elif verb == "pack":
             model = pack(model, input_size=step["input_size"])
         else:
-            raise ConfigError(f"unknown step {verb!r} in its history; expected convert, fold, freeze, pack or tie")
+            raise ConfigError(f"unknown step {verb!r} in its history; expected convert, add_gate, fold, freeze, pack or tie")
         model = model.eval()
     return model
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thriftnet.core.probe import Size
 from thriftnet.core.tied import unique_tensors
 from thriftnet.data.dataset import DataSource
 from thriftnet.errors import ConfigError
@@ -16,8 +17,6 @@ from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.resolve import open_model
 from thriftnet.techniques import convert
 from thriftnet.train.recipe import Recipe
-
-Size = tuple[int, int, int]
 
 
 def input_size(recipe: Recipe, source: DataSource) -> Size:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.probe import Size
 from thriftnet.core.width import Width, set_width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of
@@ -22,8 +23,6 @@ from thriftnet.train.distributed import total
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
-
-Size = tuple[int, int, int]
 
 
 @dataclass
