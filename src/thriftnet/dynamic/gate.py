@@ -185,6 +185,5 @@ def decide(logits: Tensor, macs: Tensor, cost: float | Tensor = 0.0) -> Tensor:
 def check_budget(budget: float, least: float, most: float) -> None:
     """Raise ConfigError for a budget of MACs below the narrowest width's or above the widest's."""
     if not isinstance(budget, int | float) or not least <= budget <= most:
-        raise ConfigError(
-            f"a budget of {budget:,} multiply-accumulates is out of reach: expected {least:,.0f} to {most:,.0f}"
-        )
+        given = f"{budget:,.0f}" if isinstance(budget, int | float) else repr(budget)
+        raise ConfigError(f"a budget of {given} multiply-accumulates is out of reach: expected {least:,.0f} to {most:,.0f}")
