@@ -257,6 +257,6 @@ def test_narrow_blocks_keep_the_offsets_of_their_channels() -> None:
 def test_widths_that_do_not_fit_the_inside_are_refused() -> None:
     shifted = tn.convert(NETWORKS["chain"].make(), tn.Shift(expansion=1.125))
     with pytest.raises(
-        tn.IncompatibleModelError, match=r"the 9 channels inside a shift block cannot be narrowed to all of \(0\.5"
+        tn.IncompatibleModelError, match=r"the 9 channels inside a ShiftConv2d cannot be narrowed to all of \(0\.5"
     ):
         tn.convert(shifted, tn.Slimmable(widths=(0.5, 1.0)))

@@ -16,7 +16,7 @@ from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, replace, selection, sites
 from thriftnet.core.spec import format_spec
-from thriftnet.core.technique import Technique, adapted, finish, is_whole, takes
+from thriftnet.core.technique import Technique, adapted, finish, requires_all_layers, takes
 from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
-    """What `convert` would do to ``model``; the network and the random state stay as they are.
-
-    Raises:
-        ConfigError, IncompatibleModelError: As `convert`.
-    """
+    """As `thriftnet.plan`, for a config."""
     with torch.random.fork_rng(devices=[]):
         return _prepare(_copied(model), technique, select)[1]
 
@@ -37,25 +33,8 @@ def plan(model: nn.Module, technique: Technique, *, select: Select | None = None
 def convert(
     model: nn.Module, technique: Technique | Plan, *, select: Select | None = None, inplace: bool = False
 ) -> nn.Module:
-    """Make a network small with a technique, starting from the weights it has.
-
-    Args:
-        model: Any network; it is left untouched unless ``inplace``.
-        technique: A technique's config, or a plan made by `plan`.
-        select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
-            Left out, everything but stem and classifier.
-        inplace: Replace the layers in ``model`` itself.
-
-    Returns:
-        The converted network.
-
-    Raises:
-        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
-        IncompatibleModelError: A listed layer that the technique cannot take, or nothing to convert.
-    """
-    if not inplace:
-        model = _copied(model)
-    converted, done = _prepare(model, technique, select)
+    """As `thriftnet.convert`, for a config or a plan that holds one."""
+    converted, done = _prepare(model if inplace else _copied(model), technique, select)
     record(converted, {"verb": "convert", "plan": done.to_dict()})
     return converted
 
@@ -155,7 +134,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
                 f"the plan was made for another network: layer {name!r} is {found}; it needs {takes(config)}. Make a new plan"
             )
         wanted.add(id(modules[name]))
-    if is_whole(config):
+    if requires_all_layers(config):
         for site in sites(model, lambda _, module: config.accepts(module)):
             if id(site.module) not in wanted:
                 raise IncompatibleModelError(
@@ -168,7 +147,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
 
 def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
     """Sites that are selected and that the technique can take."""
-    if is_whole(technique):
+    if requires_all_layers(technique):
         found = sites(model, lambda _, module: technique.accepts(module))
         chosen = None if select is None else selection(model, select)
         _check_whole(model, technique, found, chosen)
@@ -215,7 +194,7 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
 
 
 def _refusal(technique: Technique, name: str, module: nn.Module) -> IncompatibleModelError:
-    hint = "" if is_whole(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
+    hint = "" if requires_all_layers(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
     return IncompatibleModelError(
         f"layer {name!r} is {describe(module)}; {format_spec(technique)} takes {takes(technique)}.{hint}"
     )

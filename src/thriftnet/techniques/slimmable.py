@@ -20,6 +20,7 @@ from thriftnet.core.conv import GeneratedConv2d, PlainConv2d
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
 from thriftnet.core.sites import Replacement, Site
+from thriftnet.core.technique import Example
 from thriftnet.core.width import WidthAware, WidthSpec, exact_share, set_width, widths
 from thriftnet.dynamic.gate import SplitPoint, SqueezeGate
 from thriftnet.dynamic.split import split_at
@@ -228,3 +229,14 @@ def _check_runs(model: nn.Module, size: tuple[int, int, int]) -> None:
                 f"{type(model).__name__} does not run at width {widths(model)[index]} behind a front that is whole: "
                 f"{str(error).splitlines()[0]}. End the front elsewhere"
             )
+
+
+EXAMPLES = (
+    Example(config=Slimmable(widths=(0.5, 1.0))),
+    # at a fixed width the gate, two linear layers 8 -> 4 -> 2, does not run
+    Example(config=Slimmable(widths=(0.5, 1.0), gate=True), params=4 * (8 * 8 * 9 + 8) + (4 * 8 + 4) + 2 * 4),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[Slimmable]:
+    return [Slimmable(widths=(1.0,)), Slimmable(widths=(0.5, 1.0))]

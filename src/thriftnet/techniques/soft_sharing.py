@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise
+from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
@@ -289,13 +290,7 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
 
 def agreement(one: SConv2d, other: SConv2d) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if (one.stride, one.padding, one.dilation, one.padding_mode, one.width_spec) != (
-        other.stride,
-        other.padding,
-        other.dilation,
-        other.padding_mode,
-        other.width_spec,
-    ) or (one.bias is None) != (other.bias is None):
+    if signature(one) != signature(other):
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))
@@ -319,3 +314,16 @@ def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, SConv2d]]]:
     if not banks:
         raise IncompatibleModelError(f"{type(model).__name__} has no template bank: convert it with SoftSharing(...) first")
     return dict(banks.values())
+
+
+EXAMPLES = (
+    Example(
+        config=SoftSharing(templates=2),
+        params=2 * (8 * 8 * 9) + 4 * (2 + 8),
+        generation_macs=4 * 2 * (8 * 8 * 9),  # each layer mixes both templates
+    ),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[SoftSharing]:
+    return [SoftSharing(templates=layers)]

@@ -236,7 +236,7 @@ class TrainLoop:
                 with self.accelerator.autocast():
                     loss = next(losses) * (weight / recipe.accumulate)
                 if first and recipe.penalty:
-                    loss = loss + recipe.penalty * penalty(self.plain, scaled=True)
+                    loss = loss + recipe.penalty * penalty(self.plain)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
