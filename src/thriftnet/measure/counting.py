@@ -7,7 +7,7 @@ times costs four times, a layer that never runs costs nothing, and a function ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,8 +30,8 @@ from thriftnet.measure.untouched import untouched
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
 
 
-def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report:
-    """What a network holds and what one image costs, with shared parts counted right.
+def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
+    """Parameters of a network and the cost of one image, with shared parts counted correctly.
 
     Counted are convolutions, linear layers and matrix products, attention's among them, each time they run. Computing
     weights is counted apart, and shifts as bytes. Not counted are norms, activations, additions and pooling: the report
@@ -40,13 +40,14 @@ def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report
 
     Args:
         model: Any network, on any device; it must accept one batch of images.
-        input_size: Channels, height and width of an image.
+        input_size: Channels, height and width of an image. By default, the size in the network's ``default_cfg`` or
+            ``pretrained_cfg``, which the networks of the zoo and timm have.
 
     Returns:
         Totals and one row per layer; prints as a table.
 
     Raises:
-        ConfigError: ``input_size`` is not three positive whole numbers.
+        ConfigError: ``input_size`` is not three integers >= 1, or is left out and the network does not state one.
         IncompatibleModelError: The network does not run on such an input, or has lazy layers that never ran.
 
     Example:
@@ -55,8 +56,8 @@ def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report
         >>> report.params, report.macs
         (216, 55296)
     """
-    size = _checked(input_size)
-    network: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    network: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    size = _checked(_stated_size(network) if input_size is None else input_size)
     _refuse_lazy(network)
     with untouched(network):
         found = tallies(network)
@@ -65,11 +66,22 @@ def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
 
 
+def _stated_size(model: nn.Module) -> Sequence[int]:
+    """The image size that the network itself states."""
+    for config in (getattr(model, "default_cfg", None), getattr(model, "pretrained_cfg", None)):
+        if isinstance(config, Mapping) and config.get("input_size") is not None:
+            return tuple(config["input_size"])
+    raise ConfigError(
+        f"{type(model).__name__} does not state its image size, which costs depend on: give input_size=(C, H, W), "
+        "such as input_size=(3, 224, 224)"
+    )
+
+
 def _checked(input_size: Sequence[int]) -> tuple[int, int, int]:
     sizes = tuple(input_size) if isinstance(input_size, list | tuple) else ()
     if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
         raise ConfigError(
-            f"input_size={input_size!r}: possible are three whole numbers above 0 (channels, height, width), as (3, 32, 32)"
+            f"input_size={input_size!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
         )
     return sizes[0], sizes[1], sizes[2]
 
@@ -110,7 +122,7 @@ def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return IncompatibleModelError(
         f"{type(model).__name__} does not run on input_size={size}: {reason.rstrip('.')}. "
-        "Give the size it is made for: inspect(model, input_size=(C, H, W))"
+        "Give the size it was made for: inspect(model, input_size=(C, H, W))"
     )
 
 

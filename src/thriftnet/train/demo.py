@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from thriftnet.core.fold import fold, freeze
+from thriftnet.core.spec import format_spec
 from thriftnet.core.width import set_width, widths
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import Loader, make_loader
@@ -24,7 +25,7 @@ from thriftnet.measure import inspect
 from thriftnet.measure.difference import relative_difference
 from thriftnet.models import create_model
 from thriftnet.store.model_file import load, save
-from thriftnet.techniques import convert
+from thriftnet.techniques import TECHNIQUES, convert
 from thriftnet.train.engine import Progress
 from thriftnet.train.evaluate import evaluate
 from thriftnet.train.recipe import Recipe, load_recipe
@@ -32,13 +33,7 @@ from thriftnet.train.record import read_rows
 from thriftnet.train.sequence import train
 
 MODEL = "resnet20"
-SHOWN = (
-    "weight-sharing(rate=2)",
-    "soft-sharing(templates=2)",
-    "filter-basis(shared_rank=16, unique_rank=1)",
-    "shift(expansion=2.0)",
-    "slimmable(widths=(0.5, 1.0))",
-)
+SHOWN = tuple(format_spec(TECHNIQUES.module(name).EXAMPLES[0].config) for name in TECHNIQUES)
 TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
 
 
