@@ -177,11 +177,11 @@ def test_ranks_that_do_not_fit_are_refused_by_layer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shared_rank": -1}, "shared_rank=-1: possible is a whole number of at least 0"),
+        ({"shared_rank": -1}, "shared_rank=-1: expected an integer >= 0"),
         ({"unique_rank": 1.0}, r"unique_rank=1\.0: possible is"),
         ({"shared_rank": 0, "unique_rank": 0}, "leave no filters: set at least one of them above 0"),
-        ({"bases": 3}, "bases=3: possible are 1, 2"),
-        ({"bases": True}, "bases=True: possible are 1, 2"),
+        ({"bases": 3}, "bases=3: expected one of 1, 2"),
+        ({"bases": True}, "bases=True: expected one of 1, 2"),
         ({"init": "orthogonal"}, "unknown init 'orthogonal'"),
         ({"lambda_r": -1}, "lambda_r=-1: possible is"),
         ({"lambda_r": float("nan")}, "lambda_r=nan: possible is"),

@@ -353,7 +353,7 @@ def test_rows_and_json_and_text() -> None:
     assert text[4].split() == ["layer", "kind", "output", "params", "dense", "MACs", "calls"]
     assert [line.split()[0] for line in text[5:9]] == ["0.stem", "0.body.0", "0.body.2", "0.fc"]
     assert not any("ReLU" in line for line in text)
-    assert text[-1] == "not counted, for want of a formula: mean 1x, relu 1x"
+    assert text[-1] == "not counted (no formula): mean 1x, relu 1x"
 
 
 class Restless(nn.Module):

@@ -41,13 +41,13 @@ def convert(
 
 def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"a network is needed, got {model!r}. Build one by name with create_model(...)")
+        raise ConfigError(f"expected a network, got {model!r}. Build one by name with create_model(...)")
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
         reason = str(error).split(".")[0]
         raise IncompatibleModelError(
-            f"{type(model).__name__} cannot be copied ({reason}): remove what computes its weights, as weight_norm or pruning, first"
+            f"{type(model).__name__} cannot be copied ({reason}): remove weight_norm, pruning or similar first"
         ) from None
 
 
@@ -68,10 +68,10 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
 def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
     """Convert ``model`` in place; the new network and the plan that was carried out."""
     if any(step["verb"] == "pack" for step in history(model)):
-        raise IncompatibleModelError("a packed network is no longer made of plain layers: convert what it was packed from")
+        raise IncompatibleModelError("a packed network has no plain layers: convert the network it was packed from")
     if isinstance(technique, Plan):
         if select is not None:
-            raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
+            raise ConfigError("a plan already names the layers: leave select out, or make a new plan with it")
         config, groups = _planned_groups(model, technique)
     else:
         config = adapted(technique, model)
@@ -103,15 +103,15 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
 
 
 def _check_hooks(site: Site[nn.Module]) -> None:
-    """A new layer would lose what hooks do; weight norm and pruning work by hooks, too."""
+    """A new layer would lose the hooks; weight norm and pruning are hooks, too."""
     if site.module._forward_hooks or site.module._forward_pre_hooks:
         raise IncompatibleModelError(
-            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and add them again after"
+            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and register them again afterwards"
         )
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:
-    """Where a layer does not train, what replaces it does not, unless a layer that trains uses it, too."""
+    """Replacements of frozen layers are frozen, unless a trainable layer shares them."""
     before = [(new, [p.requires_grad for p in old.parameters(recurse=False)]) for old, new in pairs]
     trained = {id(p) for new, flags in before if any(flags) or not flags for p in new.parameters()}
     for new, _ in before:
@@ -146,7 +146,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
 
 
 def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
-    """Sites that are selected and that the technique can take."""
+    """Selected sites that the technique accepts."""
     if requires_all_layers(technique):
         found = sites(model, lambda _, module: technique.accepts(module))
         chosen = None if select is None else selection(model, select)
@@ -162,7 +162,7 @@ def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> 
 def _check_selection(
     model: nn.Module, technique: Technique, select: Select, want: Want, found: Sequence[Site[nn.Module]]
 ) -> None:
-    """Raise when nothing selected can be taken, or a layer listed by its own name cannot."""
+    """Raise if the technique accepts no selected layer, or not one that is listed by name."""
     listed = () if callable(select) or isinstance(select, str) else tuple(select)
     names = {name for site in found for name in site.names}
     for name in listed:
@@ -180,7 +180,7 @@ def _check_selection(
 
 
 def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn.Module]], chosen: Want | None) -> None:
-    """Raise when a layer with parameters would be left out by a technique that must take all."""
+    """Raise if a layer with parameters would be left out by a technique that must take all."""
     taken = {id(inner) for site in found for inner in site.module.modules()}
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))

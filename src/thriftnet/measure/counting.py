@@ -23,7 +23,7 @@ from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.width import width, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.measure.layers import LayerCost, tallies
+from thriftnet.measure.layers import LayerCost, layer_costs
 from thriftnet.measure.report import LayerRow, Report
 from thriftnet.measure.untouched import untouched
 
@@ -60,9 +60,9 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     size = _checked(_stated_size(network) if input_size is None else input_size)
     _refuse_lazy(network)
     with untouched(network):
-        found = tallies(network)
+        found = layer_costs(network)
         uncounted = _run(network, size, found)
-        rows = tuple(_row(tally) for tally in found.values() if tally.is_layer)
+        rows = tuple(_row(cost) for cost in found.values() if cost.is_layer)
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
 
 
@@ -126,17 +126,17 @@ def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> 
     )
 
 
-def _row(tally: LayerCost) -> LayerRow:
+def _row(cost: LayerCost) -> LayerRow:
     return LayerRow(
-        tuple(tally.names),
-        type(tally.module).__name__,
-        tally.params,
-        tally.dense_params,
-        tally.flops // 2,
-        tally.generation_macs,
-        tally.shift_bytes,
-        tally.output,
-        tally.calls,
+        tuple(cost.names),
+        type(cost.module).__name__,
+        cost.params,
+        cost.dense_params,
+        cost.flops // 2,
+        cost.generation_macs,
+        cost.shift_bytes,
+        cost.output,
+        cost.calls,
     )
 
 
@@ -144,17 +144,17 @@ def _row(tally: LayerCost) -> LayerRow:
 class _Frame:
     """A module that runs: the layer its operations are charged to, and what they are for."""
 
-    tally: LayerCost
+    cost: LayerCost
     purpose: Purpose
 
 
 class _Meter:
     """Hooks that charge operations, as they run, to the layer that runs."""
 
-    def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], whole: LayerCost) -> None:
+    def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], root: LayerCost) -> None:
         self.counter, self.found = counter, found
         self.convolutions = {op for op in counter.flop_registry if "conv" in str(op)}
-        self.running = [_Frame(whole, "execution")]
+        self.running = [_Frame(root, "execution")]
         self.settled = (0, 0)
 
     def _counts(self) -> tuple[int, int]:
@@ -168,30 +168,30 @@ class _Meter:
         flops, convolution_flops = self.settled[0] - before[0], self.settled[1] - before[1]
         frame = self.running[-1]
         if frame.purpose == "execution":
-            frame.tally.flops += flops
+            frame.cost.flops += flops
         elif frame.purpose == "generated layer":
-            frame.tally.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
+            frame.cost.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
         elif frame.purpose == "weight":
-            frame.tally.generation_macs += flops // 2
+            frame.cost.generation_macs += flops // 2
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module runs."""
         self.settle()
         outer, own = self.running[-1], self.found.get(id(module))
-        tally = outer.tally if own is None or outer.tally.is_whole else own
-        tally.calls += tally is own
-        self.running.append(_Frame(tally, _purpose(module) if outer.purpose == "execution" else outer.purpose))
+        cost = outer.cost if own is None or outer.cost.is_leaf else own
+        cost.calls += cost is own
+        self.running.append(_Frame(cost, _purpose(module) if outer.purpose == "execution" else outer.purpose))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
         self.settle()
-        tally = self.running.pop().tally
+        cost = self.running.pop().cost
         if isinstance(module, GeneratedConv2d | GeneratedLinear):
-            tally.generation_macs += module.generation_macs
+            cost.generation_macs += module.generation_macs
         if _purpose(module) == "shift" and output is not None:
-            tally.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
-        if tally.module is module and tally.output is None:
-            tally.output = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+            cost.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
+        if cost.module is module and cost.output is None:
+            cost.output = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         self.settled = self._counts()
 
 

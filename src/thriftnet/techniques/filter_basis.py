@@ -204,7 +204,7 @@ class FilterBasis:
             authors' stages do. Left out, all groups have the same ranks.
         lambda_r: Factor of the orthogonality penalty in training.
         unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
-        init: "weights" starts from the nearest decomposition of the weights the layers have; "random" starts anew as the
+        init: "weights" starts from the nearest decomposition of the weights the layers have; "random" initialises as the
             paper does, with orthogonal shared bases.
         pointwise: Take 1 x 1 convolutions, too.
         whole: Share whole convolutions, as the paper does in bottleneck blocks: layers that agree in everything become one,

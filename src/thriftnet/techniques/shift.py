@@ -19,7 +19,7 @@ from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware
@@ -30,7 +30,7 @@ from thriftnet.kernels.triton_pointwise import fused
 
 
 class Shift2d(Tied, WidthAware):
-    """Shift every channel by one of k x k offsets; channels that fill no whole set of k^2 stay.
+    """Shift every channel by one of k x k offsets; those left over after the last full set of k^2 stay.
 
     At a narrower width the first channels remain, each with its offset.
 
@@ -134,6 +134,7 @@ class ShiftConv2d(ComposedConv2d):
         bias: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, (kernel_size, kernel_size))
+        check_steps("stride", stride)
         check_number("expansion", expansion, 0)
         middle = int(out_channels * expansion)
         if middle < 1:
@@ -173,7 +174,7 @@ class Shift:
         dilation: Dilation of the convolutions to replace, and of the shift.
         expansion: Channels between the two 1 x 1 convolutions, as a multiple of the output's.
         init: "weights" starts both 1 x 1 convolutions from the old kernel (the nearest product for each offset, norm and
-            ReLU left aside); "random" starts them anew.
+            ReLU left aside); "random" initialises both at random.
 
     Example:
         >>> Shift(expansion=3.0)

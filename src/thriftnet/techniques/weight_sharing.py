@@ -169,7 +169,7 @@ class WeightSharing:
         check_whole_number("seed", self.seed, 0)
         check_number("portion", self.portion, 0)
         if self.portion > 1:
-            raise ConfigError(f"portion={self.portion}: possible is a fraction in (0, 1]")
+            raise ConfigError(f"portion={self.portion}: expected a fraction in (0, 1]")
         if self.groups is not None:
             given: Any = self.groups
             try:
