@@ -44,7 +44,7 @@ def run(source: Path, *command: str) -> str:
 
 def test_every_law_holds(source: Path) -> None:
     """The very tests of the other five: those whose names contain the new one's."""
-    arguments = ["tests/test_laws.py", "-k", "low-rank or test_15", *"-n 0 -q -rA -p no:cacheprovider".split()]
+    arguments = ["tests/test_laws.py", "-k", "low-rank or test_15", *["-n", "0", "-q", "-rA", "-p", "no:cacheprovider"]]
     passed = re.findall(r"^PASSED tests/test_laws.py::(\S+)", run(source, "-m", "pytest", *arguments), re.MULTILINE)
     laws = {int(law) for law in re.findall(r"test_(\d\d)_", "\n".join(passed))}
     assert laws == {*range(1, 17)}
