@@ -21,7 +21,7 @@ def gradients(model: nn.Module, x: Tensor, target: Tensor) -> Gradients:
     """Gradients of the mean loss over a batch, with the penalty; norms use their statistics."""
     model.eval().zero_grad(set_to_none=True)
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    (F.cross_entropy(model(x), target) + tn.penalty(plain)).backward()
+    (F.cross_entropy(model(x), target) + tn.penalty(plain, scaled=False)).backward()
     return {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.grad is not None}
 
 

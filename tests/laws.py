@@ -30,7 +30,7 @@ from thriftnet.core.tied import Tied, count_params
 from thriftnet.core.width import WidthAware, set_width, widths
 from thriftnet.dynamic.gate import SplitPoint, gates
 from thriftnet.techniques import resolve
-from thriftnet.techniques.filter_basis import SharedBasis, SharedConv2d
+from thriftnet.techniques.filter_basis import SharedBasis, SharedBasisConv2d
 
 Verb = Callable[..., nn.Module]
 
@@ -193,7 +193,12 @@ def _before_cut(name: str, model: nn.Module) -> str:
     return name
 
 
-def law_penalty_once(model: nn.Module, *, penalty: Callable[[nn.Module], Tensor] = tn.penalty) -> None:
+def unscaled_penalty(model: nn.Module) -> Tensor:
+    """The penalty without the technique's own factor."""
+    return tn.penalty(model, scaled=False)
+
+
+def law_penalty_once(model: nn.Module, *, penalty: Callable[[nn.Module], Tensor] = unscaled_penalty) -> None:
     """5: the penalty is a scalar, counts every shared part once, and is what the loops of the reference give."""
     value = penalty(model)
     assert value.shape == ()
@@ -202,13 +207,18 @@ def law_penalty_once(model: nn.Module, *, penalty: Callable[[nn.Module], Tensor]
         if bank.shared is not None:
             unique = [] if bank.unique is None or not bank.unique_penalty else list(bank.unique.detach())
             stages.append((list(bank.shared.detach()), unique))
-    whole = {id(m): m for m in model.modules() if isinstance(m, SharedConv2d)}.values()
+    whole = {id(m): m for m in model.modules() if isinstance(m, SharedBasisConv2d)}.values()
     stages += [([conv.weight.detach()], []) for conv in whole]
-    if not stages:
-        assert value.item() == 0, "a network without bases has a penalty"
+    terms = [m.penalty_term() for m in {id(m): m for m in model.modules() if hasattr(m, "penalty_term")}.values()]
+    if not any(term.count for term in terms):
+        assert value.item() == 0, "a network without penalty terms has a penalty"
         return
     assert value.requires_grad, "the penalty is not differentiable"
-    expected = reference.average_similarity(stages)
+    if stages:
+        expected = reference.average_similarity(stages)
+    else:  # of a technique that the reference does not know
+        totals = {term.family: [t for t in terms if t.family == term.family] for term in terms}
+        expected = sum(sum(t.total.item() for t in family) / sum(t.count for t in family) for family in totals.values())
     assert abs(value.item() - expected) <= 1e-12 * expected, f"penalty {value.item()}, expected {expected}"
 
 

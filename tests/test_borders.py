@@ -39,7 +39,7 @@ def test_what_is_no_technique(technique: object, message: str):
 
 @pytest.mark.parametrize("select", [5, [5], {"layer1": 1}], ids=str)
 def test_what_is_no_selection(select: object):
-    with pytest.raises(ConfigError, match="possible are a regular expression, a list of names"):
+    with pytest.raises(ConfigError, match="expected a regular expression, a list of names"):
         tn.convert(tn.create_model("resnet20"), "shift", select=select)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import thriftnet as tn
 from thriftnet.cli import main
-from thriftnet.cli.demo import SHOWN, held_out
+from thriftnet.cli.demo import held_out, shown
 from thriftnet.data.digits import digits_source
 from thriftnet.report.page import Page, Picture, write_page
 
@@ -26,7 +26,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_demo_saves_every_network_and_its_folded_form(demo: Path):
     names = {path.name for path in (demo / "models").iterdir()}
-    trained = {spec.partition("(")[0] for spec in SHOWN} | {"plain"}
+    trained = {spec.partition("(")[0] for spec in shown()} | {"plain"}
     assert trained <= names
     assert {"plain-folded", "shift-folded", "slimmable-at-0.5-folded", "slimmable-at-1-folded"} <= names
     images = next(iter(held_out(digits_source())))[0][:5]
@@ -55,7 +55,7 @@ def test_the_report_stands_alone(demo: Path):
     assert "script" not in page.tags
     assert page.tags.count("svg") == 3
     assert "@import" not in text
-    for spec in SHOWN:
+    for spec in shown():
         assert spec.partition("(")[0] in text
     assert {path.name for path in (demo / "pictures").iterdir()} == {"accuracy.svg", "training.svg", "predictions.svg"}
 

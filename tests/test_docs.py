@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import thriftnet as tn
 from thriftnet.cli import VERBS
 from thriftnet.techniques import TECHNIQUES
 
@@ -30,6 +31,16 @@ def test_each_technique_has_a_page_with_all_its_fields(name: str):
 def test_each_verb_is_on_the_page_of_the_command_line(verb: str):
     assert f"thriftnet {verb}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert f"`thriftnet {verb}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_errors_are_printed_as_their_page_shows():
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").replace("```\n", "\n")
+    shown = re.findall(r"^>>> (.*)\n((?:.+\n)+)", text, re.MULTILINE)
+    assert len(shown) > 10
+    for call, expected in shown:
+        with pytest.raises(tn.ThriftnetError) as raised:
+            exec(call, {"tn": tn, "model": tn.create_model("resnet20")})  # the project's own page
+        assert f"{type(raised.value).__name__}: {raised.value}".split() == expected.split()
 
 
 def test_links_between_pages_lead_somewhere():

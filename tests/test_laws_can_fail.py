@@ -279,14 +279,14 @@ def test_05_penalty_counted_twice() -> None:
         return torch.stack([bank.penalty_term().total for bank in banks]).sum() / banks[0].penalty_term().count
 
     def scaled(model: nn.Module) -> Tensor:
-        return tn.penalty(model, scaled=True)
+        return tn.penalty(model)
 
     def unaveraged(model: nn.Module) -> Tensor:
         return sum(m.penalty_term().total for m in model.modules() if isinstance(m, SharedBasis))
 
     model = perturb(tn.convert(CHAIN.make(), tn.FilterBasis(shared_rank=4)))
     laws.law_penalty_once(model)
-    for penalty in (once_per_name, scaled, unaveraged, lambda model: tn.penalty(model).detach()):
+    for penalty in (once_per_name, scaled, unaveraged, lambda model: laws.unscaled_penalty(model).detach()):
         with broken:
             laws.law_penalty_once(model, penalty=penalty)
     with broken:

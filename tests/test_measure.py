@@ -353,7 +353,7 @@ def test_rows_and_json_and_text() -> None:
     assert text[4].split() == ["layer", "kind", "output", "params", "dense", "MACs", "calls"]
     assert [line.split()[0] for line in text[5:9]] == ["0.stem", "0.body.0", "0.body.2", "0.fc"]
     assert not any("ReLU" in line for line in text)
-    assert text[-1] == "not counted, for want of a formula: mean 1x, relu 1x"
+    assert text[-1] == "not counted (no formula): mean 1x, relu 1x"
 
 
 class Restless(nn.Module):
@@ -414,7 +414,7 @@ def test_a_graph_made_before_can_still_be_used() -> None:
 
 @pytest.mark.parametrize("size", [(3, 32), (3, 32, 32, 1), (3, 0, 32), (3, 32.0, 32), (True, 8, 8), 32, "abc", None])
 def test_impossible_input_sizes(size: Any) -> None:
-    with pytest.raises(tn.ConfigError, match=r"input_size=.*possible are three whole numbers"):
+    with pytest.raises(tn.ConfigError, match=r"input_size=.*expected three integers >= 1"):
         inspect(plain(), size)
 
 
@@ -456,3 +456,13 @@ def test_timm_networks() -> None:
     report = inspect(timm.create_model("resnet26"), (3, 224, 224))
     assert (report.params, report.dense_params) == (15_995_176, 15_995_176)
     assert inspect(timm.create_model("vit_tiny_patch16_224"), (3, 224, 224)).params == 5_717_416
+
+
+def test_the_size_is_the_networks_own_or_asked_for() -> None:
+    assert inspect(tn.create_model("resnet20", in_chans=1)).input_size == (1, 32, 32)
+    assert inspect(tn.convert(tn.create_model("cifar_mobilenetv2"), "weight-sharing")).input_size == (3, 32, 32)
+    net = plain()
+    with pytest.raises(tn.ConfigError, match=r"does not state its image size.*give input_size=\(C, H, W\)"):
+        inspect(net)
+    net.pretrained_cfg = {"input_size": (3, 20, 20)}
+    assert inspect(net).input_size == (3, 20, 20)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from thriftnet.techniques import TECHNIQUES
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -23,12 +25,17 @@ def blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("code", [code for _, code in blocks()], ids=[place for place, _ in blocks()])
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    exec(compile(code, "block", "exec"), namespace)  # the project's own pages
-    assert any(not name.startswith("__") for name in namespace)
+    exec(compile(code, "block", "exec"), {})  # the project's own pages; an error fails the test
+
+
+def test_there_are_blocks_on_the_pages():
+    pages = {place.partition(":")[0] for place, _ in blocks()}
+    assert {"README.md", "docs/getting-started.md", "docs/index.md"} <= pages
+    assert {f"docs/techniques/{name.replace('-', '_')}.md" for name in TECHNIQUES} <= pages
 
 
 def test_the_first_screen_has_the_two_commands():
-    screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:60])
-    assert "make demo" in screen
-    assert "make test" in screen
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:60]
+    targets = re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = [words[1] for line in screen if (words := line.split())[:1] == ["make"] and len(words) > 1]
+    assert {"demo", "test"} <= {*shown} <= {*targets}

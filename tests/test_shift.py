@@ -133,7 +133,7 @@ def test_huge_steps_leave_zeros() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 0}, "channels=0: possible is a whole number of at least 1"),
+        ({"channels": 0}, "channels=0: expected an integer >= 1"),
         ({"channels": 4, "kernel_size": 0}, "kernel_size=0: possible is"),
         ({"channels": 4, "dilation": 1.5}, r"dilation=1\.5: possible is"),
     ],
@@ -152,10 +152,10 @@ def test_bad_inputs_are_named(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 1}, "kernel_size=1: possible is a whole number of at least 2"),
+        ({"kernel_size": 1}, "kernel_size=1: expected an integer >= 2"),
         ({"kernel_size": True}, "kernel_size=True: possible is"),
         ({"dilation": 0}, "dilation=0: possible is"),
-        ({"expansion": 0}, "expansion=0: possible is a number greater than 0"),
+        ({"expansion": 0}, "expansion=0: expected a number > 0"),
         ({"expansion": float("inf")}, "expansion=inf: possible is"),
         ({"expansion": float("nan")}, "expansion=nan: possible is"),
         ({"init": "weight"}, "unknown init 'weight': did you mean 'weights'"),
@@ -257,6 +257,6 @@ def test_narrow_blocks_keep_the_offsets_of_their_channels() -> None:
 def test_widths_that_do_not_fit_the_inside_are_refused() -> None:
     shifted = tn.convert(NETWORKS["chain"].make(), tn.Shift(expansion=1.125))
     with pytest.raises(
-        tn.IncompatibleModelError, match=r"the 9 channels inside a shift block cannot be narrowed to all of \(0\.5"
+        tn.IncompatibleModelError, match=r"the 9 channels inside a ShiftConv2d cannot be narrowed to all of \(0\.5"
     ):
         tn.convert(shifted, tn.Slimmable(widths=(0.5, 1.0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_the_readme_network_gets_its_weight_decay_groups() -> None:
     assert {id(p) for p in spared["params"]} == {id(model.get_submodule(f"conv{n}").coefficients) for n in (2, 3, 4)}
     assert {id(p) for p in decay["params"]} | {id(p) for p in spared["params"]} == {id(p) for p in model.parameters()}
     assert len(decay["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    with pytest.raises(tn.ConfigError, match=r"weight_decay=-1: possible is a number of at least 0"):
+    with pytest.raises(tn.ConfigError, match=r"weight_decay=-1: expected a number >= 0"):
         tn.param_groups(model, -1)
 
 
@@ -127,14 +128,14 @@ def test_new_layers_start_at_the_variance_of_the_templates() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
 def test_bad_banks(value: object) -> None:
-    with pytest.raises(tn.ConfigError, match=r"num_templates=.*: possible is a whole number of at least 1"):
+    with pytest.raises(tn.ConfigError, match=r"num_templates=.*: expected an integer >= 1"):
         tn.TemplateBank(value, 3, 3, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"templates": 0}, "templates=0: possible is a whole number of at least 1"),
+        ({"templates": 0}, "templates=0: expected an integer >= 1"),
         ({"templates": 2.0}, r"templates=2\.0: possible is"),
         ({"init": "randon"}, "unknown init 'randon': did you mean 'random'"),
     ],
@@ -275,7 +276,7 @@ def test_layers_of_another_stride_are_no_recurrence() -> None:
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.5])
 def test_bad_thresholds(threshold: float) -> None:
-    with pytest.raises(tn.ConfigError, match=r"threshold=.*: possible is a number in \(0, 1\]"):
+    with pytest.raises(tn.ConfigError, match=r"threshold=.*: expected a number in \(0, 1\]"):
         tn.fold_recurrence(looping(), threshold=threshold)
 
 
@@ -283,3 +284,12 @@ def test_layers_print_their_geometry() -> None:
     layer: Tensor | nn.Module = tn.SConv2d(tn.TemplateBank(3, 4, 8, 3), groups=2, stride=2)
     assert "8, 8, kernel_size=(3, 3), stride=(2, 2), groups=2" in repr(layer)
     assert "TemplateBank(3, 4, 8, kernel_size=(3, 3))" in repr(layer)
+
+
+@pytest.mark.parametrize("arguments", [{"stride": 0}, {"stride": (1, 0)}, {"dilation": -1}, {"groups": 0}], ids=str)
+def test_a_step_of_zero_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(tn.ConfigError, match=rf"{next(iter(arguments))}=.*: expected an integer >= 1"):
+        tn.SConv2d(tn.TemplateBank(2, 4, 4, 3), **arguments)
+    if "stride" in arguments:
+        with pytest.raises(tn.ConfigError, match="stride=0: expected an integer >= 1"):
+            tn.ShiftConv2d(4, 4, **arguments)

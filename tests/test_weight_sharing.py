@@ -203,14 +203,14 @@ def test_a_layer_in_two_groups_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rate": 0}, "rate=0: possible is a whole number of at least 1"),
+        ({"rate": 0}, "rate=0: expected an integer >= 1"),
         ({"rate": True}, "rate=True: possible is"),
         ({"mapping": "stride"}, "unknown mapping 'stride': did you mean 'strided'"),
         ({"distribution": "centre"}, "unknown distribution 'centre'"),
         ({"fusion": "max"}, r"unknown fusion 'max'.*Possible: channel_weighted_mean, choose_first, mean"),
         ({"seed": -1}, "seed=-1: possible is"),
         ({"portion": 0}, "portion=0: possible is"),
-        ({"portion": 1.5}, r"portion=1\.5: possible is a fraction in \(0, 1\]"),
+        ({"portion": 1.5}, r"portion=1\.5: expected a fraction in \(0, 1\]"),
         ({"groups": 3}, "groups=3: give a list of lists"),
         ({"groups": [1, 2]}, r"groups=\[1, 2\]: give a list of lists"),
     ],

@@ -17,7 +17,7 @@ from thriftnet.importing.filter_basis import layout as layout_of
 from thriftnet.importing.layout import fill
 from thriftnet.models import MODELS, densenet, resnext
 from thriftnet.models.mobilenetv2 import ChannelAttention
-from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
+from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedBasisConv2d
 from zoo_golden import check_logits, check_network, facts, their_tensors
 from zoo_groups import FILTER_BASIS_OTHERS
 
@@ -49,8 +49,8 @@ def check_similarity(case: dict[str, Any], model: nn.Module) -> None:
     """The penalty of the filled network, in float64; where two are recorded, they are added."""
     fill(model.double(), their_tensors(case), layout_of(model))
     expected = sum(case["similarity"][0]["float64"].values())
-    assert tn.penalty(model).item() == pytest.approx(expected, rel=1e-9)
-    assert tn.penalty(model, scaled=True).item() == pytest.approx(10 * expected, rel=1e-9)
+    assert tn.penalty(model, scaled=False).item() == pytest.approx(expected, rel=1e-9)
+    assert tn.penalty(model).item() == pytest.approx(10 * expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -61,7 +61,7 @@ def test_counts_logits_and_penalty_are_the_authors(name: str) -> None:
     if "similarity" in case:
         check_similarity(case, model)
     else:
-        assert tn.penalty(model) == 0
+        assert tn.penalty(model, scaled=False) == 0
 
 
 def test_every_recorded_network_is_covered() -> None:
@@ -226,7 +226,7 @@ def test_shared_convolutions_survive_saving(tmp_path: Path) -> None:
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
     assert again.stage4[1].conv1 is again.stage4[3].conv1
-    assert tn.penalty(again, scaled=True).item() == pytest.approx(2 * tn.penalty(model).item())
+    assert tn.penalty(again).item() == pytest.approx(2 * tn.penalty(model, scaled=False).item())
 
 
 def uniform_bound(weight: Tensor) -> float:
@@ -255,17 +255,17 @@ def test_densenet_starts_as_torch_starts_convolutions(original_sharing: bool) ->
 
 def test_resnext_starts_with_orthogonal_shared_filters() -> None:
     model = tn.create_model("cifar_resnext50_single_shared", shared_rank=16)
-    shared = {m for m in model.modules() if isinstance(m, SharedConv2d)}
+    shared = {m for m in model.modules() if isinstance(m, SharedBasisConv2d)}
     assert sorted(m.out_channels for m in shared) == [16, 32, 64, 128]
     assert {m.groups for m in shared} == {4}
-    assert tn.penalty(model).item() < 1e-10
+    assert tn.penalty(model, scaled=False).item() < 1e-10
     assert [model.layer4[2].conv2.unique.groups, model.layer4[2].conv2.unique.out_channels] == [8, 32]
     check_uniform(model.layer3[1].conv2.unique.weight)
 
 
 def test_mobilenetv2_starts_as_torch_starts_convolutions() -> None:
     model = tn.create_model("mobilenetv2_shared_double")
-    shared = {m for m in model.modules() if isinstance(m, SharedConv2d)}
+    shared = {m for m in model.modules() if isinstance(m, SharedBasisConv2d)}
     assert len(shared) == 8
     for module in shared:
         check_uniform(module.weight)

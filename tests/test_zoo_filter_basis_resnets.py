@@ -14,7 +14,7 @@ from thriftnet.core.history import history
 from thriftnet.errors import ConfigError
 from thriftnet.importing.filter_basis import layout as resnet_layout
 from thriftnet.models.table import MODELS
-from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
+from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedBasisConv2d
 from zoo_golden import check_network, check_train_step, facts
 from zoo_groups import FILTER_BASIS_RESNETS
 
@@ -42,15 +42,15 @@ def test_network(name: str) -> None:
 def check_penalty(model: nn.Module, similarity: list[dict[str, Any]]) -> None:
     """The penalty of a filled network equals what the authors' training scripts add."""
     if not similarity:
-        assert tn.penalty(model) == 0
+        assert tn.penalty(model, scaled=False) == 0
     for recorded in similarity:
         if recorded.get("include_unique_basis") is False:
             for bank in model.modules():
                 if isinstance(bank, SharedBasis):
                     bank.unique_penalty = False
         expected = sum(recorded["float64"].values())
-        assert tn.penalty(model).item() == pytest.approx(expected, rel=1e-9)
-        assert tn.penalty(model, scaled=True).item() == pytest.approx(10 * expected, rel=1e-9)
+        assert tn.penalty(model, scaled=False).item() == pytest.approx(expected, rel=1e-9)
+        assert tn.penalty(model).item() == pytest.approx(10 * expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -236,7 +236,7 @@ def test_initialisation_of_bases(name: str) -> None:
 def test_initialisation_of_whole_convolutions() -> None:
     torch.manual_seed(0)
     model = tn.create_model("resnet50_shared")
-    shared = [module for module in model.modules() if isinstance(module, SharedConv2d)]
+    shared = [module for module in model.modules() if isinstance(module, SharedBasisConv2d)]
     assert len(shared) == 8
     for conv in shared:
         rows = conv.weight.detach().flatten(1)

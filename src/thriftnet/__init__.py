@@ -1,6 +1,6 @@
 """thriftnet makes ConvNets small: five published techniques as siblings, for any PyTorch network.
 
-The names below load on first use; importing thriftnet loads neither torch nor anything else heavy.
+The names below load on first use; importing thriftnet imports neither torch nor anything else slow.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from thriftnet.techniques import TECHNIQUES, convert, plan
+
 __version__ = "0.1.0"
 
 _PLACES = {
-    "thriftnet.core.plan": ("Plan",),
-    "thriftnet.core.recalibrate": ("recalibrate",),
     "thriftnet.core.fold": ("eval_fold", "fold", "freeze"),
     "thriftnet.core.penalty": ("param_groups", "penalty"),
+    "thriftnet.core.plan": ("Plan",),
+    "thriftnet.core.recalibrate": ("recalibrate",),
     "thriftnet.core.width": ("set_width", "width", "widths"),
     "thriftnet.dynamic.add_gate": ("add_gate",),
     "thriftnet.errors": (
@@ -32,18 +34,19 @@ _PLACES = {
     "thriftnet.measure": ("Report", "inspect"),
     "thriftnet.models": ("create_model", "list_models"),
     "thriftnet.dynamic.network": ("DynamicNetwork",),
-    "thriftnet.techniques": ("TECHNIQUES", "convert", "plan"),
-    "thriftnet.techniques.filter_basis": ("BasisConv2d", "FilterBasis"),
-    "thriftnet.techniques.shift": ("Shift", "Shift2d", "ShiftConv2d"),
-    "thriftnet.techniques.slimmable": ("Slimmable",),
-    "thriftnet.techniques.soft_sharing": ("SConv2d", "SoftSharing", "TemplateBank", "fold_recurrence", "similarity"),
-    "thriftnet.techniques.weight_sharing": ("WeightSharing",),
     "thriftnet.dynamic.search": ("search",),
+    "thriftnet.resolve": ("open_model",),
     "thriftnet.train.evaluate": ("evaluate",),
 }
-_WHERE = {name: place for place, names in _PLACES.items() for name in names}
 
-__all__ = sorted(_WHERE)
+
+def _where() -> dict[str, str]:
+    """The module of each public name that loads on first use."""
+    places = {**_PLACES, **{TECHNIQUES.file(name): names for name, names in TECHNIQUES.public.items()}}
+    return {name: place for place, names in places.items() for name in names}
+
+
+__all__ = sorted((*_where(), "TECHNIQUES", "convert", "plan"))
 
 if TYPE_CHECKING:
     from thriftnet import kernels as kernels
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from thriftnet.core.width import set_width, width, widths
     from thriftnet.dynamic.add_gate import add_gate
     from thriftnet.dynamic.network import DynamicNetwork
+    from thriftnet.dynamic.search import search
     from thriftnet.errors import (
         CheckpointError,
         ConfigError,
@@ -66,9 +70,9 @@ if TYPE_CHECKING:
     from thriftnet.kernels.pack import pack
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
+    from thriftnet.resolve import open_model
     from thriftnet.store.hub import from_pretrained, push_to_hub
     from thriftnet.store.model_file import load, save
-    from thriftnet.techniques import TECHNIQUES, convert, plan
     from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
     from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
     from thriftnet.techniques.slimmable import Slimmable
@@ -78,8 +82,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
+    where = _where()
+    if name in where:
+        value = getattr(importlib.import_module(where[name]), name)
         globals()[name] = value
         return value
     if name == "kernels":
@@ -88,4 +93,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__, *_where()})

@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
 CLOSE = 2.0  # percent points: accuracy within this of plain needs no explanation
-SHOWN = (
-    "weight-sharing(rate=2)",
-    "soft-sharing(templates=2)",
-    "filter-basis(shared_rank=16, unique_rank=1)",
-    "shift(expansion=2.0)",
-    "slimmable(widths=(0.5, 1.0))",
-)
 TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
 
 
@@ -86,7 +79,7 @@ def run(arguments: Sequence[str]) -> None:
     use_machine(options, recipe.data.batch_size)
     output = Path(options.output)
     start = time.perf_counter()
-    with Bars(1 + len(SHOWN)) as bars:
+    with Bars(1 + len(shown())) as bars:
         source, results = compare(output, recipe, bars)
     report = write_page(_page(source, results, recipe, time.perf_counter() - start), output / "report.html")
     notes = _notes(results)
@@ -94,6 +87,14 @@ def run(arguments: Sequence[str]) -> None:
         [table(COLUMNS, [_cells(r) for r in results]), *notes, "", f"report: {report}", f"models: {output / 'models'}"]
     )
     emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
+
+
+def shown() -> tuple[str, ...]:
+    """The first example of each technique, as text."""
+    from thriftnet.core.spec import format_spec
+    from thriftnet.techniques import TECHNIQUES
+
+    return tuple(format_spec(TECHNIQUES.module(name).EXAMPLES[0].config) for name in TECHNIQUES)
 
 
 def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[Result]]:
@@ -115,7 +116,7 @@ def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[
         seed_everything(recipe.seed)
         plain = prepare_model(recipe, source)
         results: list[Result] = []
-        for technique in ("", *SHOWN):
+        for technique in ("", *shown()):
             name = technique.partition("(")[0] or "plain"
             bars.start(name)
             model = convert(plain, technique) if technique else plain

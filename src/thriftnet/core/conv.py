@@ -1,4 +1,4 @@
-"""Convolutions whose weight is computed, tied or narrowed. Each behaves as the `nn.Conv2d` it stands for."""
+"""Convolutions whose weight is computed, tied or narrowed. Each behaves as the `nn.Conv2d` it replaces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GeneratedConv2d(Tied, WidthAware):
     Shape: (N, I, H, W) -> (N, O, H', W') as `nn.Conv2d`; at a narrower width I and O shrink.
 
     Args:
-        like: The convolution it stands for: geometry and bias are copied from it.
+        like: The convolution to replace: geometry and bias are copied from it.
     """
 
     in_channels: int
@@ -59,11 +59,9 @@ class GeneratedConv2d(Tied, WidthAware):
 
     @property
     def dense_params(self) -> int:
-        """Parameters of the plain convolution it stands for."""
+        """Parameters of the plain convolution it replaces."""
         kh, kw = self.kernel_size
-        return self.out_channels * self.in_channels // self.groups * kh * kw + (
-            0 if self.bias is None else self.out_channels
-        )
+        return self.out_channels * (self.in_channels // self.groups * kh * kw + (self.bias is not None))
 
     @property
     def chooses_outs(self) -> bool:
@@ -104,8 +102,7 @@ class GeneratedConv2d(Tied, WidthAware):
         return plain_conv2d(self, weight, bias, groups)
 
     def extra_repr(self) -> str:
-        kh, kw = self.kernel_size
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size=({kh}, {kw}), stride={self.stride}"
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={_pair(self.kernel_size)}, stride={self.stride}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         return text + ("" if self.width_spec is None else f", widths={self.width_spec.widths}")
@@ -121,17 +118,28 @@ class PlainConv2d(GeneratedConv2d):
         self.weight = nn.Parameter(like.weight.detach().clone(memory_format=torch.contiguous_format))
 
 
+class SharedConv2d(PlainConv2d):
+    """A convolution that several layers of the original network share."""
+
+
 Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
 
 
 def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it."""
-    return type(module) in (nn.Conv2d, PlainConv2d)
+    return type(module) in (nn.Conv2d, PlainConv2d, SharedConv2d)
 
 
 def geometry(conv: Convolution) -> tuple[int, int, tuple[int, int], int]:
     """What two convolutions must have in common to use one weight: channels, kernel and groups."""
     return conv.in_channels, conv.out_channels, _pair(conv.kernel_size), conv.groups
+
+
+def signature(conv: Convolution) -> tuple[object, ...]:
+    """What convolutions must have in common to become one module."""
+    like = next(conv.parameters())
+    rest = (conv.bias is None, getattr(conv, "width_spec", None), like.dtype, like.device)
+    return (*geometry(conv), conv.stride, conv.padding, conv.dilation, conv.padding_mode, *rest)
 
 
 def is_depthwise(conv: Convolution) -> bool:

@@ -16,7 +16,7 @@ from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, names_by_module, replace, selection, sites
 from thriftnet.core.spec import format_spec
-from thriftnet.core.technique import Technique, is_whole, takes
+from thriftnet.core.technique import Technique, requires_all_layers, takes
 from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
-    """What `convert` would do to ``model``; the network and the random state stay as they are.
-
-    Raises:
-        ConfigError, IncompatibleModelError: As `convert`.
-    """
+    """As `thriftnet.plan`, for a config."""
     with torch.random.fork_rng(devices=[]):
         return _prepare(_copied(model), technique, select)[1]
 
@@ -37,38 +33,21 @@ def plan(model: nn.Module, technique: Technique, *, select: Select | None = None
 def convert(
     model: nn.Module, technique: Technique | Plan, *, select: Select | None = None, inplace: bool = False
 ) -> nn.Module:
-    """Make a network small with a technique, starting from the weights it has.
-
-    Args:
-        model: Any network; it is left untouched unless ``inplace``.
-        technique: A technique's config, or a plan made by `plan`.
-        select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
-            Left out, everything but stem and classifier.
-        inplace: Replace the layers in ``model`` itself.
-
-    Returns:
-        The converted network.
-
-    Raises:
-        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
-        IncompatibleModelError: A listed layer that the technique cannot take, or nothing to convert.
-    """
-    if not inplace:
-        model = _copied(model)
-    converted, done = _prepare(model, technique, select)
+    """As `thriftnet.convert`, for a config or a plan that holds one."""
+    converted, done = _prepare(model if inplace else _copied(model), technique, select)
     record(converted, {"verb": "convert", "plan": done.to_dict()})
     return converted
 
 
 def _copied(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"a network is needed, got {model!r}. Build one by name with create_model(...)")
+        raise ConfigError(f"expected a network, got {model!r}. Build one by name with create_model(...)")
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
         reason = str(error).split(".")[0]
         raise IncompatibleModelError(
-            f"{type(model).__name__} cannot be copied ({reason}): remove what computes its weights, as weight_norm or pruning, first"
+            f"{type(model).__name__} cannot be copied ({reason}): remove weight_norm, pruning or similar first"
         ) from None
 
 
@@ -89,10 +68,10 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
 def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
     """Convert ``model`` in place; the new network and the plan that was carried out."""
     if any(step["verb"] == "pack" for step in history(model)):
-        raise IncompatibleModelError("a packed network is no longer made of plain layers: convert what it was packed from")
+        raise IncompatibleModelError("a packed network has no plain layers: convert the network it was packed from")
     if isinstance(technique, Plan):
         if select is not None:
-            raise ConfigError("a plan already says which layers: leave select out, or make a new plan with it")
+            raise ConfigError("a plan already names the layers: leave select out, or make a new plan with it")
         config, groups = _planned_groups(model, technique)
     else:
         config = technique
@@ -125,15 +104,15 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
 
 
 def _check_hooks(site: Site[nn.Module]) -> None:
-    """A new layer would lose what hooks do; weight norm and pruning work by hooks, too."""
+    """A new layer would lose the hooks; weight norm and pruning are hooks, too."""
     if site.module._forward_hooks or site.module._forward_pre_hooks:
         raise IncompatibleModelError(
-            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and add them again after"
+            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and register them again afterwards"
         )
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:
-    """Where a layer does not train, what replaces it does not, unless a layer that trains uses it, too."""
+    """Replacements of frozen layers are frozen, unless a trainable layer shares them."""
     before = [(new, [p.requires_grad for p in old.parameters(recurse=False)]) for old, new in pairs]
     trained = {id(p) for new, flags in before if any(flags) or not flags for p in new.parameters()}
     for new, _ in before:
@@ -156,7 +135,7 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
                 f"the plan was made for another network: layer {name!r} is {found}; it needs {takes(config)}. Make a new plan"
             )
         wanted.add(id(modules[name]))
-    if is_whole(config):
+    if requires_all_layers(config):
         for site in sites(model, lambda _, module: config.accepts(module)):
             if id(site.module) not in wanted:
                 raise IncompatibleModelError(
@@ -168,8 +147,8 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
 
 
 def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
-    """Sites that are selected and that the technique can take."""
-    if is_whole(technique):
+    """Selected sites that the technique accepts."""
+    if requires_all_layers(technique):
         found = sites(model, lambda _, module: technique.accepts(module))
         chosen = None if select is None else selection(model, select)
         _check_whole(model, technique, found, chosen)
@@ -184,7 +163,7 @@ def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> 
 def _check_selection(
     model: nn.Module, technique: Technique, select: Select, want: Want, found: Sequence[Site[nn.Module]]
 ) -> None:
-    """Raise when nothing selected can be taken, or a layer listed by its own name cannot."""
+    """Raise if the technique accepts no selected layer, or not one that is listed by name."""
     listed = () if callable(select) or isinstance(select, str) else tuple(select)
     names = {name for site in found for name in site.names}
     for name in listed:
@@ -202,7 +181,7 @@ def _check_selection(
 
 
 def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn.Module]], chosen: Want | None) -> None:
-    """Raise when a layer with parameters would be left out by a technique that must take all."""
+    """Raise if a layer with parameters would be left out by a technique that must take all."""
     taken = {id(inner) for site in found for inner in site.module.modules()}
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))
@@ -216,7 +195,7 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
 
 
 def _refusal(technique: Technique, name: str, module: nn.Module) -> IncompatibleModelError:
-    hint = "" if is_whole(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
+    hint = "" if requires_all_layers(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
     return IncompatibleModelError(
         f"layer {name!r} is {describe(module)}; {format_spec(technique)} takes {takes(technique)}.{hint}"
     )

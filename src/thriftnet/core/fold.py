@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class Foldable(Protocol):
-    """A layer that can turn itself into plainer ones."""
+    """A layer that can be folded into plain ones."""
 
     training: bool
 
     def fold(self) -> nn.Module:
-        """Layers that compute the same; those among them that fold further are folded in turn, tied ones once."""
+        """Layers that compute the same; those that are foldable themselves are folded in turn, tied ones once."""
         ...
 
 
 def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed-type-not-subtype]
-    """Whether the module can turn itself into plain layers."""
+    """Whether the module can be folded into plain layers."""
     return callable(getattr(type(module), "fold", None))
 
 
@@ -44,7 +44,7 @@ PREFERENCES = ("", "speed", "size")
 def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Module:
     """The same function in `torch.nn` layers only, at the selected width.
 
-    Layers that were tied stay tied. A network without converted layers comes back as it is.
+    Tied layers stay tied. A network without converted layers is returned unchanged.
 
     Args:
         model: The network, in eval mode.
@@ -74,7 +74,7 @@ def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Mod
 
 
 def _folded(layer: Foldable, prefer: str) -> nn.Module:
-    """What a layer folds into: a layer that has a choice makes it in ``fold_for(prefer)``."""
+    """The folded layer; a layer with several forms chooses in ``fold_for(prefer)``."""
     choose = getattr(layer, "fold_for", None)
     return layer.fold() if choose is None else cast(nn.Module, choose(prefer))
 
@@ -87,7 +87,7 @@ def freeze(
     fold_norms: bool = False,
     input_size: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A plain network, in eval mode, that computes what ``model`` computes at one of its widths. Its weights are copies.
+    """A plain network, in eval mode, that equals ``model`` at one of its widths. Its weights are copies.
 
     Args:
         model: A slimmable network.
@@ -128,7 +128,7 @@ def _plain(value: object) -> object:
 
 
 def _check_slimmable(model: nn.Module) -> None:
-    """Raise for a network that was taken out of a slimmable one."""
+    """Raise for a network that was frozen before."""
     if not widths(model) and any(step["verb"] == "freeze" for step in history(model)):
         raise IncompatibleModelError(
             f"{type(model).__name__} has one width only, since it was frozen. Freeze the network that it was taken from"
@@ -137,10 +137,10 @@ def _check_slimmable(model: nn.Module) -> None:
 
 @contextmanager
 def eval_fold(model: nn.Module, *, prefer: str = "") -> Iterator[nn.Module]:
-    """The network in eval mode with folded layers within the block; afterwards as it was, training mode and all.
+    """The network in eval mode with folded layers within the block; afterwards as before, training mode included.
 
-    The block gets the network to run. Where no layer is converted it is just in eval mode. What is changed in the
-    parameters within the block does not reach the folded layers, and hooks of converted layers do not run.
+    The block receives the network to run. Without converted layers it is only switched to eval mode. Changes to parameters
+    within the block do not reach the folded layers, and hooks of converted layers do not run.
 
     Args:
         model: Any network. Its own layers are swapped, so that it must not be trained by another thread meanwhile.

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is computed, tied or narrowed. Each behaves as the `nn.Linear` it stands for."""
+"""Linear layers whose weight is computed, tied or narrowed. Each behaves as the `nn.Linear` it replaces."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GeneratedLinear(Tied, WidthAware):
 
     @property
     def dense_params(self) -> int:
-        """Parameters of the plain layer it stands for."""
+        """Parameters of the plain layer it replaces."""
         return self.out_features * (self.in_features + (self.bias is not None))
 
     def active(self) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +78,10 @@ class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
             self.width_spec, self.width_index = like.width_spec, like.width_index
 
 
+class SharedLinear(PlainLinear):
+    """A linear layer that several layers of the original network share."""
+
+
 def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:
     """Whether ``module`` is a linear layer with a weight of its own, so that a technique may replace it."""
-    return type(module) in (nn.Linear, PlainLinear)
+    return type(module) in (nn.Linear, PlainLinear, SharedLinear)

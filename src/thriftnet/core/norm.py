@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from thriftnet.errors import ConfigError, IncompatibleModelError
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class WidthAwareNorm(WidthAware):
-    """A norm of several widths: it has as many outputs as inputs."""
+class PlainNorm(Tied, WidthAware):
+    """Base of the norms of several widths. They use the first channels of weight and bias, and have as many outputs as inputs."""
 
     standalone: ClassVar[bool] = True
 
@@ -33,27 +34,28 @@ class WidthAwareNorm(WidthAware):
             raise ConfigError(f"{type(self).__name__} has {available}, got {ins}")
         return spec, index if index in fitting else fitting[0]
 
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the plain norm it replaces."""
+        return sum(parameter.numel() for parameter in self.parameters(recurse=False))
 
-class PlainBatchNorm2d(Tied, WidthAwareNorm, nn.BatchNorm2d):
+    def _folded_into(self, norm: nn.Module, channels: int, state: Mapping[str, Tensor]) -> nn.Module:
+        """``norm`` with the first ``channels`` of what ``state`` holds."""
+        norm.load_state_dict({name: value[:channels] if value.ndim else value for name, value in state.items()})
+        return norm.train(self.training)
+
+
+class PlainBatchNorm2d(PlainNorm, nn.BatchNorm2d):
     """A batch norm as `nn.BatchNorm2d`; in addition it may be tied and have several widths.
 
-    Weight and bias are shared by all widths (a narrower one uses their beginning). Each width has statistics of its own,
-    unless its `WidthSpec` says which ones share: the widest under the usual names, narrower ones as ``running_mean_0``,
-    ``running_var_0``, ... narrowest first.
+    Weight and bias are shared by all widths. Each width has its own statistics, unless its `WidthSpec` says which ones share:
+    the widest under the usual names, narrower ones as ``running_mean_0``, ``running_var_0``, ... narrowest first.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.3.
     """
 
     def __init__(self, like: nn.BatchNorm2d) -> None:
-        super().__init__(
-            like.num_features,
-            like.eps,
-            like.momentum,
-            like.affine,
-            like.track_running_stats,
-            device=device_of(like),
-            dtype=dtype_of(like),
-        )
+        super().__init__(like.num_features, **_options(like))
         self.load_state_dict(like.state_dict())
         self.train(like.training)
 
@@ -85,117 +87,90 @@ class PlainBatchNorm2d(Tied, WidthAwareNorm, nn.BatchNorm2d):
             momentum = 1.0 / float(count) if momentum is None else momentum
         return F.batch_norm(
             input,
-            None if mean is None else mean[:channels],
-            None if var is None else var[:channels],
-            self.weight[:channels] if self.affine else None,
-            self.bias[:channels] if self.affine else None,
+            _first(mean, channels),
+            _first(var, channels),
+            _first(self.weight, channels),
+            _first(self.bias, channels),
             self.training or mean is None,
             0.0 if momentum is None else momentum,
             self.eps,
         )
 
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain norm it stands for."""
-        return 2 * self.num_features if self.affine else 0
-
     @torch.no_grad()
     def fold(self) -> nn.BatchNorm2d:
         """The plain norm that computes the same, at the selected width."""
         channels = self.active_outs(self.num_features)
-        norm: nn.BatchNorm2d = skip_init(  # type: ignore[no-untyped-call]
-            nn.BatchNorm2d,
-            channels,
-            self.eps,
-            self.momentum,
-            self.affine,
-            self.track_running_stats,
-            device=device_of(self),
-            dtype=dtype_of(self),
-        )
-        state: dict[str, Tensor] = {"weight": self.weight, "bias": self.bias} if self.affine else {}
-        state |= {name: value for name, value in self.statistics().items() if value is not None}
-        norm.load_state_dict({name: value[:channels] if value.ndim else value for name, value in state.items()})
-        return norm.train(self.training)
+        norm: nn.BatchNorm2d = skip_init(nn.BatchNorm2d, channels, **_options(self))  # type: ignore[no-untyped-call]
+        state = {"weight": self.weight, "bias": self.bias, **self.statistics()}
+        self._folded_into(norm, channels, {name: value for name, value in state.items() if value is not None})
+        return norm
 
 
-class PlainGroupNorm(Tied, WidthAwareNorm, nn.GroupNorm):
+class PlainGroupNorm(PlainNorm, nn.GroupNorm):
     """A group norm as `nn.GroupNorm`; at a narrower width it keeps its channels per group and has fewer groups."""
 
     def __init__(self, like: nn.GroupNorm) -> None:
-        super().__init__(
-            like.num_groups, like.num_channels, like.eps, like.affine, device=device_of(like), dtype=dtype_of(like)
-        )
+        super().__init__(like.num_groups, like.num_channels, **_options(like))
         self.load_state_dict(like.state_dict())
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _active_groups(self) -> tuple[int, int]:
+        """Groups and channels at the selected width."""
         channels = self.active_outs(self.num_channels)
-        groups = channels // (self.num_channels // self.num_groups)
-        weight, bias = (self.weight[:channels], self.bias[:channels]) if self.affine else (None, None)
-        return F.group_norm(input, groups, weight, bias, self.eps)
+        return channels // (self.num_channels // self.num_groups), channels
 
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain norm it stands for."""
-        return 2 * self.num_channels if self.affine else 0
+    def forward(self, input: Tensor) -> Tensor:
+        groups, channels = self._active_groups()
+        return F.group_norm(input, groups, _first(self.weight, channels), _first(self.bias, channels), self.eps)
 
     @torch.no_grad()
     def fold(self) -> nn.GroupNorm:
         """The plain norm that computes the same, at the selected width."""
-        channels = self.active_outs(self.num_channels)
-        groups = channels // (self.num_channels // self.num_groups)
-        norm = nn.GroupNorm(groups, channels, self.eps, self.affine, device=device_of(self), dtype=dtype_of(self))
-        norm.load_state_dict({name: value[:channels] for name, value in self.state_dict().items()})
-        return norm.train(self.training)
+        groups, channels = self._active_groups()
+        norm = nn.GroupNorm(groups, channels, **_options(self))
+        self._folded_into(norm, channels, self.state_dict())
+        return norm
 
 
-class PlainLayerNorm(Tied, WidthAwareNorm, nn.LayerNorm):
+class PlainLayerNorm(PlainNorm, nn.LayerNorm):
     """A layer norm over the last axis as `nn.LayerNorm`; in addition it may be tied and have several widths."""
 
     channel_axis: ClassVar[int] = -1
 
     def __init__(self, like: nn.LayerNorm) -> None:
-        super().__init__(
-            like.normalized_shape,
-            like.eps,
-            like.elementwise_affine,
-            bias=like.bias is not None,
-            device=device_of(like),
-            dtype=dtype_of(like),
-        )
+        super().__init__(like.normalized_shape, **_options(like))
         self.load_state_dict(like.state_dict())
 
     def forward(self, input: Tensor) -> Tensor:
         channels = self.active_outs(self.normalized_shape[0])
-        weight = self.weight[:channels] if self.elementwise_affine else None
-        return F.layer_norm(input, (channels,), weight, None if self.bias is None else self.bias[:channels], self.eps)
-
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain norm it stands for."""
-        return sum(p.numel() for p in self.parameters(recurse=False))
+        return F.layer_norm(input, (channels,), _first(self.weight, channels), _first(self.bias, channels), self.eps)
 
     @torch.no_grad()
     def fold(self) -> nn.LayerNorm:
         """The plain norm that computes the same, at the selected width."""
         channels = self.active_outs(self.normalized_shape[0])
-        norm = nn.LayerNorm(
-            channels,
-            self.eps,
-            self.elementwise_affine,
-            bias=self.bias is not None,
-            device=device_of(self),
-            dtype=dtype_of(self),
-        )
-        norm.load_state_dict({name: value[:channels] for name, value in self.state_dict().items()})
-        return norm.train(self.training)
+        norm = nn.LayerNorm(channels, **_options(self))
+        self._folded_into(norm, channels, self.state_dict())
+        return norm
+
+
+def _first(tensor: Tensor | None, channels: int) -> Tensor | None:
+    return None if tensor is None else tensor[:channels]
+
+
+def _options(norm: nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a norm except its channels."""
+    names = ("eps", "momentum", "affine", "track_running_stats", "elementwise_affine")
+    options = {name: getattr(norm, name) for name in names if hasattr(norm, name)}
+    if norm.weight is not None and getattr(norm, "bias", None) is None:
+        options["bias"] = False
+    return {**options, "device": device_of(norm), "dtype": dtype_of(norm)}
 
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a batch norm does in eval mode at the selected width: ``x * scale + shift``, each (C,)."""
+    """Scale and shift, each (C,), by which a batch norm in eval mode computes ``x * scale + shift`` at the selected width."""
     plain = norm.fold() if isinstance(norm, PlainBatchNorm2d) else norm
     if plain.running_mean is None or plain.running_var is None:
-        raise IncompatibleModelError(f"{norm} keeps no running statistics, so that it cannot be folded into a convolution")
+        raise IncompatibleModelError(f"{norm} keeps no running statistics, so it cannot be folded into a convolution")
     scale = (plain.running_var + plain.eps).rsqrt()
     scale = scale * plain.weight.detach() if plain.affine else scale
     return scale, (plain.bias.detach() if plain.affine else 0.0) - plain.running_mean * scale

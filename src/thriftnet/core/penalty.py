@@ -1,4 +1,4 @@
-"""What the techniques in a network ask of training: a term of the loss, and which parameters decay."""
+"""What techniques add to training: a term of the loss, and parameters without weight decay."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from thriftnet.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyTerm:
-    """A share of the penalty that one module adds.
+    """The penalty of one module.
 
     Args:
         total: Sum over its entries, a scalar.
         count: Number of entries, for averaging over all modules of the network.
-        scale: The factor that the technique's config asks for in training.
+        scale: The technique's own factor (``lambda_r``).
         family: Modules of one family are averaged together; families are added.
     """
 
@@ -29,12 +29,12 @@ class PenaltyTerm:
     family: str = ""
 
 
-def penalty(model: nn.Module, *, scaled: bool = False) -> Tensor:
-    """What the techniques in a network ask to be added to the loss: averaged by family, each shared part once.
+def penalty(model: nn.Module, *, scaled: bool = True) -> Tensor:
+    """The term that the techniques in a network add to the loss, as their papers train: each shared part counts once.
 
     Args:
         model: Any network; one without a penalty gives zero.
-        scaled: Multiply by the factor of the technique's config (``lambda_r``), as training does.
+        scaled: Whether to multiply by the technique's own factor (``lambda_r``).
 
     Returns:
         A differentiable scalar.
@@ -58,11 +58,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         ConfigError: A negative ``weight_decay``.
     """
     if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < float("inf"):
-        raise ConfigError(f"weight_decay={weight_decay!r}: possible is a number of at least 0")
-    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
+        raise ConfigError(f"weight_decay={weight_decay!r}: expected a number >= 0")
+    no_decay = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
     parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in no_decay], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in no_decay], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

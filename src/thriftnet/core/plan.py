@@ -1,4 +1,4 @@
-"""A conversion decided but not yet done: which layers, grouped how, with which error and saving."""
+"""A conversion before it is done: the layers and their groups, each layer's error, and the parameters saved."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PlanRow:
         layer: What it is now.
         becomes: What it will be.
         group: Number of the group it shares with; None for a module that is wrapped, not replaced, as by a gate.
-        relative_error: Distance of its new weight from the old, ``|new - old| / |old|``; None where the new layer is
-            no single convolution or linear layer.
+        relative_error: Of its new weight, ``|new - old| / |old|``; None if the new layer is not a single convolution or
+            linear layer.
     """
 
     names: tuple[str, ...]
@@ -97,7 +97,7 @@ class Plan:
             technique = data["technique"]
             return cls(technique, data["model"], rows, left, data["params_before"], data["params_after"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"broken plan: {type(error).__name__} {error}. Make it anew with plan(...)") from None
+            raise ConfigError(f"broken plan: {type(error).__name__} {error}. Make a new one with plan(...)") from None
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -45,7 +45,7 @@ class Site(Generic[M]):
 def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
     """Modules for which ``want(name, module)`` holds, each once, with all its names, in registration order.
 
-    The outermost wanted module counts: what lies inside it is not looked at.
+    Modules inside a wanted module are not searched.
     """
     roles = {
         id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None
@@ -110,18 +110,18 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def default_select(model: nn.Module) -> Want:
-    """Everything but the stem and the classifier: small layers that the papers leave alone."""
-    spared = {id(module) for module in ends(model) if module is not None}
-    return lambda name, module: id(module) not in spared
+    """Everything except stem and classifier: small layers, which the papers do not convert."""
+    excluded = {id(module) for module in ends(model) if module is not None}
+    return lambda name, module: id(module) not in excluded
 
 
 def selection(model: nn.Module, select: Select) -> Want:
-    """The predicate that ``select`` stands for.
+    """``select`` as a predicate on ``(name, module)``.
 
     Args:
         model: The network.
-        select: A regular expression searched for in module names; a list of names (a container's name stands for all
-            it holds); or a callable ``(name, module) -> bool``.
+        select: A regular expression searched for in module names; a list of names (a container's name selects all
+            its layers); or a callable ``(name, module) -> bool``.
 
     Raises:
         ConfigError: The expression is malformed, or a listed name does not exist.
@@ -135,9 +135,7 @@ def selection(model: nn.Module, select: Select) -> Want:
             raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
         return lambda name, module: pattern.search(name) is not None
     if not isinstance(select, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in select):
-        raise ConfigError(
-            f"select={select!r}: possible are a regular expression, a list of names, or (name, module) -> bool"
-        )
+        raise ConfigError(f"select={select!r}: expected a regular expression, a list of names, or (name, module) -> bool")
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:

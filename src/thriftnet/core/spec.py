@@ -1,4 +1,4 @@
-"""Technique configs as text and JSON: ``soft-sharing(templates=4)``. Parsed by `ast.literal_eval`, never run."""
+"""Technique configs as text and JSON: ``soft-sharing(templates=4)``. Parsed by `ast.literal_eval`, never evaluated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def format_spec(config: object) -> str:
 
 
 def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
-    """The config that ``text`` stands for.
+    """The config written as ``text``.
 
     Args:
         text: ``name`` or ``name(field=value, ...)``; CamelCase and underscores are understood in names.
@@ -51,7 +51,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     try:
         call = ast.parse(f"f({match[2] or ''})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("only field=value is possible")
+            raise ValueError("expected field=value only")
         names = [keyword.arg for keyword in call.keywords]
         if len(set(names)) < len(names):
             raise ValueError("a field is given twice")
@@ -96,13 +96,19 @@ def _tuples(value: Any) -> Any:
 def check_whole_number(name: str, value: object, least: int) -> None:
     """Raise unless ``value`` is an int of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: possible is a whole number of at least {least}")
+        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
+
+
+def check_steps(name: str, value: object) -> None:
+    """Raise unless ``value`` is an int of at least 1, or two of them."""
+    for step in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+        check_whole_number(name, step, 1)
 
 
 def check_number(name: str, value: object, above: float) -> None:
     """Raise unless ``value`` is a finite number greater than ``above``."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < float("inf"):
-        raise ConfigError(f"{name}={value!r}: possible is a number greater than {above:g}")
+        raise ConfigError(f"{name}={value!r}: expected a number > {above:g}")
 
 
 def check_choice(name: str, value: object, possible: tuple[object, ...]) -> None:
@@ -110,4 +116,4 @@ def check_choice(name: str, value: object, possible: tuple[object, ...]) -> None
     if not any(value == item and type(value) is type(item) for item in possible):
         if isinstance(value, str):
             raise unknown_name(name, value, map(str, possible))
-        raise ConfigError(f"{name}={value!r}: possible are {', '.join(map(repr, possible))}")
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, possible))}")

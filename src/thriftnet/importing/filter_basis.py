@@ -32,7 +32,7 @@ from thriftnet.models.imagenet_resnet import DEPTHS as RESNETS
 from thriftnet.models.mobilenetv2 import MobileNetV2
 from thriftnet.models.resnext import DEPTHS as RESNEXTS
 from thriftnet.models.resnext import PartlySharedConv2d, ResNeXt
-from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedConv2d
+from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedBasisConv2d
 
 HINTS = {"original_sharing": "whether the last two dense blocks of a DenseNet share one basis, where its keys do not tell"}
 CIFAR100 = normalisation((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
@@ -81,7 +81,7 @@ def layout(model: nn.Module) -> Layout:
         model: A ResNet, DenseNet, ResNeXt or MobileNetV2 of the zoo, plain or with shared filters.
     """
     rules = _rules(model)
-    shared = {name: conv for name, conv in model.named_modules() if isinstance(conv, SharedConv2d)}
+    shared = {name: conv for name, conv in model.named_modules() if isinstance(conv, SharedBasisConv2d)}
     banks = {bank: name for name, bank in model.named_modules() if isinstance(bank, SharedBasis)}
     slots = {
         theirs: slot

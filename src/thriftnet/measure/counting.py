@@ -7,7 +7,7 @@ times costs four times, a layer that never runs costs nothing, and a function ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,15 +23,15 @@ from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.width import width, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
-from thriftnet.measure.layers import LayerCost, tallies
+from thriftnet.measure.layers import LayerCost, layer_costs
 from thriftnet.measure.report import LayerRow, Report
 from thriftnet.measure.untouched import untouched
 
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
 
 
-def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report:
-    """What a network holds and what one image costs, with shared parts counted right.
+def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
+    """Parameters of a network and the cost of one image, with shared parts counted correctly.
 
     Counted are convolutions, linear layers and matrix products, attention's among them, each time they run. Computing
     weights is counted apart, and shifts as bytes. Not counted are norms, activations, additions and pooling: the report
@@ -40,13 +40,14 @@ def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report
 
     Args:
         model: Any network, on any device; it must accept one batch of images.
-        input_size: Channels, height and width of an image.
+        input_size: Channels, height and width of an image. By default, the size in the network's ``default_cfg`` or
+            ``pretrained_cfg``, which the networks of the zoo and timm have.
 
     Returns:
         Totals and one row per layer; prints as a table.
 
     Raises:
-        ConfigError: ``input_size`` is not three positive whole numbers.
+        ConfigError: ``input_size`` is not three integers >= 1, or is left out and the network does not state one.
         IncompatibleModelError: The network does not run on such an input, or has lazy layers that never ran.
 
     Example:
@@ -55,21 +56,32 @@ def inspect(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> Report
         >>> report.params, report.macs
         (216, 55296)
     """
-    size = _checked(input_size)
-    network: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    network: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    size = _checked(_stated_size(network) if input_size is None else input_size)
     _refuse_lazy(network)
     with untouched(network):
-        found = tallies(network)
+        found = layer_costs(network)
         uncounted = _run(network, size, found)
-        rows = tuple(_row(tally) for tally in found.values() if tally.is_layer)
+        rows = tuple(_row(cost) for cost in found.values() if cost.is_layer)
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
+
+
+def _stated_size(model: nn.Module) -> Sequence[int]:
+    """The image size that the network itself states."""
+    for config in (getattr(model, "default_cfg", None), getattr(model, "pretrained_cfg", None)):
+        if isinstance(config, Mapping) and config.get("input_size") is not None:
+            return tuple(config["input_size"])
+    raise ConfigError(
+        f"{type(model).__name__} does not state its image size, which costs depend on: give input_size=(C, H, W), "
+        "such as input_size=(3, 224, 224)"
+    )
 
 
 def _checked(input_size: Sequence[int]) -> tuple[int, int, int]:
     sizes = tuple(input_size) if isinstance(input_size, list | tuple) else ()
     if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
         raise ConfigError(
-            f"input_size={input_size!r}: possible are three whole numbers above 0 (channels, height, width), as (3, 32, 32)"
+            f"input_size={input_size!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
         )
     return sizes[0], sizes[1], sizes[2]
 
@@ -110,21 +122,21 @@ def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> 
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return IncompatibleModelError(
         f"{type(model).__name__} does not run on input_size={size}: {reason.rstrip('.')}. "
-        "Give the size it is made for: inspect(model, input_size=(C, H, W))"
+        "Give the size it was made for: inspect(model, input_size=(C, H, W))"
     )
 
 
-def _row(tally: LayerCost) -> LayerRow:
+def _row(cost: LayerCost) -> LayerRow:
     return LayerRow(
-        tuple(tally.names),
-        type(tally.module).__name__,
-        tally.params,
-        tally.dense_params,
-        tally.flops // 2,
-        tally.generation_macs,
-        tally.shift_bytes,
-        tally.output,
-        tally.calls,
+        tuple(cost.names),
+        type(cost.module).__name__,
+        cost.params,
+        cost.dense_params,
+        cost.flops // 2,
+        cost.generation_macs,
+        cost.shift_bytes,
+        cost.output,
+        cost.calls,
     )
 
 
@@ -132,17 +144,17 @@ def _row(tally: LayerCost) -> LayerRow:
 class _Frame:
     """A module that runs: the layer its operations are charged to, and what they are for."""
 
-    tally: LayerCost
+    cost: LayerCost
     purpose: Purpose
 
 
 class _Meter:
     """Hooks that charge operations, as they run, to the layer that runs."""
 
-    def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], whole: LayerCost) -> None:
+    def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], root: LayerCost) -> None:
         self.counter, self.found = counter, found
         self.convolutions = {op for op in counter.flop_registry if "conv" in str(op)}
-        self.running = [_Frame(whole, "execution")]
+        self.running = [_Frame(root, "execution")]
         self.settled = (0, 0)
 
     def _counts(self) -> tuple[int, int]:
@@ -156,30 +168,30 @@ class _Meter:
         flops, convolution_flops = self.settled[0] - before[0], self.settled[1] - before[1]
         frame = self.running[-1]
         if frame.purpose == "execution":
-            frame.tally.flops += flops
+            frame.cost.flops += flops
         elif frame.purpose == "generated layer":
-            frame.tally.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
+            frame.cost.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
         elif frame.purpose == "weight":
-            frame.tally.generation_macs += flops // 2
+            frame.cost.generation_macs += flops // 2
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module runs."""
         self.settle()
         outer, own = self.running[-1], self.found.get(id(module))
-        tally = outer.tally if own is None or outer.tally.is_whole else own
-        tally.calls += tally is own
-        self.running.append(_Frame(tally, _purpose(module) if outer.purpose == "execution" else outer.purpose))
+        cost = outer.cost if own is None or outer.cost.is_leaf else own
+        cost.calls += cost is own
+        self.running.append(_Frame(cost, _purpose(module) if outer.purpose == "execution" else outer.purpose))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
         self.settle()
-        tally = self.running.pop().tally
+        cost = self.running.pop().cost
         if isinstance(module, GeneratedConv2d | GeneratedLinear):
-            tally.generation_macs += module.generation_macs
+            cost.generation_macs += module.generation_macs
         if _purpose(module) == "shift" and output is not None:
-            tally.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
-        if tally.module is module and tally.output is None:
-            tally.output = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+            cost.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
+        if cost.module is module and cost.output is None:
+            cost.output = next((tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         self.settled = self._counts()
 
 

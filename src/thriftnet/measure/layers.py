@@ -1,4 +1,4 @@
-"""Which modules of a network are its layers, and how many parameters each holds and stands for."""
+"""Which modules of a network are its layers, and how many parameters each stores and replaces."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class LayerCost:
 
     Args:
         module: The layer.
-        is_whole: Whether what it holds belongs to it, and is no layer of its own.
+        is_leaf: Whether it is one layer together with all its submodules.
         names: Every name of it in the network.
         params: Stored parameters not counted at an earlier layer.
-        dense_params: Parameters of the plain layers it stands for.
+        dense_params: Parameters of the plain layers it replaces.
         flops: Twice the multiply-accumulates it ran.
         generation_macs: Multiply-accumulates of computing its weights.
         shift_bytes: Bytes moved by its shifts.
@@ -26,7 +26,7 @@ class LayerCost:
     """
 
     module: nn.Module
-    is_whole: bool
+    is_leaf: bool
     names: list[str] = field(default_factory=list)
     params: int = 0
     dense_params: int = 0
@@ -38,13 +38,13 @@ class LayerCost:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is more than a container that does nothing itself."""
+        """Whether it is more than a container."""
         counts = (self.params, self.dense_params, self.flops, self.generation_macs, self.shift_bytes)
-        return any(counts) or self.is_whole
+        return any(counts) or self.is_leaf
 
 
-def tallies(model: nn.Module) -> dict[int, LayerCost]:
-    """One for each module of ``model`` that is not inside a whole layer, in registration order, by the module's id.
+def layer_costs(model: nn.Module) -> dict[int, LayerCost]:
+    """One for each module of ``model`` that is not inside another layer, in registration order, by the module's id.
 
     Parameters are filled in, costs are zero.
     """
@@ -53,23 +53,23 @@ def tallies(model: nn.Module) -> dict[int, LayerCost]:
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and name.startswith(inside):
             continue
-        tally = found.setdefault(id(module), LayerCost(module, is_whole(module)))
-        tally.names.append(name)
-        if tally.is_whole:
+        cost = found.setdefault(id(module), LayerCost(module, is_leaf(module)))
+        cost.names.append(name)
+        if cost.is_leaf:
             inside = f"{name}." if name else ""
     _count_parameters(found)
     return found
 
 
-def is_whole(module: nn.Module) -> bool:
-    """Whether a module is one layer with all it holds."""
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one layer together with all its submodules."""
     if declared_dense_params(module) is not None or next(module.children(), None) is None:
         return True
     return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
 
 
 def declared_dense_params(module: nn.Module) -> int | None:
-    """What a converted layer says of the plain one it stands for; None for all other modules."""
+    """``dense_params`` of a converted layer; None for all other modules."""
     value = getattr(module, "dense_params", None)
     return value if isinstance(value, int) else None
 
@@ -79,16 +79,16 @@ def _count_parameters(found: dict[int, LayerCost]) -> None:
 
     What a converted layer holds has no place in the plain network, wherever else it is registered.
     """
-    converted = [tally.module for tally in found.values() if declared_dense_params(tally.module) is not None]
+    converted = [cost.module for cost in found.values() if declared_dense_params(cost.module) is not None]
     absorbed = {id(inner) for module in converted for inner in module.modules() if inner is not module}
     seen: set[object] = set()
-    for tally in found.values():
-        for parameter in tally.module.parameters(recurse=tally.is_whole):
+    for cost in found.values():
+        for parameter in cost.module.parameters(recurse=cost.is_leaf):
             if (place := _storage_place(parameter)) not in seen:
                 seen.add(place)
-                tally.params += parameter.numel()
-        if id(tally.module) not in absorbed:
-            tally.dense_params = len(tally.names) * _dense_params(tally.module)
+                cost.params += parameter.numel()
+        if id(cost.module) not in absorbed:
+            cost.dense_params = len(cost.names) * _dense_params(cost.module)
 
 
 def _storage_place(tensor: Tensor) -> object:
@@ -97,7 +97,7 @@ def _storage_place(tensor: Tensor) -> object:
 
 
 def _dense_params(module: nn.Module) -> int:
-    """Parameters of the plain layer that a module stands for."""
+    """Parameters of the plain layer that a module replaces."""
     declared = declared_dense_params(module)
     if declared is not None:
         return declared
@@ -105,6 +105,6 @@ def _dense_params(module: nn.Module) -> int:
     if parametrize.is_parametrized(module):
         computed = module.get_submodule("parametrizations")
         return own + sum(int(getattr(module, name).numel()) for name, _ in computed.named_children())
-    if not is_whole(module):
+    if not is_leaf(module):
         return own
     return sum(parameter.numel() for _, parameter in module.named_parameters(remove_duplicate=False))

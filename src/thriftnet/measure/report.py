@@ -19,7 +19,7 @@ class LayerRow:
         names: Every name of the layer in the network; the empty name is the network itself.
         kind: Class of the layer.
         params: Stored parameters; one that several layers hold is counted at the first of them.
-        dense_params: Parameters of the plain layers it stands for, one for each of its names.
+        dense_params: Parameters of the plain layers it replaces, one for each of its names.
         macs: Multiply-accumulates of the convolutions, linear layers and matrix products it ran.
         generation_macs: Multiply-accumulates of computing its weights.
         shift_bytes: Bytes read and written by its shifts.
@@ -44,7 +44,7 @@ class LayerRow:
 
     @property
     def matters(self) -> bool:
-        """Whether the layer holds parameters, stands for some, or costs anything."""
+        """Whether the layer holds or replaces parameters, or costs anything."""
         return any((self.params, self.dense_params, self.macs, self.generation_macs, self.shift_bytes))
 
 
@@ -83,7 +83,7 @@ class Report:
 
     @property
     def dense_params(self) -> int:
-        """Parameters of the plain network, nothing shared, that it stands for."""
+        """Parameters of the plain network with nothing shared."""
         return sum(row.dense_params for row in self.rows)
 
     @property
@@ -156,7 +156,7 @@ class Report:
         often = sorted(self.uncounted.items(), key=lambda item: (-item[1], item[0]))
         named = ", ".join(f"{name.removeprefix('aten.')} {count}x" for name, count in often[:NAMED_OPS])
         more = f" and {len(often) - NAMED_OPS} more" if len(often) > NAMED_OPS else ""
-        return f"not counted, for want of a formula: {named}{more}"
+        return f"not counted (no formula): {named}{more}"
 
 
 def _row_dict(row: LayerRow) -> dict[str, Any]:

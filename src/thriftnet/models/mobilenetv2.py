@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
 from thriftnet.models.compose import apply_technique
-from thriftnet.techniques.filter_basis import FilterBasis, SharedConv2d
+from thriftnet.techniques.filter_basis import FilterBasis, SharedBasisConv2d
 
 WIDTHS = (16, 24, 32, 64, 96, 160, 320)  # of the seven stages
 BLOCKS = (1, 2, 3, 4, 3, 3, 1)
@@ -33,11 +33,11 @@ class InvertedResidual(nn.Module):
     def __init__(self, ins: int, outs: int, expansion: int, stride: int, projects: bool) -> None:
         super().__init__()
         inner = expansion * ins
-        self.conv1: nn.Conv2d | SharedConv2d = nn.Conv2d(ins, inner, 1, bias=False)
+        self.conv1: nn.Conv2d | SharedBasisConv2d = nn.Conv2d(ins, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3: nn.Conv2d | SharedConv2d = nn.Conv2d(inner, outs, 1, bias=False)
+        self.conv3: nn.Conv2d | SharedBasisConv2d = nn.Conv2d(inner, outs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outs)
         self.attention: nn.Module = nn.Identity()
         self.shortcut: nn.Module | None = None
@@ -182,7 +182,7 @@ def mobilenetv2_shared_double(
     check_choice("eca", eca, (True, False))
     model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1", "conv3"), lambda_r)
     for module in model.modules() if eca else ():
-        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedConv2d):
+        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
             module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
     return model
 
@@ -203,6 +203,6 @@ def _sharing(model: MobileNetV2, convs: tuple[str, ...], lambda_r: float) -> Mob
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
         apply_technique(model, technique, select=rf"{SHARING}\.{conv}$")
     for module in model.modules():
-        if isinstance(module, SharedConv2d):
+        if isinstance(module, SharedBasisConv2d):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)  # the authors leave it as torch starts a convolution
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
-from thriftnet.techniques.filter_basis import SharedConv2d
+from thriftnet.techniques.filter_basis import SharedBasisConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
 DEPTHS = {50: ((3, 4, 6, 3), 4), 101: ((3, 4, 23, 3), 8)}
@@ -28,7 +28,7 @@ class PartlySharedConv2d(nn.Module):
     Source: Kang & Kim, section 3.
     """
 
-    def __init__(self, unique: nn.Conv2d, shared: SharedConv2d) -> None:
+    def __init__(self, unique: nn.Conv2d, shared: SharedBasisConv2d) -> None:
         super().__init__()
         self.unique, self.shared = unique, shared
         self.in_channels, self.out_channels = unique.in_channels, unique.out_channels + shared.out_channels
@@ -140,7 +140,7 @@ def resnext_shared(
         shared, unique = shared_rank * 2**stage, unique_rank * 2**stage
         like = nn.Conv2d(width, shared, 3, padding=1, groups=shared_rank // per_group, bias=False)
         nn.init.orthogonal_(like.weight)
-        bank = SharedConv2d(like, lambda_r)
+        bank = SharedBasisConv2d(like, lambda_r)
         for place in range(1, len(layer)):
             own = nn.Conv2d(width, unique, 3, padding=1, groups=unique // per_group, bias=False)
             layer[place] = Bottleneck(outs, outs, PartlySharedConv2d(own, bank))

@@ -1,38 +1,73 @@
-"""The five techniques, and the verbs that take them as configs, text or JSON."""
+"""The techniques: one file and one line in `TECHNIQUES` each. Importing the table does not import torch.
+
+Public names, text forms, the laws' cases, the documentation's pages and the demo follow from it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import importlib
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import nn
-
-from thriftnet.core import convert as conversion
 from thriftnet.core import spec
-from thriftnet.core.plan import Plan
-from thriftnet.core.sites import Select
-from thriftnet.core.technique import Technique
 from thriftnet.errors import ConfigError
-from thriftnet.techniques.filter_basis import FilterBasis
-from thriftnet.techniques.shift import Shift
-from thriftnet.techniques.slimmable import Slimmable
-from thriftnet.techniques.soft_sharing import SoftSharing
-from thriftnet.techniques.weight_sharing import WeightSharing
 
-TECHNIQUES: dict[str, type[Technique]] = {
-    "weight-sharing": WeightSharing,
-    "soft-sharing": SoftSharing,
-    "filter-basis": FilterBasis,
-    "shift": Shift,
-    "slimmable": Slimmable,
-}
+if TYPE_CHECKING:
+    from torch import nn
 
-TechniqueLike: TypeAlias = Technique | str | Mapping[str, Any]
+    from thriftnet.core.plan import Plan
+    from thriftnet.core.sites import Select
+    from thriftnet.core.technique import Technique
+
+TechniqueLike: TypeAlias = "Technique | str | Mapping[str, Any]"
+
+
+class Registry(Mapping[str, "type[Technique]"]):
+    """Configs by their text names; the file ``soft_sharing.py`` of ``soft-sharing`` is imported on first use.
+
+    Args:
+        public: The public names of each file, its config first.
+    """
+
+    def __init__(self, public: dict[str, tuple[str, ...]]) -> None:
+        self.public = public
+
+    def __getitem__(self, name: str) -> type[Technique]:
+        config: type[Technique] = getattr(self.module(name), self.public[name][0])
+        return config
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.public)
+
+    def __len__(self) -> int:
+        return len(self.public)
+
+    def module(self, name: str) -> ModuleType:
+        """The technique's file."""
+        if name not in self.public:
+            raise KeyError(name)
+        return importlib.import_module(self.file(name))
+
+    def file(self, name: str) -> str:
+        """Dotted name of the technique's file."""
+        return f"{__name__}.{name.replace('-', '_')}"
+
+
+TECHNIQUES = Registry(
+    {
+        "weight-sharing": ("WeightSharing",),
+        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "fold_recurrence"),
+        "filter-basis": ("FilterBasis", "BasisConv2d"),
+        "shift": ("Shift", "Shift2d", "ShiftConv2d"),
+        "slimmable": ("Slimmable",),
+    }
+)
 
 
 def resolve(technique: TechniqueLike) -> Technique:
-    """A technique's config from its text (``soft-sharing(templates=4)``) or JSON form; a config comes back as it is.
+    """A technique's config from its text (``soft-sharing(templates=4)``) or JSON form; a config is returned unchanged.
 
     Raises:
         ConfigError: Unknown technique or field, with close matches, or a value it refuses.
@@ -51,18 +86,44 @@ def resolve(technique: TechniqueLike) -> Technique:
 
 
 def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = None) -> Plan:
-    return conversion.plan(model, resolve(technique), select=select)
+    """What `convert` would do to ``model``; the network and the random state do not change.
+
+    Raises:
+        ConfigError, IncompatibleModelError: As `convert`.
+    """
+    from thriftnet.core import convert as core
+
+    return core.plan(model, resolve(technique), select=select)
 
 
 def convert(
     model: nn.Module, technique: TechniqueLike | Plan, *, select: Select | None = None, inplace: bool = False
 ) -> nn.Module:
+    """Make a network small with a technique, starting from the weights it has.
+
+    Args:
+        model: Any network; it is left untouched unless ``inplace``.
+        technique: A technique's config, its text or JSON form, or a plan made by `plan`.
+        select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
+            By default, all except stem and classifier.
+        inplace: Replace the layers in ``model`` itself.
+
+    Returns:
+        The converted network.
+
+    Raises:
+        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
+        IncompatibleModelError: A listed layer that the technique cannot replace, or nothing to convert.
+
+    Example:
+        >>> import thriftnet as tn
+        >>> model = tn.create_model("resnet20")
+        >>> shared = tn.convert(model, "soft-sharing(templates=2)", select="layer3")
+    """
+    from thriftnet.core import convert as core
+    from thriftnet.core.plan import Plan
+
     if isinstance(technique, Plan):
-        resolved: Technique | Plan = dataclasses.replace(technique, technique=resolve(technique.technique))
-    else:
-        resolved = resolve(technique)
-    return conversion.convert(model, resolved, select=select, inplace=inplace)
-
-
-plan.__doc__ = conversion.plan.__doc__
-convert.__doc__ = conversion.convert.__doc__
+        planned = dataclasses.replace(technique, technique=resolve(technique.technique))
+        return core.convert(model, planned, select=select, inplace=inplace)
+    return core.convert(model, resolve(technique), select=select, inplace=inplace)

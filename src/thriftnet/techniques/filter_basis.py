@@ -16,23 +16,28 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import (
     Convolution,
     GeneratedConv2d,
     PlainConv2d,
+    SharedConv2d,
     geometry,
     is_convolution,
     is_pointwise,
     plain_conv2d,
+    signature,
 )
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, WidthSpec
+from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty
 
@@ -84,11 +89,11 @@ class SharedBasis(Tied):
         return PenaltyTerm(total, count, self.lambda_r, self.family)
 
 
-class SharedConv2d(PlainConv2d):
+class SharedBasisConv2d(SharedConv2d):
     """A convolution that several layers use whole: its filters are the basis, and the layers after it mix them.
 
     Args:
-        like: The convolution it stands for.
+        like: The convolution to replace.
         lambda_r: Factor of the penalty in training.
         family: Of the penalty: see `FilterBasis`.
     """
@@ -119,16 +124,16 @@ class BasisFilters(GeneratedConv2d):
         return self.bank.filters(self.layer, self.base)
 
 
-class BasisConv2d(Tied, WidthAware):
-    """Basis, batch norm, coefficients: stands for one convolution, and folds into one in eval mode.
+class BasisConv2d(ComposedConv2d):
+    """Basis, batch norm and coefficients in place of one convolution; folds into one in eval mode.
 
-    Shape: as the convolution it stands for.
+    Shape: as the convolution it replaces.
 
     State dict: ``filters.bank.*`` once per group, ``norm.*`` (U + S,), ``coefficients.weight`` (O, U + S, 1, 1) and
     ``coefficients.bias`` (O,).
 
     Args:
-        like: The convolution it stands for.
+        like: The convolution to replace.
         bank: The group's filters.
         layer: Which of the bank's unique filters are its own.
         base: Which of the bank's shared bases it uses.
@@ -136,48 +141,21 @@ class BasisConv2d(Tied, WidthAware):
     """
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = like.in_channels, like.out_channels, 1
+        super().__init__(like.in_channels, like.out_channels, geometry(like)[2])
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
         self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
-        if isinstance(like, WidthAware) and like.width_spec is not None:
-            self.set_width_spec(like.width_spec)
-            self.set_width_index(like.width_index)
+        self.adopt_widths(like)
 
-    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
-        super().set_width_spec(width_spec)
-        rank = self.filters.out_channels  # the basis keeps its rank at every width
-        self.filters.set_width_spec(None if width_spec is None else width_spec.with_outs(rank))
-        self.norm.set_width_spec(None if width_spec is None else width_spec.with_ins(rank).with_outs(rank))
-        self.coefficients.set_width_spec(None if width_spec is None else width_spec.with_ins(rank))
-
-    def set_width_index(self, index: int) -> None:
-        super().set_width_index(index)
-        for layer in (self.filters, self.norm, self.coefficients):
-            layer.set_width_index(index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.coefficients(self.norm(self.filters(x)))
-        return mixed
-
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain convolution it stands for."""
-        bias = 0 if self.coefficients.bias is None else self.out_channels
-        return self.out_channels * self.filters.weight[0].numel() + bias
+    def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
+        return (self.filters.out_channels,) * len(width_spec.widths)  # the basis keeps its rank at every width
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """The plain convolution with bias that computes the same in eval mode: the norm between is affine there."""
-        filters, _, _ = self.filters.active()  # (r, I, kh, kw)
-        mixing = self.coefficients.fold()  # whatever another technique made of it
-        mix, bias = mixing.weight, mixing.bias
-        scale, shift = scale_and_shift(self.norm)
-        mix = mix.flatten(1)  # (O, r)
-        weight = torch.einsum("or,rihw->oihw", mix * scale, filters)
-        return plain_conv2d(self.filters, weight, mix @ shift + (0 if bias is None else bias), 1).train(self.training)
+        filters, mix, bias, _ = self._parts()
+        return plain_conv2d(self.filters, torch.einsum("or,rihw->oihw", mix, filters), bias, 1).train(self.training)
 
     def fold_for(self, prefer: str) -> nn.Module:
         """One plain convolution, or two where that is better: the basis, and coefficients that the norm is folded into.
@@ -194,13 +172,16 @@ class BasisConv2d(Tied, WidthAware):
     @torch.no_grad()
     def decomposed(self) -> nn.Sequential:
         """The same in eval mode as two plain convolutions: the concatenated basis, and 1 x 1 coefficients with bias."""
+        filters, mix, bias, groups = self._parts()
+        return nn.Sequential(plain_conv2d(self.filters, filters, None, groups), pointwise(mix, bias)).train(self.training)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Filters (r, I, kh, kw), coefficients (O, r) and bias (O,) with the norm folded in, and groups."""
         filters, _, groups = self.filters.active()
-        mixing = self.coefficients.fold()
+        coefficients = self.coefficients.fold()  # another technique may have replaced them
         scale, shift = scale_and_shift(self.norm)
-        mix = mixing.weight.flatten(1)
-        bias = mix @ shift + (0 if mixing.bias is None else mixing.bias)
-        basis = plain_conv2d(self.filters, filters, None, groups)
-        return nn.Sequential(basis, pointwise(mix * scale, bias)).train(self.training)
+        mix = coefficients.weight.flatten(1)
+        return filters, mix * scale, mix @ shift + (0 if coefficients.bias is None else coefficients.bias), groups
 
 
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
@@ -223,7 +204,7 @@ class FilterBasis:
             authors' stages do. Left out, all groups have the same ranks.
         lambda_r: Factor of the orthogonality penalty in training.
         unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
-        init: "weights" starts from the nearest decomposition of the weights the layers have; "random" starts anew as the
+        init: "weights" starts from the nearest decomposition of the weights the layers have; "random" initialises as the
             paper does, with orthogonal shared bases.
         pointwise: Take 1 x 1 convolutions, too.
         whole: Share whole convolutions, as the paper does in bottleneck blocks: layers that agree in everything become one,
@@ -307,7 +288,7 @@ class FilterBasis:
     @torch.no_grad()
     def _build_whole(self, convs: Sequence[Convolution]) -> list[Replacement]:
         """One convolution for all: the nearest to the weights they have, or orthogonal."""
-        shared = SharedConv2d(convs[0], self.lambda_r, self.family)
+        shared = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
         if self.init == "weights":
             shared.weight.copy_(torch.stack([conv.weight for conv in convs]).mean(0))
         else:
@@ -315,19 +296,6 @@ class FilterBasis:
         if shared.bias is not None:
             shared.bias.copy_(torch.stack([conv.bias for conv in convs if conv.bias is not None]).mean(0))
         return [(conv, shared) for conv in convs]
-
-
-def signature(conv: Convolution) -> tuple[object, ...]:
-    """What convolutions must agree in to be one and the same module."""
-    rest = (
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.padding_mode,
-        conv.bias is None,
-        getattr(conv, "width_spec", None),
-    )
-    return (*geometry(conv), *rest, conv.weight.dtype, conv.weight.device)
 
 
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -374,10 +342,36 @@ def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tu
 def leading_directions(rows: Tensor, rank: int) -> Tensor:
     """Orthonormal directions (rank, n) that carry most of the energy of ``rows`` (m, n), by the smaller Gram matrix."""
     matrix = rows.double()
-    if rank <= matrix.shape[0] < matrix.shape[1]:
-        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, rank)
-        directions = torch.linalg.qr(matrix.T @ vectors).Q
+    if matrix.shape[0] < matrix.shape[1]:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, at most m)
+        spanned = F.pad(
+            matrix.T @ vectors, (0, rank - vectors.shape[1])
+        )  # zeros become any directions orthogonal to the others
+        directions = torch.linalg.qr(spanned).Q
     else:
         directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
     found: Tensor = directions.T.to(rows).contiguous()
     return found
+
+
+EXAMPLES = (  # per layer: r unique and shared filters of 8 x 9 entries, a norm, 8 x r coefficients and a bias
+    Example(
+        config=FilterBasis(shared_rank=16),
+        params=(16 + 4) * 72 + 4 * (2 * 17 + 8 * 17 + 8),
+        macs=4 * 64 * (72 * 17 + 17 * 8),
+    ),
+    Example(
+        config=FilterBasis(shared_rank=4, bases=2),
+        params=(2 * 4 + 4) * 72 + 4 * (2 * 5 + 8 * 5 + 8),
+        macs=4 * 64 * (72 * 5 + 5 * 8),
+    ),
+    Example(config=FilterBasis(whole=True), params=8 * 8 * 9 + 8),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[FilterBasis]:
+    return [
+        FilterBasis(shared_rank=entries, unique_rank=0),
+        FilterBasis(shared_rank=entries, unique_rank=0, bases=2),
+        FilterBasis(shared_rank=entries // 2, unique_rank=entries // 2),
+    ]

@@ -15,20 +15,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
+from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, WidthSpec, exact_share
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.core.width import WidthAware
+from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
 from thriftnet.kernels.triton_pointwise import fused
 
 
 class Shift2d(Tied, WidthAware):
-    """Shift every channel by one of k x k offsets; channels that fill no whole set of k^2 stay.
+    """Shift every channel by one of k x k offsets; those left over after the last full set of k^2 stay.
 
     At a narrower width the first channels remain, each with its offset.
 
@@ -101,8 +103,8 @@ class Shift2d(Tied, WidthAware):
         return f"{self.channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-class ShiftConv2d(Tied, WidthAware):
-    """1 x 1 convolution, batch norm, ReLU, shift, 1 x 1 convolution: stands for one k x k convolution.
+class ShiftConv2d(ComposedConv2d):
+    """1 x 1 convolution, batch norm, ReLU, shift, 1 x 1 convolution in place of one k x k convolution.
 
     Shape: (N, I, H, W) -> (N, O, ceil(H / stride), ceil(W / stride)).
 
@@ -131,54 +133,25 @@ class ShiftConv2d(Tied, WidthAware):
         expansion: float = 1.0,
         bias: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels, (kernel_size, kernel_size))
+        check_steps("stride", stride)
         check_number("expansion", expansion, 0)
         middle = int(out_channels * expansion)
         if middle < 1:
             raise ConfigError(
                 f"expansion={expansion} of {out_channels} channels leaves none: use at least {1 / out_channels:g}"
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
         self.expand = PlainConv2d(nn.Conv2d(in_channels, middle, 1, bias=False))
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(middle))
         self.act = nn.ReLU()
         self.shift = Shift2d(middle, kernel_size, dilation)
         self.project = PlainConv2d(nn.Conv2d(middle, out_channels, 1, stride, bias=bias))
 
-    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
-        super().set_width_spec(width_spec)
-        if width_spec is None:
-            middle = None
-        else:
-            middle = tuple(exact_share(self.norm.num_features, width) or 0 for width in width_spec.widths)
-            if not all(middle):
-                raise IncompatibleModelError(
-                    f"the {self.norm.num_features} channels inside a shift block cannot be narrowed to all of {width_spec.widths}: "
-                    "choose an expansion or widths that give whole numbers"
-                )
-        self.expand.set_width_spec(
-            None if width_spec is None or middle is None else WidthSpec(width_spec.widths, width_spec.ins, middle)
-        )
-        for layer in (self.norm, self.shift):
-            layer.set_width_spec(
-                None if width_spec is None or middle is None else WidthSpec(width_spec.widths, middle, middle)
-            )
-        self.project.set_width_spec(
-            None if width_spec is None or middle is None else WidthSpec(width_spec.widths, middle, width_spec.outs)
-        )
-
-    def set_width_index(self, index: int) -> None:
-        super().set_width_index(index)
-        for layer in (self.expand, self.norm, self.shift, self.project):
-            layer.set_width_index(index)
-
     def forward(self, x: Tensor) -> Tensor:
-        active = self.norm(self.expand(x))
         choice = forced("shift")
         if choice is not None and choice.implementation == "fused":
-            return self._fused(active)
-        mixed: Tensor = self.project(self.shift(self.act(active)))
-        return mixed
+            return self._fused(self.norm(self.expand(x)))
+        return super().forward(x)
 
     def _fused(self, x: Tensor) -> Tensor:
         """ReLU, shift and last convolution in one kernel."""
@@ -191,17 +164,6 @@ class ShiftConv2d(Tied, WidthAware):
         mixed = fused(x, weight, shift.kernel_size, shift.dilation, shift.moved, stride, relu=True)
         return mixed if bias is None else mixed + bias[:, None, None]
 
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the k x k convolution it stands for."""
-        kernel = self.in_channels * self.shift.kernel_size**2
-        return self.out_channels * (kernel + (0 if self.project.bias is None else 1))
-
-    def fold(self) -> nn.Sequential:
-        """The same as separate layers, which fold further: the shift into a fixed depthwise convolution."""
-        layers = (self.expand, self.norm, self.act, self.shift, self.project)
-        return nn.Sequential(*layers).train(self.training)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
@@ -212,7 +174,7 @@ class Shift:
         dilation: Dilation of the convolutions to replace, and of the shift.
         expansion: Channels between the two 1 x 1 convolutions, as a multiple of the output's.
         init: "weights" starts both 1 x 1 convolutions from the old kernel (the nearest product for each offset, norm and
-            ReLU left aside); "random" starts them anew.
+            ReLU left aside); "random" initialises both at random.
 
     Example:
         >>> Shift(expansion=3.0)
@@ -266,9 +228,7 @@ class Shift:
                 start_from(block, conv)
             if conv.bias is not None and block.project.bias is not None:
                 block.project.bias.copy_(conv.bias)
-        if isinstance(conv, WidthAware) and conv.width_spec is not None:
-            block.set_width_spec(conv.width_spec)
-            block.set_width_index(conv.width_index)
+        block.adopt_widths(conv)
         return [(conv, block)]
 
 
@@ -287,3 +247,8 @@ def start_from(block: ShiftConv2d, conv: Convolution) -> None:
         used = torch.tensor(members[:terms], device=conv.weight.device)
         block.expand.weight[used] = (root[:, None] * right[:terms])[..., None, None].to(conv.weight)
         block.project.weight[:, used] = (left[:, :terms] * root)[..., None, None].to(conv.weight)
+
+
+EXAMPLES = (  # 16 channels between the two convolutions, with a norm
+    Example(config=Shift(expansion=2.0), params=4 * (8 * 16 + 2 * 16 + 16 * 8 + 8), macs=4 * 64 * (8 * 16 + 16 * 8)),
+)

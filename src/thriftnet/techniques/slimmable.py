@@ -20,6 +20,7 @@ from thriftnet.core.conv import PlainConv2d
 from thriftnet.core.linear import PlainLinear
 from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
 from thriftnet.core.sites import Replacement, Site, replace
+from thriftnet.core.technique import Example
 from thriftnet.core.width import WidthAware, WidthSpec, exact_share
 from thriftnet.dynamic.add_gate import check_runs, find_front, split_point
 from thriftnet.dynamic.split import Split, is_within
@@ -175,3 +176,14 @@ def _unfit(site: Site[nn.Module], why: str, parts: int) -> IncompatibleModelErro
     return IncompatibleModelError(
         f"layer {site.name!r} cannot be narrowed: {why}. Expected multiples of 1/{parts} ({shown})"
     )
+
+
+EXAMPLES = (
+    Example(config=Slimmable(widths=(0.5, 1.0))),
+    # at a fixed width the gate, two linear layers 8 -> 4 -> 2, does not run
+    Example(config=Slimmable(widths=(0.5, 1.0), gate=True), params=4 * (8 * 8 * 9 + 8) + (4 * 8 + 4) + 2 * 4),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[Slimmable]:
+    return [Slimmable(widths=(1.0,)), Slimmable(widths=(0.5, 1.0))]

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise
+from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_whole_number
+from thriftnet.core.spec import check_choice, check_steps, check_whole_number
+from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
@@ -55,7 +56,7 @@ class TemplateBank(Tied):
 
     @property
     def mixer(self) -> Mixer:
-        """What computes the weights of all layers of the bank together."""
+        """Computes the weights of all layers of the bank together."""
         if self._mixer is None:
             self._mixer = Mixer()
         return self._mixer
@@ -100,6 +101,9 @@ class SConv2d(GeneratedConv2d):
         bias: bool = False,
         padding_mode: str = "zeros",
     ) -> None:
+        check_steps("stride", stride)
+        check_steps("dilation", dilation)
+        check_whole_number("groups", groups, 1)
         templates, outs, ins, kh, kw = bank.templates.shape
         like = nn.Conv2d(
             ins * groups,
@@ -122,7 +126,7 @@ class SConv2d(GeneratedConv2d):
 
     @classmethod
     def replacing(cls, conv: Convolution, bank: TemplateBank, coefficients: Tensor) -> SConv2d:
-        """The layer that stands for ``conv``: its geometry, bias and widths."""
+        """The layer that replaces ``conv``, with its geometry, bias and widths."""
         layer = cls.__new__(cls)
         GeneratedConv2d.__init__(layer, conv)
         layer.bank = bank
@@ -157,7 +161,7 @@ class SoftSharing:
         templates: Templates per bank. With as many as a group has layers the function is unchanged; fewer save
             parameters in proportion. Groups with fewer layers than that are left alone.
         init: "weights" fits templates and coefficients to the weights the layers have, in the least-squares sense;
-            "random" starts anew as the paper does: Kaiming templates, orthogonal coefficients.
+            "random" initialises as the paper does: Kaiming templates, orthogonal coefficients.
         pointwise: Take 1 x 1 convolutions, too.
 
     Example:
@@ -264,7 +268,7 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
         IncompatibleModelError: No bank, or no two layers that agree.
     """
     if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold={threshold}: possible is a number in (0, 1]")
+        raise ConfigError(f"threshold={threshold}: expected a number in (0, 1]")
     groups: list[list[str]] = []
     closest = 0.0
     for layers in _layers_of_banks(model).values():
@@ -289,13 +293,7 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
 
 def agreement(one: SConv2d, other: SConv2d) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if (one.stride, one.padding, one.dilation, one.padding_mode, one.width_spec) != (
-        other.stride,
-        other.padding,
-        other.dilation,
-        other.padding_mode,
-        other.width_spec,
-    ) or (one.bias is None) != (other.bias is None):
+    if signature(one) != signature(other):
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))
@@ -319,3 +317,16 @@ def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, SConv2d]]]:
     if not banks:
         raise IncompatibleModelError(f"{type(model).__name__} has no template bank: convert it with SoftSharing(...) first")
     return dict(banks.values())
+
+
+EXAMPLES = (
+    Example(
+        config=SoftSharing(templates=2),
+        params=2 * (8 * 8 * 9) + 4 * (2 + 8),
+        generation_macs=4 * 2 * (8 * 8 * 9),  # each layer mixes both templates
+    ),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[SoftSharing]:
+    return [SoftSharing(templates=layers)]

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, PlainConv2d, geometry, is_convolution, is_depthwise
-from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear
+from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise
+from thriftnet.core.conv import signature as conv_signature
+from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.technique import Example
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import KernelChoice
@@ -167,7 +169,7 @@ class WeightSharing:
         check_whole_number("seed", self.seed, 0)
         check_number("portion", self.portion, 0)
         if self.portion > 1:
-            raise ConfigError(f"portion={self.portion}: possible is a fraction in (0, 1]")
+            raise ConfigError(f"portion={self.portion}: expected a fraction in (0, 1]")
         if self.groups is not None:
             given: Any = self.groups
             try:
@@ -224,7 +226,7 @@ class WeightSharing:
     def build(self, group: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[Replacement]:
         layers = [site.module for site in group]
         fused = _fused(layers, self.fusion)
-        shared = fused if self.keeps_members else _plain(layers[0], fused)
+        shared = fused if self.keeps_members else _merged(layers[0], fused)
         return [(layer, shared) for layer in layers]
 
 
@@ -236,22 +238,21 @@ def _fused(layers: Sequence[Layer], fusion: str) -> FusedConv2d | FusedLinear:
 
 
 @torch.no_grad()
-def _plain(like: Layer, fused: FusedConv2d | FusedLinear) -> PlainConv2d | PlainLinear:
-    """A layer with a weight of its own, the fused one."""
-    plain = PlainLinear(like) if isinstance(like, nn.Linear) else PlainConv2d(like)
-    plain.weight.copy_(fused.weight)
-    if plain.bias is not None and fused.bias is not None:
-        plain.bias.copy_(fused.bias)
-    return plain
+def _merged(like: Layer, fused: FusedConv2d | FusedLinear) -> SharedConv2d | SharedLinear:
+    """A layer that stores the fused weight only."""
+    shared = SharedLinear(like) if isinstance(like, nn.Linear) else SharedConv2d(like)
+    shared.weight.copy_(fused.weight)
+    if shared.bias is not None and fused.bias is not None:
+        shared.bias.copy_(fused.bias)
+    return shared
 
 
 def signature(layer: Layer) -> tuple[object, ...]:
-    """What layers must agree in to be one and the same module."""
-    if isinstance(layer, nn.Linear):
-        form: tuple[object, ...] = ("linear", layer.in_features, layer.out_features)
-    else:
-        form = (*geometry(layer), layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-    return (*form, layer.bias is None, getattr(layer, "width_spec", None), layer.weight.dtype, layer.weight.device)
+    """What layers must have in common to become one module."""
+    if not isinstance(layer, nn.Linear):
+        return conv_signature(layer)
+    shape = ("linear", layer.in_features, layer.out_features, layer.bias is None)
+    return (*shape, getattr(layer, "width_spec", None), layer.weight.dtype, layer.weight.device)
 
 
 def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
@@ -307,3 +308,23 @@ def _named_group(
             )
         group.append(site)
     return group
+
+
+EXAMPLES = (
+    Example(config=WeightSharing(), params=2 * (8 * 8 * 9 + 8)),
+    # the members are kept, with a scale per layer and channel or per layer; each of four uses fuses two members
+    Example(
+        config=WeightSharing(fusion="channel_weighted_mean"),
+        params=4 * (8 * 8 * 9 + 8) + 4 * 8,
+        generation_macs=4 * 2 * (8 * 8 * 9),
+    ),
+    Example(
+        config=WeightSharing(mapping="strided", fusion="scalar_weighted_mean"),
+        params=4 * (8 * 8 * 9 + 8) + 4,
+        generation_macs=4 * 2 * (8 * 8 * 9),
+    ),
+)
+
+
+def full_capacity(layers: int, entries: int) -> list[WeightSharing]:
+    return [WeightSharing(rate=1), WeightSharing(rate=1, fusion="channel_weighted_mean")]

@@ -261,7 +261,7 @@ class TrainLoop:
                 with self.accelerator.autocast():
                     loss = next(losses) * (weight / accumulate)
                 if first and factor:
-                    loss = loss + factor * penalty(self.plain, scaled=True)
+                    loss = loss + factor * penalty(self.plain)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
