@@ -178,13 +178,13 @@ def test_ranks_that_do_not_fit_are_refused_by_layer() -> None:
     ("arguments", "message"),
     [
         ({"shared_rank": -1}, "shared_rank=-1: expected an integer >= 0"),
-        ({"unique_rank": 1.0}, r"unique_rank=1\.0: possible is"),
+        ({"unique_rank": 1.0}, r"unique_rank=1\.0: expected a"),
         ({"shared_rank": 0, "unique_rank": 0}, "leave no filters: set at least one of them above 0"),
         ({"bases": 3}, "bases=3: expected one of 1, 2"),
         ({"bases": True}, "bases=True: expected one of 1, 2"),
         ({"init": "orthogonal"}, "unknown init 'orthogonal'"),
-        ({"lambda_r": -1}, "lambda_r=-1: possible is"),
-        ({"lambda_r": float("nan")}, "lambda_r=nan: possible is"),
+        ({"lambda_r": -1}, "lambda_r=-1: expected a"),
+        ({"lambda_r": float("nan")}, "lambda_r=nan: expected a"),
     ],
     ids=str,
 )

@@ -31,10 +31,13 @@ CPU_IMPLEMENTATIONS = [
 ]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 USING = {
-    "shift": ("shift",),
-    "bank": ("soft",),
-    "fusion": ("weight-channel", "weight-strided-scalar"),
-    "act-norm": ("soft",),
+    "shift": ("shift(expansion=2.0)",),
+    "bank": ("soft-sharing(templates=2)",),
+    "fusion": (
+        "weight-sharing(fusion='channel_weighted_mean')",
+        "weight-sharing(mapping='strided', fusion='scalar_weighted_mean')",
+    ),
+    "act-norm": ("soft-sharing(templates=2)",),
 }
 
 
@@ -223,7 +226,10 @@ def test_gradients_are_not_overwritten_by_the_next_step() -> None:
 
 
 def test_a_fused_weight_is_computed_once_per_step() -> None:
-    model, x = converted(NETWORKS["chain"], "weight-channel").train(), NETWORKS["chain"].image()
+    model, x = (
+        converted(NETWORKS["chain"], "weight-sharing(fusion='channel_weighted_mean')").train(),
+        NETWORKS["chain"].image(),
+    )
     shared = model.convs[0]
     held = shared.weight
     assert shared.weight is held
@@ -251,7 +257,7 @@ def test_the_penalty_has_the_gradient_of_its_formula() -> None:
 
 
 @pytest.mark.parametrize("prefer", ["", "speed", "size"])
-@pytest.mark.parametrize("config", [name for name in CONFIGS if name != "weight"])
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name != "weight-sharing"])
 def test_eval_fold_is_equal_and_leaves_no_trace(config: str, prefer: str) -> None:
     network = NETWORKS["residual"]
     model, x = converted(network, config), network.image()

@@ -227,7 +227,9 @@ def test_few_layers_mix_alone() -> None:
 
 def test_widths_change_between_forwards() -> None:
     network = NETWORKS["chain"]
-    model = perturb(tn.convert(tn.convert(network.make(), "soft-sharing(templates=2)"), CONFIGS["slimmable"])).eval()
+    model = perturb(
+        tn.convert(tn.convert(network.make(), "soft-sharing(templates=2)"), CONFIGS["slimmable(widths=(0.5, 1.0))"])
+    ).eval()
     for width in (0, 1, 0, 1):
         tn.set_width(model, width)
         laws.assert_close(model(network.image()).detach(), tn.fold(model)(network.image()).detach(), 1e-12, f"width {width}")
@@ -236,7 +238,7 @@ def test_widths_change_between_forwards() -> None:
 def test_two_processes_with_banks_together(tmp_path: Path) -> None:
     """Several steps' worth of forwards: in the second one banks mix together."""
     x, target = torch.cat([NETWORKS["chain"].image(0), NETWORKS["chain"].image(1)])[:4], torch.arange(4) % 5
-    model = converted(NETWORKS["chain"], "soft")
+    model = converted(NETWORKS["chain"], "soft-sharing(templates=2)")
     model(x).sum().backward()
     model.zero_grad(set_to_none=True)
     one = data_parallel.gradients(model, x, target)

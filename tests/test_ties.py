@@ -49,7 +49,7 @@ def test_the_meta_device_keeps_ties(config: str) -> None:
 
 def test_parts_on_two_processes_keep_ties(tmp_path: Path) -> None:
     models = {config: converted(tied(config), config) for config in CONFIGS}
-    x = tied("soft").image()
+    x = NETWORKS["chain"].image()
     for config, (first, out, doubled) in fully_sharded.gathered(models, x, tmp_path).items():
         state = models[config].state_dict()
         assert list(first) == list(state), f"{config}: other keys"
