@@ -11,6 +11,7 @@ from torch import nn
 import fully_sharded
 import laws
 import thriftnet as tn
+from networks import NETWORKS
 from test_laws import CONFIGS, converted, every_config, tied
 
 
