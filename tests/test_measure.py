@@ -412,7 +412,7 @@ def test_a_graph_made_before_can_still_be_used() -> None:
     assert net[0].weight.grad is not None
 
 
-@pytest.mark.parametrize("size", [(3, 32), (3, 32, 32, 1), (3, 0, 32), (3, 32.0, 32), (True, 8, 8), 32, "abc", None])
+@pytest.mark.parametrize("size", [(3, 32), (3, 32, 32, 1), (3, 0, 32), (3, 32.0, 32), (True, 8, 8), 32, "abc"])
 def test_impossible_input_sizes(size: Any) -> None:
     with pytest.raises(tn.ConfigError, match=r"input_size=.*expected three integers >= 1"):
         inspect(plain(), size)
@@ -464,5 +464,5 @@ def test_the_size_is_the_networks_own_or_asked_for() -> None:
     net = plain()
     with pytest.raises(tn.ConfigError, match=r"does not state its image size.*give input_size=\(C, H, W\)"):
         inspect(net)
-    net.pretrained_cfg = {"input_size": (3, 20, 20)}
-    assert inspect(net).input_size == (3, 20, 20)
+    net.pretrained_cfg = {"input_size": (32, 20, 20)}
+    assert inspect(net).input_size == (32, 20, 20)
