@@ -42,7 +42,7 @@ RESUMABLE_FIELDS = (
 )
 MAPPINGS = ("model_kwargs", "about", "stage.options")  # of any values, which are taken as they are
 LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
-RECALIBRATION = ("widths", "momentum", "batches")
+RECALIBRATION = ("widths", "indices", "momentum", "batches")
 
 
 def number(default: float | None, expected: str) -> Any:
