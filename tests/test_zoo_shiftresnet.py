@@ -196,14 +196,14 @@ def test_authors_names():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("shiftresnet20", {"expansion": 0}, "greater than 0"),
+        ("shiftresnet20", {"expansion": 0}, "a number > 0"),
         ("shiftresnet20", {"expansion": 0.05}, "at least 0.0625"),
         ("shiftresnet20", {"expansion": "3"}, "expansion='3'"),
         ("shiftresnet20", {"in_chans": 0}, "in_chans=0"),
         ("shiftresnet20", {"expnsion": 3}, "did you mean 'expansion'"),
         ("shiftresnet20", {"reduction": 3}, "unknown kwarg"),
         ("shiftresnet21", {}, "did you mean 'shiftresnet"),
-        ("depthwiseresnet20", {"reduction": -1}, "greater than 0"),
+        ("depthwiseresnet20", {"reduction": -1}, "a number > 0"),
         ("depthwiseresnet20", {"reduction": 17}, "at most 16"),
         ("shuffleresnet20", {"reduction": 5}, "at most 4"),
         ("mobileresnet20", {"num_classes": -1}, "num_classes=-1"),
