@@ -79,6 +79,13 @@ def check_drop_rate(drop_rate: float) -> None:
         raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
 
 
+def projection(ins: int, outs: int, stride: int) -> nn.Module:
+    """The shortcut of a block: 1 x 1 convolution and norm where the shape changes, else an identity."""
+    if stride == 1 and ins == outs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+
+
 def config(input_size: tuple[int, int, int], num_classes: int, first_conv: str, classifier: str) -> dict[str, Any]:
     """A network's ``default_cfg``."""
     return {

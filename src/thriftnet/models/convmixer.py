@@ -126,8 +126,10 @@ def convmixer(
     return ConvMixer(dim, depth, patch_size, kernel_size, function, check_classes(num_classes), in_chans, drop_rate)
 
 
-def ws_convmixer(
+def shared_convmixer(
     rate: int = 2,
+    fusion: str = "mean",
+    trained: bool = True,
     mapping: str = "sequential",
     distribution: str = "uniform",
     portion: float = 0.5,
@@ -140,69 +142,27 @@ def ws_convmixer(
     num_classes: int = 1000,
     in_chans: int = 3,
     drop_rate: float = 0.5,
-) -> ConvMixer:
-    """A ConvMixer whose pointwise convolutions share weights in groups, trained from scratch.
+) -> nn.Module:
+    """A ConvMixer whose pointwise convolutions share weights in groups.
+
+    With ``trained`` (WFWS) the weights of all layers are trained, and those of a group are fused in every forward; `fold` bakes the
+    fused weights in. Without it (WS) each group has one weight from the start.
 
     Args:
         rate: Layers per weight; it divides the depth.
-        mapping, distribution, portion, seed: Which layers form a group, as in `WeightSharing`.
+        fusion, trained, mapping, distribution, portion, seed: As in `WeightSharing`.
         dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `convmixer`.
 
     Raises:
         ConfigError: The rate does not divide the depth, with the rates that do.
 
-    Source: SPIN, section 3.2 (weight sharing).
+    Source: SPIN, sections 3.2 (weight sharing) and 3.3 (weight fusion).
     """
     technique = WeightSharing(
-        rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion="choose_first"
+        rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion=fusion, trained=trained
     )
     backbone = convmixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
-    return _sharing(backbone, technique)
-
-
-def wfws_convmixer(
-    rate: int = 2,
-    fusion: str = "mean",
-    mapping: str = "sequential",
-    distribution: str = "uniform",
-    portion: float = 0.5,
-    seed: int = 0,
-    dim: int = 768,
-    depth: int = 32,
-    patch_size: int = 14,
-    kernel_size: int = 3,
-    activation: str = "relu",
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.5,
-) -> ConvMixer:
-    """A ConvMixer that trains the weights of all layers and fuses those of a group in every forward.
-
-    `fold` bakes the fused weights in: the result is a `ws_convmixer`.
-
-    Args:
-        rate: Layers per fused weight; it divides the depth.
-        fusion: How the weights of a group become one, as in `WeightSharing`.
-        mapping, distribution, portion, seed: Which layers form a group, as in `WeightSharing`.
-        dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `convmixer`.
-
-    Raises:
-        ConfigError: The rate does not divide the depth, with the rates that do.
-
-    Source: SPIN, section 3.3 (weight fusion).
-    """
-    technique = WeightSharing(
-        rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion=fusion, trained=True
-    )
-    backbone = convmixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
-    return _sharing(backbone, technique)
-
-
-def _sharing(backbone: ConvMixer, technique: WeightSharing) -> ConvMixer:
-    """The backbone with pointwise convolutions that share."""
-    depth, rate = len(backbone.blocks), technique.rate
     if depth % rate:
-        possible = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
-        raise ConfigError(f"rate={rate} does not divide the depth {depth}: expected one of {possible}")
-    apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
-    return backbone
+        expected = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
+        raise ConfigError(f"rate={rate} does not divide the depth {depth}: expected one of {expected}")
+    return apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")

@@ -13,17 +13,10 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import check_classes
+from thriftnet.models.classifier import check_classes, projection
 from thriftnet.models.resnet import ResNet, blocks_of_depth
 
 GROUPS = 4  # of the 1 x 1 convolutions between which channels are shuffled
-
-
-def projection(ins: int, outs: int, stride: int) -> nn.Module:
-    """The shortcut of a block: 1 x 1 convolution and norm where the shape changes, else the input itself."""
-    if stride == 1 and ins == outs:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
 
 
 class DepthwiseBlock(nn.Module):
@@ -97,14 +90,25 @@ class InvertedBlock(nn.Module):
         return out + x if self.adds_input else out
 
 
-def depthwise_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+BLOCKS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "depthwise": DepthwiseBlock,
+    "shuffle": ShuffleBlock,
+    "mobile": InvertedBlock,
+}
+
+
+def depthwise_resnet(
+    depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3, block: str = "depthwise"
+) -> ResNet:
     """A ResNet of depthwise blocks, depth 6n + 2, for 32 x 32 images.
 
     Args:
         depth: Layers of the ResNet whose blocks it replaces: 20, 56, 110, ...
-        reduction: How many times fewer channels inside a block than it gives; below 1 there are more.
+        reduction: How many times fewer channels inside a block than it outputs; below 1 there are more: 1/6 widens as MobileNetV2
+            does.
         num_classes: Outputs.
         in_chans: Channels of the image.
+        block: "depthwise"; "shuffle", whose inner channels are rounded down to a multiple of 4; or "mobile".
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 
@@ -113,48 +117,15 @@ def depthwise_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int =
 
     Source: the ShiftResNet repository. Weights start as torch's layers do.
     """
-    return _build(DepthwiseBlock, depth, reduction, num_classes, in_chans)
-
-
-def shuffle_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
-    """A ResNet of shuffle blocks; arguments as in `depthwise_resnet`, inner channels rounded down to a multiple of 4.
-
-    Raises:
-        ConfigError: An impossible depth, or a reduction above 4.
-
-    Source: named in the README of the ShiftResNet repository; the block is ShuffleNet's.
-    """
-    return _build(ShuffleBlock, depth, reduction, num_classes, in_chans, multiple=GROUPS)
-
-
-def mobile_resnet(depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
-    """A ResNet of inverted residual blocks; arguments as in `depthwise_resnet`: 1/6 widens as MobileNetV2 does.
-
-    Raises:
-        ConfigError: An impossible depth, or a reduction that leaves no channel.
-
-    Source: named in the README of the ShiftResNet repository; the block is MobileNetV2's.
-    """
-    return _build(InvertedBlock, depth, reduction, num_classes, in_chans)
-
-
-def _build(
-    block: Callable[[int, int, int, int], nn.Module],
-    depth: int,
-    reduction: float,
-    num_classes: int,
-    in_chans: int,
-    multiple: int = 1,
-) -> ResNet:
-    """The network of one kind of block, whose inner channels are a multiple of ``multiple``."""
     check_whole_number("in_chans", in_chans, 1)
     check_number("reduction", reduction, 0)
     widths = (16, 32, 64)
+    multiple = GROUPS if block == "shuffle" else 1
     inners = {outs: int(outs / reduction) // multiple * multiple for outs in widths}
     if min(inners.values()) < 1:
         raise ConfigError(f"reduction={reduction} leaves no channel: use at most {widths[0] // multiple}")
 
     def make_block(ins: int, outs: int, stride: int) -> nn.Module:
-        return block(ins, inners[outs], outs, stride)
+        return BLOCKS[block](ins, inners[outs], outs, stride)
 
     return ResNet(blocks_of_depth(depth), widths, check_classes(num_classes), in_chans, make_block)

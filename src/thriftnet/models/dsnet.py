@@ -18,13 +18,11 @@ from thriftnet.core.linear import PlainLinear
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
 from thriftnet.models.dsnet_blocks import (
     GATE_CHOICES,
     KINDS,
-    InvertedResidual,
-    Options,
-    SeparableBlock,
+    BlockOptions,
     StageSpec,
     WidestDropout,
     Widths,
@@ -63,7 +61,7 @@ class DSNet(Classifier):
         stem: Widths,
         stages: Sequence[tuple[StageSpec, Widths]],
         head: int,
-        options: Options,
+        options: BlockOptions,
         num_classes: int,
         in_chans: int,
         drop_rate: float,
@@ -96,7 +94,7 @@ class DSNet(Classifier):
         return linear
 
     def _initialise(self) -> None:
-        """Convolutions normal by fan-out, classifier uniform; the last norm before each shortcut starts at 0."""
+        """Convolutions normal by fan-out, classifier uniform."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | PlainConv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
@@ -106,9 +104,6 @@ class DSNet(Classifier):
             elif isinstance(module, nn.Linear):
                 nn.init.uniform_(module.weight, -(module.out_features**-0.5), module.out_features**-0.5)
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, SeparableBlock | InvertedResidual) and module.shortcut is not None:
-                nn.init.zeros_(module.last_norm.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stages(self.act(self.norm(self.stem(x))))
@@ -127,32 +122,6 @@ class DSNet(Classifier):
             like = next(self.parameters())
             self.fc = self._classifier(num_classes).to(like)
             self.fc.set_width_index(self.stem.width_index)
-
-
-def slimmable_mobilenetv1(
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.0,
-    se_ratio: float = 0.25,
-    gate_choices: Sequence[int] | None = None,
-) -> DSNet:
-    """DS-Net's supernet on MobileNetV1, with 14 sub-networks and "largest".
-
-    Args:
-        num_classes: Outputs.
-        in_chans: Channels of the image.
-        drop_rate: Dropout before the classifier, at "largest" only.
-        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
-        gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
-
-    Raises:
-        ConfigError: An argument out of range.
-
-    Source: Li et al., section 4.1.
-    """
-    return dsnet(
-        num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, se_ratio=se_ratio, gate_choices=gate_choices
-    )
 
 
 def dsnet(
@@ -196,11 +165,10 @@ def dsnet(
     check_number("se_ratio", se_ratio, 0)
     check_choice("skip", skip, (True, False))
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
-        raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
+    check_drop_rate(drop_rate)
     parsed = [read_stage(number, spec) for number, spec in enumerate(stages)]
     channels = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
-    options = Options(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(channels[0]) - 1))
+    options = BlockOptions(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(channels[0]) - 1))
     built = list(zip(parsed, channels[1:], strict=True))
     return DSNet(channels[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
 
@@ -250,8 +218,8 @@ def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     if choices is None:
         return tuple(number for number in GATE_CHOICES if number < count)
     given = tuple(choices) if isinstance(choices, list | tuple | range) else ()
-    whole = all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in given)
-    if len(given) < 2 or not whole or list(given) != sorted(set(given)):
+    are_indices = all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in given)
+    if len(given) < 2 or not are_indices or list(given) != sorted(set(given)):
         raise ConfigError(
             f"gate_choices={choices!r}: expected two or more indices of sub-networks from 0 to {count - 1}, ascending, as (0, {count - 1})"
         )
@@ -260,7 +228,7 @@ def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 def _ascending(where: str, widths: object) -> tuple[int, ...]:
     values = tuple(widths) if isinstance(widths, list | tuple) else ()
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
-    if not values or not whole or list(values) != sorted(set(values)):
+    are_counts = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    if not values or not are_counts or list(values) != sorted(set(values)):
         raise ConfigError(f"widths {widths!r} of {where}: expected integers >= 1 in ascending order, as (16, 24)")
     return values

@@ -59,7 +59,7 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
-class Options:
+class BlockOptions:
     """Options of all blocks of a network.
 
     Args:
@@ -144,9 +144,9 @@ class Shortcut(nn.Sequential):
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise convolution, channel attention, 1 x 1 convolution."""
+    """Depthwise convolution, channel attention, 1 x 1 convolution; before a shortcut the last norm starts at 0."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: BlockOptions) -> None:
         super().__init__()
         stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
         self.depthwise = slim_conv(ins, ins, stage.kernel_size, stride, depthwise=True)
@@ -156,11 +156,8 @@ class SeparableBlock(nn.Module):
         self.norm2 = slim_norm(outs)
         self.act = options.activation()
         self.shortcut = Shortcut(ins, outs, stride) if options.skip else None
-
-    @property
-    def last_norm(self) -> PlainBatchNorm2d:
-        """The norm before the shortcut is added."""
-        return self.norm2
+        if options.skip:
+            nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.se(self.act(self.norm1(self.depthwise(x))))
@@ -168,10 +165,10 @@ class SeparableBlock(nn.Module):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
-class InvertedResidual(nn.Module):
-    """1 x 1 expansion, depthwise convolution, channel attention, linear 1 x 1 projection."""
+class DSNetInvertedResidual(nn.Module):
+    """1 x 1 expansion, depthwise convolution, channel attention, linear 1 x 1 projection; as `SeparableBlock` in all else."""
 
-    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: Options) -> None:
+    def __init__(self, ins: Widths, outs: Widths, stage: StageSpec, first: bool, options: BlockOptions) -> None:
         super().__init__()
         stride, holds_gate = (stage.stride, stage.gate) if first else (1, False)
         middle = Widths((divisible(width * EXPANSION, 8) for width in ins), ins.slot)
@@ -184,11 +181,8 @@ class InvertedResidual(nn.Module):
         self.norm3 = slim_norm(outs)
         self.act = options.activation()
         self.shortcut = Shortcut(ins, outs, stride) if options.skip else None
-
-    @property
-    def last_norm(self) -> PlainBatchNorm2d:
-        """The norm before the shortcut is added."""
-        return self.norm3
+        if options.skip:
+            nn.init.zeros_(self.norm3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.norm1(self.expand(x)))
@@ -197,9 +191,9 @@ class InvertedResidual(nn.Module):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
-def make_stage(stage: StageSpec, ins: Widths, outs: Widths, options: Options) -> nn.Sequential:
+def make_stage(stage: StageSpec, ins: Widths, outs: Widths, options: BlockOptions) -> nn.Sequential:
     """The blocks of one stage."""
-    block = SeparableBlock if stage.kind == "ds" else InvertedResidual
+    block = SeparableBlock if stage.kind == "ds" else DSNetInvertedResidual
     first = block(ins, outs, stage, True, options)
     return nn.Sequential(first, *(block(outs, outs, stage, False, options) for _ in range(stage.blocks - 1)))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, projection
 
 # depth -> (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = _projection(ins, width, stride)
+        self.downsample = projection(ins, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -54,19 +54,12 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, outs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outs)
-        self.downsample = _projection(ins, outs, stride)
+        self.downsample = projection(ins, outs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
-
-
-def _projection(ins: int, outs: int, stride: int) -> nn.Module:
-    """Option B: a 1 x 1 convolution and norm where the shape changes."""
-    if stride == 1 and ins == outs:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
 
 
 class ImageNetResNet(Classifier):

@@ -144,34 +144,21 @@ def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
 
 
 def mobilenetv2_shared(
-    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, lambda_r: float = 10.0
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.2,
+    lambda_r: float = 10.0,
+    double: bool = False,
+    eca: bool = False,
 ) -> MobileNetV2:
-    """A MobileNetV2 whose blocks share the first 1 x 1 convolution of their stage, in four stages but for the first block.
+    """A MobileNetV2 whose blocks share 1 x 1 convolutions with their stage, in four stages except for the first block.
 
     Args:
         num_classes: Outputs.
         in_chans: Channels of the image.
         drop_rate: Dropout before the head.
-        lambda_r: Factor of the orthogonality penalty in training.
-
-    Raises:
-        ConfigError: A number that is out of range.
-
-    Source: Kang & Kim, section 4.
-    """
-    return _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1",), lambda_r)
-
-
-def mobilenetv2_shared_double(
-    num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, lambda_r: float = 10.0, eca: bool = False
-) -> MobileNetV2:
-    """A MobileNetV2 whose blocks share both 1 x 1 convolutions of their stage, in four stages but for the first block.
-
-    Args:
-        num_classes: Outputs.
-        in_chans: Channels of the image.
-        drop_rate: Dropout before the head.
-        lambda_r: Factor of the orthogonality penalties in training; one for each of the two convolutions.
+        lambda_r: Factor of the orthogonality penalty in training; each shared kind of convolution has its own penalty.
+        double: Share both 1 x 1 convolutions of a block instead of the first.
         eca: Channel attention at the end of each sharing block: over three neighbours from 96 channels on, else over one.
 
     Raises:
@@ -180,26 +167,23 @@ def mobilenetv2_shared_double(
     Source: Kang & Kim, section 4; Wang et al., section 3.2.
     """
     check_choice("eca", eca, (True, False))
-    model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), ("conv1", "conv3"), lambda_r)
+    model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), double, lambda_r)
     for module in model.modules() if eca else ():
         if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
             module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
     return model
 
 
-def cifar_mobilenetv2_shared(num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0) -> MobileNetV2:
+def cifar_mobilenetv2_shared(
+    num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0, double: bool = False
+) -> MobileNetV2:
     """As `mobilenetv2_shared`, for 32 x 32 images."""
-    return _sharing(cifar_mobilenetv2(num_classes, in_chans), ("conv1",), lambda_r)
+    return _sharing(cifar_mobilenetv2(num_classes, in_chans), double, lambda_r)
 
 
-def cifar_mobilenetv2_shared_double(num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0) -> MobileNetV2:
-    """As `mobilenetv2_shared_double`, for 32 x 32 images."""
-    return _sharing(cifar_mobilenetv2(num_classes, in_chans), ("conv1", "conv3"), lambda_r)
-
-
-def _sharing(model: MobileNetV2, convs: tuple[str, ...], lambda_r: float) -> MobileNetV2:
-    """Share these convolutions within each stage of `SHARING`; each kind has a penalty of its own."""
-    for conv in convs:
+def _sharing(model: MobileNetV2, double: bool, lambda_r: float) -> MobileNetV2:
+    """Share the first, or both, 1 x 1 convolutions of the blocks in `SHARING` within each stage."""
+    for conv in ("conv1", "conv3") if double else ("conv1",):
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
         apply_technique(model, technique, select=rf"{SHARING}\.{conv}$")
     for module in model.modules():

@@ -6,7 +6,6 @@ Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, sect
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra // 2, extra - extra // 2))
 
 
-class BasicBlock(nn.Module):
+class CifarBasicBlock(nn.Module):
     """Two 3 x 3 convolutions, and the input added before the last ReLU."""
 
     def __init__(self, ins: int, inner: int, outs: int, stride: int, shortcut: str) -> None:
@@ -127,14 +126,13 @@ def resnet(
     inners = {outs: int(outs / inner_factor) for outs in widths}
     if min(*widths, *inners.values()) < 1:
         raise ConfigError(f"reduction={reduction} with reduction_mode={reduction_mode!r} leaves no channel: use less")
-    make_block = partial(_basic_block, inners=inners, shortcut=shortcut)
+
+    def make_block(ins: int, outs: int, stride: int) -> CifarBasicBlock:
+        return CifarBasicBlock(ins, inners[outs], outs, stride, shortcut)
+
     model = ResNet(blocks, widths, check_classes(num_classes), in_chans, make_block)
     if shortcut == "pad":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-def _basic_block(ins: int, outs: int, stride: int, *, inners: dict[int, int], shortcut: str) -> BasicBlock:
-    return BasicBlock(ins, inners[outs], outs, stride, shortcut)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, projection
 from thriftnet.techniques.filter_basis import SharedBasisConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
@@ -37,7 +37,7 @@ class PartlySharedConv2d(nn.Module):
         return torch.cat((self.unique(x), self.shared(x)), 1)
 
 
-class Bottleneck(nn.Module):
+class ResNeXtBottleneck(nn.Module):
     """1 x 1 convolution, a middle one, 1 x 1 convolution, and the input added before the last ReLU."""
 
     def __init__(self, ins: int, outs: int, middle: nn.Conv2d | PartlySharedConv2d, stride: int = 1) -> None:
@@ -48,9 +48,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(middle.out_channels)
         self.conv3 = nn.Conv2d(middle.out_channels, outs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or ins != outs:
-            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+        self.shortcut = projection(ins, outs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -76,7 +74,7 @@ class ResNeXt(Classifier):
             layers = []
             for stride in [1 if stage == 0 else 2] + [1] * (number - 1):
                 middle = nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False)
-                layers.append(Bottleneck(ins, outs, middle, stride))
+                layers.append(ResNeXtBottleneck(ins, outs, middle, stride))
                 ins = outs
             stages.append(nn.Sequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -143,7 +141,7 @@ def resnext_shared(
         bank = SharedBasisConv2d(like, lambda_r)
         for place in range(1, len(layer)):
             own = nn.Conv2d(width, unique, 3, padding=1, groups=unique // per_group, bias=False)
-            layer[place] = Bottleneck(outs, outs, PartlySharedConv2d(own, bank))
+            layer[place] = ResNeXtBottleneck(outs, outs, PartlySharedConv2d(own, bank))
     return model
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_whole_number
-from thriftnet.models.classifier import check_classes
+from thriftnet.models.classifier import check_classes, projection
 from thriftnet.models.resnet import ResNet, blocks_of_depth
 from thriftnet.techniques.shift import ShiftConv2d
 
@@ -30,9 +30,7 @@ class ShiftBlock(nn.Module):
         super().__init__()
         self.conv = ShiftConv2d(ins, outs, stride=stride, expansion=expansion)
         self.bn = nn.BatchNorm2d(outs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or ins != outs:
-            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
+        self.shortcut = projection(ins, outs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = F.relu(self.bn(self.conv(x))) + self.shortcut(x)
