@@ -21,12 +21,7 @@ from thriftnet.dynamic.gate import SqueezeGate, decide, gate_of, gates, gumbel_c
 from thriftnet.dynamic.network import cheapest_cost, mixture
 from thriftnet.dynamic.objective import (
     GateObjective,
-    budget_loss,
     decision_of,
-    mean_macs,
-    original_macs_loss,
-    original_sparsification_loss,
-    sparsification_loss,
     sparsification_targets,
     value_loss,
     width_losses,
@@ -306,19 +301,28 @@ def test_targets_of_the_sandwich() -> None:
 
 
 def test_one_softmax_can_reach_its_target_and_two_cannot() -> None:
-    """A gate that is surely right: the loss vanishes; with a second softmax it does not, nor does its gradient say so."""
-    sure, targets = torch.tensor([[50.0, 0.0, 0.0]], dtype=torch.float64), torch.tensor([0])
-    assert sparsification_loss(sure, targets, 0.0) < 1e-12
-    twice = original_sparsification_loss(sure.softmax(1), targets, 0.0)
-    assert twice.item() == pytest.approx(math.log(math.e + 2) - 1)
+    """A gate that is surely right: the loss vanishes; with a second softmax it does not."""
+    sure, labels, macs = (
+        torch.tensor([[50.0, 0.0, 0.0]], dtype=torch.float64),
+        torch.tensor([0]),
+        torch.tensor([1e8, 2e8, 6e8]),
+    )
+    decision = decision_of(sure, noise=False)
+    for original, expected in ((False, 0.0), (True, math.log(math.e + 2) - 1)):
+        loss = GateObjective(label_smoothing=0.0, original=original)(decision, sure, labels, labels, macs)
+        assert loss.sparsification.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_macs_and_budgets() -> None:
-    choice, macs = torch.eye(3, dtype=torch.float64).requires_grad_(), torch.tensor([1e8, 2e8, 6e8])
-    assert mean_macs(choice, macs).item() == pytest.approx(3e8)
-    assert budget_loss(choice, macs, 3e8).item() == 0
-    assert budget_loss(choice, macs, 2e8).item() == pytest.approx(0.25)
-    assert original_macs_loss(choice, macs).item() == pytest.approx(0.5 * 0.3**2)
+    logits, macs = 50 * torch.eye(3, dtype=torch.float64), torch.tensor([1e8, 2e8, 6e8])  # 3e8 on average
+    decision, labels = decision_of(logits, noise=False), torch.arange(3)
+
+    def spent(**options: Any) -> float:
+        return GateObjective(**options)(decision, logits, labels, labels, macs).macs.item()
+
+    assert spent(budget=3e8) == pytest.approx(0, abs=1e-12)
+    assert spent(budget=2e8) == pytest.approx(10 * 0.25)
+    assert spent(original=True) == pytest.approx(0.5 * 0.3**2)
 
 
 def test_the_objective_adds_up() -> None:
@@ -330,15 +334,15 @@ def test_the_objective_adds_up() -> None:
     objective = GateObjective(budget=2e8, budget_weight=3.0, sparsification_weight=0.5, label_smoothing=0.0)
     loss = objective(decision, output, labels, sparsification_targets(every, labels), macs)
     assert loss.total.item() == pytest.approx((loss.task + loss.sparsification + loss.macs).item())
-    assert loss.sparsification.item() == pytest.approx(
-        0.5 * sparsification_loss(logits, torch.tensor([0, 2, 2, 2]), 0.0).item()
-    )
-    assert loss.macs.item() == pytest.approx(3 * budget_loss(decision.choice, macs, 2e8).item())
+    wanted = nn.functional.cross_entropy(logits, torch.tensor([0, 2, 2, 2]))
+    assert loss.sparsification.item() == pytest.approx(0.5 * wanted.item())
+    spent = (decision.choice.detach() * macs).sum(1).mean().item()
+    assert loss.macs.item() == pytest.approx(3 * (spent / 2e8 - 1) ** 2)
     loss.total.backward()
     assert logits.grad is not None
     assert GateObjective()(decision_of(logits.detach()), output, labels, labels, macs).macs == 0
     theirs = GateObjective(original=True)(decision, output, labels, labels, macs)
-    assert theirs.macs.item() == pytest.approx(original_macs_loss(decision.choice, macs).item())
+    assert theirs.macs.item() == pytest.approx(0.5 * (spent / 1e9) ** 2)
 
 
 def test_the_loss_of_values_by_hand() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from torch import nn
 
 from thriftnet.core import probe
-from thriftnet.core.fold_norms import fold_norms_of
+from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.history import HISTORY, history, record
 from thriftnet.core.sites import replace, sites
 from thriftnet.core.spec import check_choice
@@ -113,7 +113,7 @@ def freeze(
         assign(model, chosen, cast(probe.Size, size))
     frozen = fold(model, inplace=True)
     if fold_norms:
-        frozen = fold_norms_of(frozen, cast(probe.Size, size))
+        frozen = fold_norms_of(frozen, lambda ghost: probe.run(ghost, cast(probe.Size, size)))
     options = {"width": width, "index": index, "fold_norms": fold_norms or None, "input_size": input_size}
     given = {name: _plain(value) for name, value in options.items() if value is not None}
     setattr(frozen, HISTORY, [*history(frozen)[:-1], {"verb": "freeze", **given}])

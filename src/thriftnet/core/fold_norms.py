@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.conv import plain_conv2d
 from thriftnet.core.norm import scale_and_shift
-from thriftnet.core.probe import IgnoreOuterModes, Size, images, on_meta
+from thriftnet.core.probe import IgnoreOuterModes, on_meta
 from thriftnet.core.sites import replace
 
 
@@ -49,19 +49,17 @@ def fold_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modul
         run: Runs a copy of it on the meta device once.
     """
     table: dict[int, nn.Module] = {}
-    for conv, norm in _pairs(model, run):
-        scale, shift = scale_and_shift(norm)
-        weight = conv.weight.detach() * scale[:, None, None, None]
-        bias = shift if conv.bias is None else conv.bias.detach() * scale + shift
-        table[id(conv)] = plain_conv2d(conv, weight, bias, conv.groups)
-        table[id(norm)] = nn.Identity()
+    readers, ran = sole_readers(model, run, (nn.BatchNorm2d,))
+    for name, makers in readers.items():
+        norm, conv = model.get_submodule(name), model.get_submodule(makers[0])
+        if len(makers) > 1 or ran[makers[0]] > 1 or type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+            continue
+        if norm.running_mean is not None:
+            scale, shift = scale_and_shift(norm)
+            weight = conv.weight.detach() * scale[:, None, None, None]
+            bias = shift if conv.bias is None else conv.bias.detach() * scale + shift
+            table |= {id(conv): plain_conv2d(conv, weight, bias, conv.groups), id(norm): nn.Identity()}
     return replace(model, table)
-
-
-def fold_norms_of(model: nn.Module, size: Size) -> nn.Module:
-    """`fold_norms` for a whole network, which runs on images of this size."""
-
-    return fold_norms(model, lambda ghost: ghost(images(size).to(next(ghost.parameters()).dtype)))
 
 
 def make_inplace(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
@@ -71,22 +69,22 @@ def make_inplace(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
         model: A network that no gradient is taken of.
         run: Runs a copy of it on the meta device once.
     """
-    for name in fusable_activations(model, run, ACTIVATIONS)[0]:
+    for name in sole_readers(model, run, ACTIVATIONS)[0]:
         setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
 
 
-def fusable_activations(
+def sole_readers(
     model: nn.Module, run: Callable[[nn.Module], object], kinds: tuple[type[nn.Module], ...]
 ) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Activations that read nothing but outputs of convolutions and norms which nothing else reads.
+    """Layers that read nothing but outputs of convolutions and norms which nothing else reads.
 
     Args:
         model: Any network.
         run: Runs a copy of it on the meta device once.
-        kinds: Of activations.
+        kinds: Of layers.
 
     Returns:
-        The name of each, with the layer whose output it read in each of its calls; and how often each layer ran.
+        The name of each, with the layer whose output it read in each of its calls; and how often each convolution and norm ran.
     """
     ghost = on_meta(model)
     made_by: dict[int, str] = {}
@@ -99,7 +97,7 @@ def fusable_activations(
     for name, module in ghost.named_modules():
         if isinstance(module, kinds):
             module.register_forward_pre_hook(lambda _, args, name=name: reads.setdefault(name, []).append(id(args[0])))
-        elif isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(lambda _, args, output, name=name: layer_ran(name, output))
     with torch.no_grad(), _Uses() as uses:
         run(ghost)
@@ -109,34 +107,3 @@ def fusable_activations(
         if all(each in made_by and uses.counts[each] == 1 for each in given)
     }
     return found, Counter(made_by.values())
-
-
-def _pairs(model: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the norms that alone read their outputs."""
-    ghost = on_meta(model)
-    made_by: dict[int, str] = {}
-    fed_by: dict[str, tuple[str, int]] = {}
-    ran: Counter[str] = Counter()
-
-    def conv_ran(name: str, output: Tensor) -> None:
-        made_by[id(output)] = name
-        ran[name] += 1
-        uses.kept.append(output)
-
-    def norm_runs(name: str, given: Tensor) -> None:
-        ran[name] += 1
-        if id(given) in made_by:
-            fed_by[name] = (made_by[id(given)], id(given))
-
-    for name, module in ghost.named_modules():
-        if type(module) is nn.Conv2d:
-            module.register_forward_hook(lambda _, args, output, name=name: conv_ran(name, output))
-        elif type(module) is nn.BatchNorm2d and module.running_mean is not None:
-            module.register_forward_pre_hook(lambda _, args, name=name: norm_runs(name, args[0]))
-    with torch.no_grad(), _Uses() as uses:
-        run(ghost)
-    found = []
-    for norm, (conv, output) in fed_by.items():
-        if ran[norm] == ran[conv] == 1 and uses.counts[output] == 1:
-            found.append((model.get_submodule(conv), model.get_submodule(norm)))
-    return found  # type: ignore[return-value]

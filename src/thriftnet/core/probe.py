@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from thriftnet.core.sites import ends
@@ -53,18 +53,18 @@ def on_meta(model: nn.Module) -> nn.Module:
     return ghost
 
 
-def images(size: Size, batch: int = 2) -> Tensor:
-    """A batch of images on the meta device."""
-    return torch.empty(batch, *size, device="meta")
+def run(ghost: nn.Module, size: Size) -> None:
+    """Run a network on the meta device on two images of this size, of its own type."""
+    dtype = next((t.dtype for t in ghost.parameters() if t.is_floating_point()), torch.float32)
+    ghost(torch.empty(2, *size, device="meta", dtype=dtype))
 
 
 @torch.no_grad()
 def failure(ghost: nn.Module, size: Size) -> Exception | None:
     """The error of a network on the meta device on images of this size; None if it runs."""
-    dtype = next((t.dtype for t in ghost.parameters() if t.is_floating_point()), torch.float32)
     try:
         with IgnoreOuterModes():
-            ghost(images(size).to(dtype))
+            run(ghost, size)
     except Exception as error:  # a network's own code may raise anything
         return error
     return None

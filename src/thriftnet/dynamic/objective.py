@@ -113,15 +113,14 @@ class GateObjective:
             values = value_loss(decision.logits, targets) * self.sparsification_weight
             return GateLoss(values, values.new_zeros(()), values, values.new_zeros(()))
         task = F.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
-        if self.original:
-            sparsification = original_sparsification_loss(decision.soft, targets, self.label_smoothing)
-            spent = original_macs_loss(decision.choice, macs)
+        spent = (decision.choice @ macs.to(decision.choice)).mean()  # per image, with the gradient of the choices
+        if self.original:  # the softmax is taken twice, so that the loss cannot reach 0
+            distance, logits = 0.5 * (spent / 1e9) ** 2, decision.soft
         else:
-            sparsification = sparsification_loss(decision.logits, targets, self.label_smoothing)
-            spent = task.new_zeros(()) if self.budget is None else budget_loss(decision.choice, macs, self.budget)
-            spent = spent * self.budget_weight
-        sparsification = sparsification * self.sparsification_weight
-        return GateLoss(task + sparsification + spent, task, sparsification, spent)
+            relative = 0.0 * spent if self.budget is None else spent / self.budget - 1
+            distance, logits = self.budget_weight * relative**2, decision.logits
+        sparsification = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing) * self.sparsification_weight
+        return GateLoss(task + sparsification + distance, task, sparsification, distance)
 
 
 def decision_of(
@@ -169,28 +168,3 @@ def value_loss(logits: Tensor, losses: Tensor) -> Tensor:
     """
     distance = logits + losses
     return (distance - distance.mean(1, keepdim=True)).square().sum(1).mean()
-
-
-def sparsification_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy between the gate's logits, before noise, and the targets: one softmax."""
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-
-
-def original_sparsification_loss(soft: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """The authors' formula: probabilities as logits, so that the softmax is taken twice. Its minimum is above 0."""
-    return F.cross_entropy(soft, targets, label_smoothing=label_smoothing)
-
-
-def mean_macs(choice: Tensor, macs: Tensor) -> Tensor:
-    """Multiply-accumulates per image of a batch, with the gradient of the choices."""
-    return (choice @ macs.to(choice)).mean()
-
-
-def budget_loss(choice: Tensor, macs: Tensor, budget: float) -> Tensor:
-    """Squared relative distance from the budget."""
-    return (mean_macs(choice, macs) / budget - 1) ** 2
-
-
-def original_macs_loss(choice: Tensor, macs: Tensor) -> Tensor:
-    """The authors' formula: half the squared mean in billions, without a budget."""
-    return 0.5 * (mean_macs(choice, macs) / 1e9) ** 2

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core import probe
 from thriftnet.core.fold import fold, is_foldable
-from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, fusable_activations, make_inplace
+from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, make_inplace, sole_readers
 from thriftnet.core.history import HISTORY, history
-from thriftnet.core.probe import IgnoreOuterModes, images, on_meta
-from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.sites import replace
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack, has_hooks
@@ -50,15 +50,12 @@ def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Mod
         raise IncompatibleModelError(
             f"{type(model).__name__} is in training mode, where norms depend on the batch. Call model.eval() first"
         )
-    size = size_of(model, input_size)
+    size = probe.input_size(model, input_size)
     plain = copy.deepcopy(model)
     if any(is_foldable(module) for module in plain.modules()):
         plain = fold(plain, inplace=True)
     past = history(plain)
-
-    def run(ghost: nn.Module) -> None:
-        ghost(images(size).to(next(ghost.parameters()).dtype))
-
+    run = partial(probe.run, size=size)
     packed = pack_layers(fold_norms(plain, run), run)
     setattr(packed, HISTORY, [*past, {"verb": "pack", "input_size": list(size)}])
     return packed
@@ -85,7 +82,7 @@ def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modu
 
 def _packable(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, nn.Conv2d]:
     """Convolutions that pay off, by name: on maps of a single value, as in channel attention, there is too little to do."""
-    ghost = on_meta(model)
+    ghost = probe.on_meta(model)
     large: set[str] = set()
 
     def note(name: str, x: Tensor) -> None:
@@ -95,7 +92,7 @@ def _packable(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     for name, module in ghost.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-    with torch.no_grad(), IgnoreOuterModes():
+    with torch.no_grad(), probe.IgnoreOuterModes():
         run(ghost)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and can_pack(module)}
     return {name: conv for name, conv in convs.items() if name in large}
@@ -106,7 +103,7 @@ def _absorbed(model: nn.Module, run: Callable[[nn.Module], object], packable: se
 
     Every output of such a convolution goes to an activation of one kind, and such an activation reads nothing else.
     """
-    readers, ran = fusable_activations(model, run, (*ACTIVATIONS, nn.GELU))
+    readers, ran = sole_readers(model, run, (*ACTIVATIONS, nn.GELU))
     watched = {name for name in readers if has_hooks(model.get_submodule(name))}
     readers = {name: makers for name, makers in readers.items() if name not in watched}
     kinds = {name: activation_of(model.get_submodule(name)) for name in readers}
