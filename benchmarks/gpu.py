@@ -28,7 +28,7 @@ from benchmarks.networks import batch, forward_backward, trained_step
 from benchmarks.report import Results, conditions
 from thriftnet.kernels import force
 from thriftnet.kernels.shift import moved_channels
-from thriftnet.kernels.triton_pointwise import fused
+from thriftnet.kernels.triton_pointwise import shift_pointwise
 from thriftnet.models import create_model
 from thriftnet.techniques.filter_basis import FilterBasis
 from thriftnet.techniques.shift import Shift2d
@@ -115,7 +115,7 @@ def pointwise_case(shape: tuple[int, int, int, int], outs: int, stride: int, dty
     given = x.detach()
     variants = {
         "plain 1 x 1": lambda: F.conv2d(given, weight, stride=stride),
-        "fused": lambda: fused(given, weight, 3, 1, moved, stride),
+        "fused": lambda: shift_pointwise(given, weight, 3, 1, moved, stride),
         "shift, then 1 x 1": lambda: F.conv2d(layer(given), weight, stride=stride),
     }
     ratios = [Ratio("fused", "plain 1 x 1", P1G_FUSED), Ratio("shift, then 1 x 1", "plain 1 x 1")]

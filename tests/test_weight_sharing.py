@@ -85,7 +85,7 @@ def test_depth_that_is_left_over_keeps_its_own() -> None:
 def test_rate_that_divides_nothing_is_refused_with_what_is_possible() -> None:
     with pytest.raises(
         tn.IncompatibleModelError,
-        match=r"rate=4 divides no set of equal layers.*'convs\.0'.* has 6\. Possible rates for it: 2, 3, 6",
+        match=r"rate=4 divides no set of equal layers.*'convs\.0'.* has 6\. Expected one of 2, 3, 6",
     ):
         tn.convert(chain(6), tn.WeightSharing(rate=4))
     with pytest.raises(tn.IncompatibleModelError, match=r"rate=9 divides no set of equal layers"):

@@ -163,7 +163,8 @@ def _options(norm: nn.Module) -> dict[str, Any]:
     options = {name: getattr(norm, name) for name in names if hasattr(norm, name)}
     if norm.weight is not None and getattr(norm, "bias", None) is None:
         options["bias"] = False
-    return {**options, "device": device_of(norm), "dtype": dtype_of(norm)}
+    like = first_tensor(norm)
+    return options if like is None else {**options, "device": like.device, "dtype": like.dtype}
 
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
@@ -176,17 +177,6 @@ def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tens
     return scale, (plain.bias.detach() if plain.affine else 0.0) - plain.running_mean * scale
 
 
-def _first_tensor(module: nn.Module) -> Tensor | None:
+def first_tensor(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter or buffer of a module, for its type and device."""
     return next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
-
-
-def device_of(module: nn.Module) -> torch.device | None:
-    """Where the module's tensors are."""
-    tensor = _first_tensor(module)
-    return None if tensor is None else tensor.device
-
-
-def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """Type of the module's floating point tensors."""
-    tensor = _first_tensor(module)
-    return None if tensor is None else tensor.dtype

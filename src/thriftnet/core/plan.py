@@ -76,7 +76,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON-ready dict."""
         written = self.technique if isinstance(self.technique, str | Mapping) else to_dict(self.technique)
-        return {"plan_format": PLAN_FORMAT, **asdict_shallow(self), "technique": written, "groups": self.groups}
+        fields = {**asdict(self), "technique": written, "groups": self.groups}
+        return {"plan_format": PLAN_FORMAT, **json.loads(json.dumps(fields))}
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -109,14 +110,3 @@ class Plan:
         if not isinstance(data, dict):
             raise ConfigError(f"a plan must be a JSON object, got {type(data).__name__}")
         return cls.from_dict(data)
-
-
-def asdict_shallow(plan: Plan) -> dict[str, Any]:
-    """Fields of a plan, JSON-ready."""
-    return {
-        "model": plan.model,
-        "params_before": plan.params_before,
-        "params_after": plan.params_after,
-        "rows": [{**asdict(row), "names": list(row.names)} for row in plan.rows],
-        "left": [list(entry) for entry in plan.left],
-    }

@@ -94,7 +94,8 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     """
     moves, implementation = Moves(kernel_size, dilation, moved), choose(x).implementation
     if implementation in ON_GPU:
-        return triton_shift.moved(x, *moves)
+        by_triton: Tensor = triton_shift.shift(x, *moves)
+        return by_triton
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if implementation == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
         return depthwise(x, kernel, moves)

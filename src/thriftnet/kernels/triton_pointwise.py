@@ -86,14 +86,6 @@ def _(
     return torch.empty_like(x), torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
 
 
-def fused(
-    x: Tensor, weight: Tensor, kernel_size: int, dilation: int, moved: int, stride: int = 1, *, relu: bool = False
-) -> Tensor:
-    """`shift_pointwise` for type checkers."""
-    out: Tensor = shift_pointwise(x, weight, kernel_size, dilation, moved, stride, relu)
-    return out
-
-
 def _empty_output(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     shape = (x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
     return torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)

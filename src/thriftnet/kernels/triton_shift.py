@@ -55,18 +55,9 @@ def shift(
         strides = (*x.stride(), *like.stride(), *out.stride())
         wide = max(_reach(tensor) for tensor in (x, like, out)) >= 2**31
         shift_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            x,
-            like,
-            out,
-            *sizes,
-            *strides,
-            K=kernel_size,
-            RELU=relu,
-            GATED=gate is not None,
-            LAST=last,
-            WIDE=wide,
-            BLOCK=BLOCK,
-        )
+            x, like, out, *sizes, *strides,
+            K=kernel_size, RELU=relu, GATED=gate is not None, LAST=last, WIDE=wide, BLOCK=BLOCK,
+        )  # fmt: skip
     return out
 
 
@@ -92,12 +83,6 @@ def _empty_like(x: Tensor) -> Tensor:
     """Memory for the result: channels_last for channels_last, NCHW for everything else."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def moved(x: Tensor, kernel_size: int, dilation: int, moved: int, direction: int = 1, *, relu: bool = False) -> Tensor:
-    """`shift` for type checkers."""
-    out: Tensor = shift(x, kernel_size, dilation, moved, direction, relu)
-    return out
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

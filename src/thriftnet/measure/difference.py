@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from thriftnet.core.norm import device_of, dtype_of
+from thriftnet.core.norm import first_tensor
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def relative_difference(one: nn.Module, other: nn.Module, input_size: tuple[int,
         batch: Number of images.
     """
     images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(device=device_of(one), dtype=dtype_of(one))
+    like = first_tensor(one)
+    images = images if like is None else images.to(like)
     expected, got = one(images), other(images)
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     return float((expected - got).abs().max() / scale)

@@ -37,8 +37,7 @@ def cifar10_resnet(
             nothing.
         unique_rank: Filters of each convolution's own in the first stage; later ones have twice and four times as many.
         lambda_r: Factor of the orthogonality penalty in training; it covers shared and unique filters.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth or rank.
@@ -69,8 +68,7 @@ def basic_resnet(
         shared_rank: Filters per shared basis in the first stage; each later one has twice as many. 0 shares nothing.
         unique_rank: Filters of each convolution's own in the first stage; each later one has twice as many.
         lambda_r: Factor of the orthogonality penalty in training; it covers shared filters only.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth, stem or rank.
@@ -92,8 +90,7 @@ def bottleneck_resnet(
         shared: How many convolutions of a block are shared: 1, the 3 x 3 one; or 2, the last 1 x 1 one, too. The penalty
             averages each kind for itself.
         lambda_r: Factor of the orthogonality penalty in training.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth or number.

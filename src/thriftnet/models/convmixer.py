@@ -106,8 +106,7 @@ def convmixer(
         patch_size: Side and stride of the patches that the stem reads.
         kernel_size: Side of the depthwise kernels.
         activation: "relu" or "gelu".
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         drop_rate: Dropout before the head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).

@@ -84,8 +84,7 @@ def densenet(depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> Den
 
     Args:
         depth: Layers: 121, 161, 169 or 201.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth.
@@ -114,11 +113,10 @@ def densenet_shared(
         original_sharing: The last two dense blocks share one basis, as in the authors' code, whose own basis for the last
             block is left unused. Needed for their trained weights.
         lambda_r: Factor of the orthogonality penalty in training.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
-        ConfigError: An impossible depth, or ranks that are not whole numbers, or too large together.
+        ConfigError: An impossible depth, or ranks that are no integers, or too large together.
 
     Source: Kang & Kim, section 4.
     """

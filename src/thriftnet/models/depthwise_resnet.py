@@ -106,8 +106,7 @@ def depthwise_resnet(
         depth: Layers of the ResNet whose blocks it replaces: 20, 56, 110, ...
         reduction: How many times fewer channels inside a block than it outputs; below 1 there are more: 1/6 widens as MobileNetV2
             does.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         block: "depthwise"; "shuffle", whose inner channels are rounded down to a multiple of 4; or "mobile".
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).

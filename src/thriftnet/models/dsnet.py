@@ -148,8 +148,7 @@ def dsnet(
         se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
         skip: Give blocks shortcuts.
         activation: "swish" or "relu".
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         drop_rate: Dropout before the classifier, at "largest" only.
         gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
 

@@ -71,8 +71,7 @@ class ImageNetResNet(Classifier):
         blocks: Blocks of each stage.
         block: Their class.
         stem: "imagenet" (7 x 7 with stride 2, then pooling) or "cifar" (3 x 3).
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
     """
 
     def __init__(
@@ -116,8 +115,7 @@ def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 
     Args:
         depth: Layers: 18 or 34 of basic blocks; 50, 101 or 152 of bottleneck blocks.
         stem: "imagenet" for 224 x 224 images, "cifar" for 32 x 32.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth, stem or number.

@@ -115,8 +115,7 @@ def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0
     """The MobileNetV2 for 224 x 224 images.
 
     Args:
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         drop_rate: Dropout before the head.
 
     Raises:
@@ -132,8 +131,7 @@ def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
     """A MobileNetV2 for 32 x 32 images, with a 1 x 1 stem that pads its maps to 34 x 34.
 
     Args:
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: A number that is out of range.
@@ -154,8 +152,7 @@ def mobilenetv2_shared(
     """A MobileNetV2 whose blocks share 1 x 1 convolutions with their stage, in four stages except for the first block.
 
     Args:
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         drop_rate: Dropout before the head.
         lambda_r: Factor of the orthogonality penalty in training; each shared kind of convolution has its own penalty.
         double: Share both 1 x 1 convolutions of a block instead of the first.

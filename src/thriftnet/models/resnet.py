@@ -105,8 +105,7 @@ def resnet(
 
     Args:
         depth: Layers: 20, 32, 44, 56, 110, ...
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
         shortcut: "pad" (option A, no parameters) or "projection" (1 x 1 convolution and norm), where the shape changes;
             "projection-reduced" also around every block that is narrower inside, as the ShiftResNet authors had it from 10 to 13
             November 2017.

@@ -91,8 +91,7 @@ def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNe
 
     Args:
         depth: Layers: 50 (32 groups of 4 channels in the first stage) or 101 (32 groups of 8).
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth.
@@ -120,8 +119,7 @@ def resnext_shared(
         shared_rank: Filters that the blocks of the first stage share.
         unique_rank: Filters of each block's own in the first stage.
         lambda_r: Factor of the orthogonality penalty in training.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth, or a rank that is no multiple of the group size; the message names the nearest.

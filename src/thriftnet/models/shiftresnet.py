@@ -43,8 +43,7 @@ def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, 
     Args:
         depth: Layers of the ResNet whose blocks it replaces: 20, 56, 110, ...
         expansion: Channels that shift, as a multiple of the block's outputs; rounded down to an integer.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 

@@ -23,8 +23,7 @@ def swrn(depth: int = 28, width: int = 10, templates: int = 6, num_classes: int 
         depth: Layers: 10, 16, 22, 28, 40, ...
         width: Factor of the channels 16, 32, 64.
         templates: Templates per bank.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
 

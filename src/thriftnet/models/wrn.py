@@ -65,8 +65,7 @@ def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int =
     Args:
         depth: Layers: 10, 16, 22, 28, 40, ...
         width: Factor of the channels 16, 32, 64.
-        num_classes: Outputs.
-        in_chans: Channels of the image.
+        num_classes, in_chans: Outputs, and channels of the image.
 
     Raises:
         ConfigError: An impossible depth or width.

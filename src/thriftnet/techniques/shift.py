@@ -26,7 +26,7 @@ from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
-from thriftnet.kernels.triton_pointwise import fused
+from thriftnet.kernels.triton_pointwise import shift_pointwise
 
 
 class Shift2d(Tied, WidthAware):
@@ -161,7 +161,7 @@ class ShiftConv2d(ComposedConv2d):
         if stride != other:
             raise ConfigError(f"shift='fused' takes one stride for both axes, got {self.project.stride}")
         shift = self.shift
-        mixed = fused(x, weight, shift.kernel_size, shift.dilation, shift.moved, stride, relu=True)
+        mixed: Tensor = shift_pointwise(x, weight, shift.kernel_size, shift.dilation, shift.moved, stride, relu=True)
         return mixed if bias is None else mixed + bias[:, None, None]
 
 

@@ -146,15 +146,12 @@ def channels(module: nn.Module) -> tuple[int, int]:
     """Input and output channels of a layer."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[0], module.normalized_shape[0]
-    for ins, outs in (
-        ("in_channels", "out_channels"),
-        ("in_features", "out_features"),
-        ("num_features", "num_features"),
-        ("num_channels", "num_channels"),
-        ("channels", "channels"),
-    ):
-        if hasattr(module, ins):
-            return getattr(module, ins), getattr(module, outs)
+    for kind in ("channels", "features"):
+        if hasattr(module, f"in_{kind}"):
+            return getattr(module, f"in_{kind}"), getattr(module, f"out_{kind}")
+    for name in ("num_features", "num_channels", "channels"):
+        if hasattr(module, name):
+            return getattr(module, name), getattr(module, name)
     raise IncompatibleModelError(f"{type(module).__name__} has no attribute with its number of channels")
 
 

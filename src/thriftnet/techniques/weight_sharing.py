@@ -135,7 +135,7 @@ class WeightSharing:
         portion: Fraction of the depth that shares when the distribution is not uniform.
         trained: Train all weights of a group and fuse them in every forward, whatever the fusion (the paper's weight
             fusion); `fold` bakes the result in.
-        groups: Layers that share, as lists of names or of positions in depth; overrides rate and mapping.
+        groups: Layers that share, as lists of names or of indices in depth; overrides rate and mapping.
         depthwise: Let depthwise convolutions share, too.
         linear: Let linear layers share, too, as those in the blocks of a vision transformer.
 
@@ -174,12 +174,10 @@ class WeightSharing:
             given: Any = self.groups
             try:
                 if isinstance(given, str) or any(isinstance(group, str) or len(group) < 2 for group in given):
-                    raise ConfigError(
-                        f"groups={self.groups!r}: each must be a list of at least two layer names or positions"
-                    )
+                    raise ConfigError(f"groups={self.groups!r}: each must be a list of at least two layer names or indices")
                 object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
             except TypeError:
-                raise ConfigError(f"groups={self.groups!r}: give a list of lists of layer names or positions") from None
+                raise ConfigError(f"groups={self.groups!r}: give a list of lists of layer names or indices") from None
 
     @property
     def keeps_members(self) -> bool:
@@ -216,11 +214,11 @@ class WeightSharing:
     def _indivisible(self, equal: list[list[Site[nn.Conv2d | nn.Linear]]]) -> IncompatibleModelError:
         largest = max(equal, key=len)
         size = len(largest)
-        possible = [rate for rate in range(2, size + 1) if size % rate == 0]
+        rates = [rate for rate in range(2, size + 1) if size % rate == 0]
         where = f" (from {largest[0].name!r})" if largest else ""
         return IncompatibleModelError(
             f"rate={self.rate} divides no set of equal layers: the largest{where} has {size}. "
-            f"Possible rates for it: {', '.join(map(str, possible)) or 'none'}; or say which layers share with groups=[...]"
+            f"Expected one of {', '.join(map(str, rates)) or 'none'}; or say which layers share with groups=[...]"
         )
 
     def build(self, group: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[Replacement]:
@@ -278,36 +276,31 @@ def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int =
 def _named_groups(
     sites: Sequence[Site[nn.Conv2d | nn.Linear]], wanted: Sequence[Sequence[str | int]]
 ) -> list[list[Site[nn.Conv2d | nn.Linear]]]:
-    """Groups by names or positions; no layer is in two places."""
-    groups = [_named_group(sites, group) for group in wanted]
-    names = [site.name for group in groups for site in group]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"groups holds layer {name!r} {names.count(name)} times: name each layer once")
-    return groups
-
-
-def _named_group(
-    sites: Sequence[Site[nn.Conv2d | nn.Linear]], wanted: Sequence[str | int]
-) -> list[Site[nn.Conv2d | nn.Linear]]:
-    """Sites by name or position; all must agree in geometry."""
+    """Groups by names or indices; each layer is in one group, with layers of its geometry."""
     by_name = {name: site for site in sites for name in site.names}
-    group: list[Site[nn.Conv2d | nn.Linear]] = []
-    for key in wanted:
-        if isinstance(key, int) and not 0 <= key < len(sites):
-            raise ConfigError(
-                f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
-            )
-        if isinstance(key, str) and key not in by_name:
-            raise unknown_name("layer in groups", key, by_name)
-        site = sites[key] if isinstance(key, int) else by_name[key]
-        if group and signature(site.module) != signature(group[0].module):
-            raise IncompatibleModelError(
-                f"layers {group[0].name!r} and {site.name!r} cannot share: {group[0].module} against {site.module}. "
-                "Put only equal layers into one of the groups"
-            )
-        group.append(site)
-    return group
+    groups: list[list[Site[nn.Conv2d | nn.Linear]]] = []
+    used: set[str] = set()
+    for keys in wanted:
+        groups.append([])
+        for key in keys:
+            if isinstance(key, int) and not 0 <= key < len(sites):
+                raise ConfigError(
+                    f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
+                )
+            if isinstance(key, str) and key not in by_name:
+                raise unknown_name("layer in groups", key, by_name)
+            site = sites[key] if isinstance(key, int) else by_name[key]
+            if site.name in used:
+                raise ConfigError(f"groups names layer {site.name!r} twice: name each layer once")
+            first = groups[-1][0] if groups[-1] else site
+            if signature(site.module) != signature(first.module):
+                raise IncompatibleModelError(
+                    f"layers {first.name!r} and {site.name!r} cannot share: {first.module} against {site.module}. "
+                    "Put only equal layers into one of the groups"
+                )
+            used.add(site.name)
+            groups[-1].append(site)
+    return groups
 
 
 EXAMPLES = (
