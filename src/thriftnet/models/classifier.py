@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +77,27 @@ def check_drop_rate(drop_rate: float) -> None:
     """Raise unless it is a number in [0, 1)."""
     if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
         raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
+
+
+def make_stages(
+    block: Callable[[int, int, int], nn.Module],
+    ins: int,
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    strides: Sequence[int],
+) -> list[nn.Sequential]:
+    """Stages of equal blocks, of which the first changes the number of channels and the size of the maps.
+
+    Args:
+        block: Makes a block from its input channels, output channels and stride.
+        ins: Channels that the first stage reads.
+        widths, blocks, strides: Of each stage: its output channels, its number of blocks, and the stride of the first.
+    """
+    stages = []
+    for outs, number, stride in zip(widths, blocks, strides, strict=True):
+        stages.append(nn.Sequential(block(ins, outs, stride), *(block(outs, outs, 1) for _ in range(number - 1))))
+        ins = outs
+    return stages
 
 
 def projection(ins: int, outs: int, stride: int) -> nn.Module:

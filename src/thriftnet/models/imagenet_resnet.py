@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, projection
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, make_stages, projection
 
 # depth -> (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -27,13 +27,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, ins: int, width: int, stride: int) -> None:
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(ins, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = projection(ins, width, stride)
+        self.conv1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outs)
+        self.conv2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outs)
+        self.downsample = projection(ins, outs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -41,13 +41,13 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1 convolution to the width, 3 x 3, 1 x 1 to four times the width, and the input added before the last ReLU."""
+    """1 x 1 convolution to a quarter of the outputs, 3 x 3, 1 x 1, and the input added before the last ReLU."""
 
     expansion = 4
 
-    def __init__(self, ins: int, width: int, stride: int) -> None:
+    def __init__(self, ins: int, outs: int, stride: int) -> None:
         super().__init__()
-        outs = self.expansion * width
+        width = outs // self.expansion
         self.conv1 = nn.Conv2d(ins, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
@@ -90,15 +90,9 @@ class ImageNetResNet(Classifier):
         self.conv1 = nn.Conv2d(in_chans, 64, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool: nn.Module = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-        ins, stages = 64, []
-        for stage, number in enumerate(blocks):
-            width = 64 * 2**stage
-            outs = block.expansion * width
-            first = block(ins, width, 1 if stage == 0 else 2)
-            stages.append(nn.Sequential(first, *(block(outs, width, 1) for _ in range(number - 1))))
-            ins = outs
+        stages = make_stages(block, 64, [block.expansion * width for width in (64, 128, 256, 512)], blocks, (1, 2, 2, 2))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.fc = nn.Linear(ins, num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

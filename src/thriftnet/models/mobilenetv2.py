@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
+from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config, make_stages
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import FilterBasis, SharedBasisConv2d
 
@@ -84,14 +84,13 @@ class MobileNetV2(Classifier):
         self.default_cfg = config((stem.in_channels, image, image), num_classes, "conv1", "fc")
         self.conv1 = stem
         self.bn1 = nn.BatchNorm2d(32)
-        ins = 32
-        for stage, (outs, blocks, stride) in enumerate(zip(WIDTHS, BLOCKS, strides, strict=True), 1):
-            expansion = 1 if stage == 1 else 6
-            first = InvertedResidual(ins, outs, expansion, stride, projects)
-            more = (InvertedResidual(outs, outs, expansion, 1, projects) for _ in range(blocks - 1))
-            self.add_module(f"stage{stage}", nn.Sequential(first, *more))
-            ins = outs
-        self.conv2 = nn.Conv2d(ins, 1280, 1)
+
+        def block(ins: int, outs: int, stride: int) -> InvertedResidual:
+            return InvertedResidual(ins, outs, 1 if outs == WIDTHS[0] else 6, stride, projects)
+
+        for number, stage in enumerate(make_stages(block, 32, WIDTHS, BLOCKS, strides), 1):
+            self.add_module(f"stage{number}", stage)
+        self.conv2 = nn.Conv2d(WIDTHS[-1], 1280, 1)
         self.bn2 = nn.BatchNorm2d(1280)
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(1280, num_classes)

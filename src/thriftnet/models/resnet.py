@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, config, make_stages
 
 
 class PadShortcut(nn.Module):
@@ -65,13 +65,7 @@ class ResNet(Classifier):
         self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        ins = widths[0]
-        stages = []
-        for stage, outs in enumerate(widths):
-            strides = [1 if stage == 0 else 2] + [1] * (blocks - 1)
-            stages.append(nn.Sequential(*(make_block(ins if i == 0 else outs, outs, s) for i, s in enumerate(strides))))
-            ins = outs
-        self.layer1, self.layer2, self.layer3 = stages
+        self.layer1, self.layer2, self.layer3 = make_stages(make_block, widths[0], widths, (blocks,) * 3, (1, 2, 2))
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

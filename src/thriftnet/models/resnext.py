@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, projection
+from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, make_stages, projection
 from thriftnet.techniques.filter_basis import SharedBasisConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
@@ -68,17 +68,14 @@ class ResNeXt(Classifier):
         self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
         self.conv1 = nn.Conv2d(in_chans, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        ins, stages = 64, []
-        for stage, number in enumerate(blocks):
-            outs, width = 256 * 2**stage, GROUPS * per_group * 2**stage
-            layers = []
-            for stride in [1 if stage == 0 else 2] + [1] * (number - 1):
-                middle = nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False)
-                layers.append(ResNeXtBottleneck(ins, outs, middle, stride))
-                ins = outs
-            stages.append(nn.Sequential(*layers))
+
+        def block(ins: int, outs: int, stride: int) -> ResNeXtBottleneck:
+            width = GROUPS * per_group * outs // 256
+            return ResNeXtBottleneck(ins, outs, nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False), stride)
+
+        stages = make_stages(block, 64, (256, 512, 1024, 2048), blocks, (1, 2, 2, 2))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.fc = nn.Linear(ins, num_classes)
+        self.fc = nn.Linear(2048, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config
+from thriftnet.models.classifier import Classifier, check_classes, config, make_stages
 
 
 class WideBlock(nn.Module):
@@ -41,14 +41,10 @@ class WideResNet(Classifier):
         self.num_features, self.num_classes = 64 * width, num_classes
         self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
-        ins, stages = 16, []
-        for stage, outs in enumerate((16 * width, 32 * width, 64 * width)):
-            first = WideBlock(ins, outs, 1 if stage == 0 else 2)
-            stages.append(nn.Sequential(first, *(WideBlock(outs, outs, 1) for _ in range(blocks - 1))))
-            ins = outs
-        self.layer1, self.layer2, self.layer3 = stages
-        self.bn = nn.BatchNorm2d(ins)
-        self.fc = nn.Linear(ins, num_classes)
+        widths = (16 * width, 32 * width, 64 * width)
+        self.layer1, self.layer2, self.layer3 = make_stages(WideBlock, 16, widths, (blocks,) * 3, (1, 2, 2))
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
