@@ -119,7 +119,9 @@ def test_a_gate_for_a_network_that_cannot_run_narrow_is_refused() -> None:
         lambda: tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0), gate="stage")),
         lambda: tn.add_gate(tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0))), "stage"),
     ):
-        with pytest.raises(tn.IncompatibleModelError, match=r"Counts does not run at width 0\.5 after a whole front"):
+        with pytest.raises(
+            tn.IncompatibleModelError, match=r"Counts does not run at width 0\.5 after a front of full width"
+        ):
             make()
 
 

@@ -15,14 +15,14 @@ from thriftnet.errors import IncompatibleModelError
 class ComposedConv2d(Tied, WidthAware):
     """Layers that run one after the other in place of one convolution; subclasses register them in this order.
 
-    It may be tied to several users and may run at several widths: the first layer reads and the last gives the channels of
+    It may be tied to several users and may run at several widths: the first layer has the inputs and the last the outputs of
     the convolution, and between them there are `inner_channels`.
 
     Shape: as the convolution.
 
     Args:
-        in_channels: Channels that the first layer reads.
-        out_channels: Channels that the last layer gives.
+        in_channels: Inputs of the first layer.
+        out_channels: Outputs of the last layer.
         kernel_size: Of the convolution it replaces.
     """
 

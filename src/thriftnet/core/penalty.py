@@ -33,7 +33,7 @@ def penalty(model: nn.Module, *, scaled: bool = True) -> Tensor:
     """The term that the techniques in a network add to the loss, as their papers train: each shared part counts once.
 
     Args:
-        model: Any network; one without a penalty gives zero.
+        model: Any network; the penalty is zero if no layer has one.
         scaled: Whether to multiply by the technique's own factor (``lambda_r``).
 
     Returns:

@@ -81,10 +81,10 @@ def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> 
     if key not in table:
         raise unknown_name("technique", name, table)
     cls = table[key]
-    possible = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    expected = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for field in kwargs:
-        if field not in possible:
-            raise unknown_name(f"field of {key}", field, possible)
+        if field not in expected:
+            raise unknown_name(f"field of {key}", field, expected)
     return cls(**{field: _tuples(value) for field, value in kwargs.items()})
 
 
@@ -111,9 +111,9 @@ def check_number(name: str, value: object, above: float) -> None:
         raise ConfigError(f"{name}={value!r}: expected a number > {above:g}")
 
 
-def check_choice(name: str, value: object, possible: tuple[object, ...]) -> None:
-    """Raise unless ``value`` is one of ``possible``."""
-    if not any(value == item and type(value) is type(item) for item in possible):
+def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``expected``."""
+    if not any(value == item and type(value) is type(item) for item in expected):
         if isinstance(value, str):
-            raise unknown_name(name, value, map(str, possible))
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, possible))}")
+            raise unknown_name(name, value, map(str, expected))
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")

@@ -55,7 +55,7 @@ class Example:
 
 
 def takes(technique: Technique) -> str:
-    """Which layers a technique accepts, in words."""
+    """Which layers a technique accepts, for messages."""
     return str(getattr(technique, "takes", "layers that its accepts() allows"))
 
 

@@ -19,7 +19,7 @@ ENDS = ("smallest", "largest")  # understood by every slimmable network
 
 @dataclass(frozen=True)
 class WidthSpec:
-    """How many channels a layer reads and gives in each of the network's sub-networks, narrowest first.
+    """Input and output channels of a layer in each of the network's sub-networks, narrowest first.
 
     Args:
         widths: Names of the sub-networks: ratios in (0, 1], ascending; or text, where no single ratio fits all layers. A network

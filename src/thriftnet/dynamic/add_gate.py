@@ -1,4 +1,4 @@
-"""Giving a slimmable network a gate: the front becomes whole, and the gate stands at its end."""
+"""Adding a gate to a slimmable network: layers before it run at full width."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from thriftnet.errors import IncompatibleModelError
 def add_gate(model: nn.Module, after: str | None = None, *, inplace: bool = False) -> nn.Module:
     """Give a slimmable network a gate that chooses the width for each image, see `DynamicNetwork`.
 
-    The layers before the gate become whole at every width, and the gate starts untrained.
+    The layers before the gate run at full width in every sub-network. The gate is not trained yet.
 
     Args:
         model: A network converted by `Slimmable`, without a gate.
@@ -126,7 +126,7 @@ def check_runs(ghost: nn.Module) -> None:
         error = probe.failure(ghost, size)
         if error is not None:
             raise IncompatibleModelError(
-                f"{type(ghost).__name__} does not run at width {format_width(width)} after a whole front: "
+                f"{type(ghost).__name__} does not run at width {format_width(width)} after a front of full width: "
                 f"{str(error).splitlines()[0]}. End the front elsewhere"
             )
 

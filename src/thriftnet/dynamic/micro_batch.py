@@ -19,7 +19,7 @@ LARGEST = 16 << 20  # bytes: half of the most that glibc's dynamic mmap threshol
 
 
 class MicroBatched(nn.Module):
-    """Runs a part of a network in micro-batches that keep its largest tensor under 16 MiB; on a GPU on the whole batch.
+    """Runs a part of a network in micro-batches that keep its largest tensor under 16 MiB; on a GPU it runs the full batch.
 
     Shape: as ``part``; the first dimension of every tensor, in and out, is the batch.
 

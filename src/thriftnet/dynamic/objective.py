@@ -1,7 +1,7 @@
-"""What a gate is trained for: right answers, the narrowest width that gives them, and a budget of multiply-accumulates.
+"""The loss of a gate: accuracy, the narrowest width that is right, and a budget of multiply-accumulates.
 
 The network stays as it is; only the gate learns. The output for each image is that of the chosen width, so the gradient of a
-choice is what the loss would gain by it.
+choice is the gain in the loss.
 
 Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
 """
@@ -75,7 +75,7 @@ class GateObjective:
         if self.budget is not None:
             check_number("budget", self.budget, 0)
         if self.original and self.budget is not None:
-            raise ConfigError("original=True has no budget, it has a weight of its own: leave budget out")
+            raise ConfigError("original=True has no budget, its MACs have a fixed weight: leave budget out")
         if self.original and self.targets != "sandwich":
             raise ConfigError(f"original=True is for targets='sandwich', got {self.targets!r}: leave one of them out")
 

@@ -1,4 +1,4 @@
-"""A network made ready to run on a CPU by eager torch: nothing computed that could have been computed before.
+"""A network made ready to run on a CPU by eager torch: everything that can be computed before is.
 
 Batch norms go into the convolutions before them, activations run within the convolution they follow or overwrite what nothing else
 reads, and weights lie as oneDNN's kernels read them.
@@ -31,8 +31,8 @@ def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Mod
 
     Args:
         model: The network, in eval mode.
-        input_size: Channels, height and width of an image, for finding out which layers follow each other. Left out, as the network
-            says or as is found by trying.
+        input_size: Channels, height and width of an image, used to find which layers follow each other. Default: the size the network
+            states, or one it runs on.
 
     Raises:
         IncompatibleModelError: The network is in training mode, where the function depends on the batch.

@@ -24,7 +24,7 @@ NONE: Activation = ("none", (), "")
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """An activation as oneDNN knows it; None for one that it does not take along."""
+    """The oneDNN name of an activation; None where it has no fused one."""
     kind = type(module)
     if kind is nn.GELU:
         return ("gelu", (), str(module.approximate))
@@ -74,7 +74,7 @@ class PackedConv2d(nn.Conv2d):
         )
 
     def _packs(self, x: Tensor) -> bool:
-        """What `kernel_choice` says, without the words."""
+        """The decision of `kernel_choice`, without a reason."""
         if self._obstacle(x):
             return False
         wanted = forced("convolution")
@@ -139,7 +139,7 @@ _HELD_BY_MODULE = frozenset(nn.Module().__dict__)
 def can_pack(conv: nn.Module) -> bool:
     """Whether `PackedConv2d` can replace a layer.
 
-    One with hooks would lose them. Odd geometries are left alone: in some of them oneDNN's packed convolution gives wrong values (a single
+    One with hooks would lose them. Odd geometries are excluded: in some, oneDNN's packed convolution is wrong (a single
     channel, steps of 1 and 2, one column left; torch 2.15) or crashes (dilation with more padding than the kernel needs; torch 2.11).
     """
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or has_hooks(conv):
@@ -149,7 +149,7 @@ def can_pack(conv: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or comes out."""
+    """Whether hooks read its input, output or gradients."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 

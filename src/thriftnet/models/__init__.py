@@ -38,10 +38,10 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         ConfigError: Unknown name or kwarg, with close matches, or a value that the network refuses.
     """
     entry = _entry(name)
-    possible = model_kwargs(name)
+    expected = model_kwargs(name)
     for key in kwargs:
-        if key not in possible:
-            raise unknown_name(f"kwarg of {name}", key, possible)
+        if key not in expected:
+            raise unknown_name(f"kwarg of {name}", key, expected)
     headless = type(kwargs.get("num_classes")) is int and kwargs["num_classes"] == 0
     given = {key: value for key, value in kwargs.items() if not (headless and key == "num_classes")}
     model: Any = _function(entry)(**{**entry.kwargs, **given})

@@ -65,12 +65,12 @@ def check_classes(num_classes: int, least: int = 1) -> int:
     return num_classes
 
 
-def check_depth(depth: int, possible: Collection[int]) -> None:
+def check_depth(depth: int, expected: Collection[int]) -> None:
     """Raise for a depth that the architecture does not come in, with the nearest one that it does."""
     check_whole_number("depth", depth, 1)
-    if depth not in possible:
-        nearest = min(possible, key=lambda known: abs(known - depth))
-        raise ConfigError(f"depth={depth}: expected {', '.join(map(str, possible))}; nearest is {nearest}")
+    if depth not in expected:
+        nearest = min(expected, key=lambda known: abs(known - depth))
+        raise ConfigError(f"depth={depth}: expected {', '.join(map(str, expected))}; nearest is {nearest}")
 
 
 def check_drop_rate(drop_rate: float) -> None:

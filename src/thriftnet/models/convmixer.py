@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class MixerBlock(nn.Module):
-    """Depthwise convolution, then pointwise convolution; each with activation, norm and a shortcut of its own.
+    """Depthwise convolution, then pointwise convolution; each with activation, norm and shortcut.
 
     Shape: (N, dim, h, w) -> (N, dim, h, w).
     """

@@ -21,7 +21,7 @@ DEPTHS = {121: ((6, 12, 24, 16), 32), 161: ((6, 12, 36, 24), 48), 169: ((6, 12, 
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1 x 1 convolution, norm, ReLU, 3 x 3 convolution; what it gives is appended to what it reads."""
+    """Norm, ReLU, 1 x 1 convolution, norm, ReLU, 3 x 3 convolution; the output is appended to the input."""
 
     def __init__(self, ins: int, growth: int) -> None:
         super().__init__()

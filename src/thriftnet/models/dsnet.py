@@ -50,7 +50,7 @@ class DSNet(Classifier):
 
     It starts at "largest"; ``set_width(model, index=3)`` selects a sub-network, ``freeze(model, index=3)`` extracts one.
 
-    After the gate "largest" is as wide as the last sub-network and shares its batch-norm statistics. The authors recalibrate
+    After the gate "largest" has the width and the batch-norm statistics of the last sub-network. The authors recalibrate
     the numbered ones only: ``recalibrate(model, loader, indices=range(14))``.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for any H and W.
@@ -201,15 +201,13 @@ def sub_networks(widths: Sequence[tuple[int, ...]], gates: Sequence[bool]) -> li
         raise ConfigError(f"{len(gates)} stages with {sum(gates)} gates: expected one stage or more, and at most one gate")
     first = gates.index(True) + 1 if any(gates) else 0
     count = len(widths[first])
-    for place, possible in enumerate(widths[first:], first):
-        if len(possible) != count:
-            name = f"stage {place - 1}" if place else "stem"
-            raise ConfigError(
-                f"{name} has {len(possible)} widths, but the network has {count} sub-networks: give it {count}"
-            )
-    still = [(possible[0],) * count + (possible[-1],) for possible in widths[:first]]
-    every = still + [(*possible, possible[-1]) for possible in widths[first:]]
-    return [Widths(channels, f"stages.{place - 1}" if place else "stem") for place, channels in enumerate(every)]
+    for index, choices in enumerate(widths[first:], first):
+        if len(choices) != count:
+            name = f"stage {index - 1}" if index else "stem"
+            raise ConfigError(f"{name} has {len(choices)} widths, but the network has {count} sub-networks: give it {count}")
+    still = [(choices[0],) * count + (choices[-1],) for choices in widths[:first]]
+    every = still + [(*choices, choices[-1]) for choices in widths[first:]]
+    return [Widths(channels, f"stages.{index - 1}" if index else "stem") for index, channels in enumerate(every)]
 
 
 def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ class WidestDropout(WidthAware):
 
 
 def divisible(value: float, divisor: int) -> int:
-    """The multiple of ``divisor`` nearest to ``value``, but not more than a tenth below it.
+    """The multiple of ``divisor`` nearest to ``value``, but at most a tenth below it.
 
     Example:
         >>> divisible(10.5, 1), divisible(60, 8), divisible(11, 8)

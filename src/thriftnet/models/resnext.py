@@ -21,7 +21,7 @@ GROUPS = 32
 
 
 class PartlySharedConv2d(nn.Module):
-    """Filters of a block's own, then those that the blocks of a stage share; each part has groups of its own.
+    """Filters of one block, then filters that the blocks of a stage share; each part has its own groups.
 
     Shape: (N, I, H, W) -> (N, U + S, H, W).
 
@@ -106,7 +106,7 @@ def resnext_shared(
     num_classes: int = 100,
     in_chans: int = 3,
 ) -> ResNeXt:
-    """A ResNeXt in which the 3 x 3 convolutions of each stage, but for its first block, share filters.
+    """A ResNeXt in which the 3 x 3 convolutions of each stage, except for its first block, share filters.
 
     Ranks are those of the first stage and double from stage to stage. A ReLU follows the norm of the basis, so that basis
     and 1 x 1 convolution remain two layers.
@@ -144,10 +144,10 @@ def _check_rank(name: str, rank: int, per_group: int) -> None:
     """Raise unless the filters form groups of ``per_group`` that divide the width of the first stage."""
     check_whole_number(name, rank, 1)
     width = GROUPS * per_group
-    possible = [per_group * groups for groups in range(1, width + 1) if width % groups == 0]
-    if rank not in possible:
-        below, above = [value for value in possible if value < rank][-1:], [value for value in possible if value > rank][:1]
+    expected = [per_group * groups for groups in range(1, width + 1) if width % groups == 0]
+    if rank not in expected:
+        below, above = [value for value in expected if value < rank][-1:], [value for value in expected if value > rank][:1]
         raise ConfigError(
             f"{name}={rank}: filters come in groups of {per_group}, and the number of groups divides {width}; "
-            f"expected one of {', '.join(map(str, possible))}; nearest: {' and '.join(map(str, below + above))}"
+            f"expected one of {', '.join(map(str, expected))}; nearest: {' and '.join(map(str, below + above))}"
         )

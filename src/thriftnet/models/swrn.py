@@ -40,7 +40,7 @@ def swrn(depth: int = 28, width: int = 10, templates: int = 6, num_classes: int 
 
 
 def share(stage: nn.Sequential, technique: Technique) -> None:
-    """Let the 3 x 3 convolutions of a stage mix one bank, but for those of its first block.
+    """Let the 3 x 3 convolutions of a stage mix one bank, except for those of its first block.
 
     The group is the paper's, whatever the number of templates; `SoftSharing.group` would leave small stages alone.
     """

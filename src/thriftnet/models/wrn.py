@@ -14,7 +14,7 @@ from thriftnet.models.classifier import Classifier, check_classes, config, make_
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU, 3 x 3 convolution, twice; the 1 x 1 shortcut reads what comes out of the first ReLU."""
+    """Norm, ReLU, 3 x 3 convolution, twice; the 1 x 1 shortcut reads the output of the first ReLU."""
 
     def __init__(self, ins: int, outs: int, stride: int) -> None:
         super().__init__()

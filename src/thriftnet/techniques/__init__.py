@@ -80,7 +80,7 @@ def resolve(technique: TechniqueLike) -> Technique:
         raise ConfigError(f"{technique.__name__} is a class: write {technique.__name__}() for its config")
     if not all(callable(getattr(technique, method, None)) for method in ("accepts", "group", "build")):
         raise ConfigError(
-            f"a technique is a config or its text, got {technique!r}. Possible: {', '.join(sorted(TECHNIQUES))}"
+            f"expected a technique's config or text, got {technique!r}. Techniques: {', '.join(sorted(TECHNIQUES))}"
         )
     return technique
 

@@ -2,8 +2,8 @@
 
 A convolution becomes a basis of r filters (shared and unique ones), a batch norm, and a 1 x 1 convolution with the
 coefficients. A penalty keeps the basis orthogonal, so that gradients through the many uses of the shared part neither
-vanish nor explode. Where a convolution stands before 1 x 1 convolutions anyway, as in bottleneck blocks, its own filters
-are the basis and are shared whole.
+vanish nor explode. Where 1 x 1 convolutions follow a convolution anyway, as in bottleneck blocks, its filters
+are the basis, and the convolution is shared.
 
 Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient Convolutional Neural Networks, NeurIPS
 2021, section 3.
@@ -90,7 +90,7 @@ class SharedBasis(Tied):
 
 
 class SharedBasisConv2d(SharedConv2d):
-    """A convolution that several layers use whole: its filters are the basis, and the layers after it mix them.
+    """A convolution shared by several layers: its filters are the basis, and the layers after it mix them.
 
     Args:
         like: The convolution to replace.
@@ -201,14 +201,14 @@ class FilterBasis:
         unique_rank: Filters of each layer's own, U.
         bases: Shared bases per group: with 2, layers alternate between them ("double shared").
         rank_channels: Input channels that both ranks are meant for: groups with more get ranks in proportion, as the
-            authors' stages do. Left out, all groups have the same ranks.
+            authors' stages do. Default: all groups have the same ranks.
         lambda_r: Factor of the orthogonality penalty in training.
         unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
         init: "weights" starts from the nearest decomposition of the weights the layers have; "random" initialises as the
             paper does, with orthogonal shared bases.
         pointwise: Take 1 x 1 convolutions, too.
         whole: Share whole convolutions, as the paper does in bottleneck blocks: layers that agree in everything become one,
-            whose filters are the basis. Ranks play no part then.
+            whose filters are the basis. Ranks are not used then.
         family: Penalties are averaged over all bases of one family, and added over families.
 
     Example:
@@ -257,11 +257,11 @@ class FilterBasis:
         for group in groups:
             shared, unique = self.ranks(group[0].module.in_channels)
             rank = shared + unique
-            possible = group[0].module.weight[0].numel()
-            if rank > possible:
+            entries = group[0].module.weight[0].numel()
+            if rank > entries:
                 raise IncompatibleModelError(
                     f"shared_rank + unique_rank = {rank} is larger than layer {group[0].name!r} allows: its filters have "
-                    f"{possible} entries. Lower shared_rank by at least {rank - possible}, or leave the layer out with select"
+                    f"{entries} entries. Lower shared_rank by at least {rank - entries}, or leave the layer out with select"
                 )
         return groups
 

@@ -2,7 +2,7 @@
 
 A narrower network uses the first channels of every layer. Norms keep statistics for each width, since the same channel
 is distributed differently in a narrower network; everything else is shared. With a gate, the network begins with a front that
-is whole at every width; from the front's output the gate chooses, image by image, the width of the rest.
+runs at full width; from the front's output the gate chooses, image by image, the width of the rest.
 
 Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3; Li et al., Dynamic Slimmable Network, CVPR 2021.
 """
