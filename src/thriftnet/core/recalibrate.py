@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.core.history import history
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
 from thriftnet.core.spec import check_whole_number
 from thriftnet.core.width import Width, require_widths, select_width, slimmable_layers, width_index
@@ -46,12 +47,15 @@ def recalibrate(
         IncompatibleModelError: No batch norm has running statistics.
         DataError: The loader yields no images, no tensors, or images that make statistics infinite or NaN.
     """
-    _check_options(momentum, batches)
+    if momentum is not None and (not isinstance(momentum, int | float) or not 0 < momentum <= 1):
+        raise ConfigError(f"momentum={momentum!r}: expected a number in (0, 1], or None for exact averages")
+    if batches is not None:
+        check_whole_number("batches", batches, 1)
     if not isinstance(loader, Iterable):
         raise DataError(f"recalibrate got a {type(loader).__name__} for a loader: give batches of training images")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
-        folded = any("freeze" in step.values() for step in getattr(model, "thriftnet_history", []))
+        folded = any("freeze" in step.values() for step in history(model))
         hint = ": they were folded into convolutions. Recalibrate the network that it was taken from" if folded else ""
         raise IncompatibleModelError(
             f"{type(model).__name__} has no batch norm with running statistics to recalibrate{hint}"
@@ -70,13 +74,6 @@ def recalibrate(
         _average_over_processes(model, norms, chosen)
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
             raise DataError("recalibrate got images that make statistics infinite or NaN: they are unchanged")
-
-
-def _check_options(momentum: float | None, batches: int | None) -> None:
-    if momentum is not None and (not isinstance(momentum, int | float) or not 0 < momentum <= 1):
-        raise ConfigError(f"momentum={momentum!r}: expected a number in (0, 1], or None for exact averages")
-    if batches is not None:
-        check_whole_number("batches", batches, 1)
 
 
 def _selected(model: nn.Module, widths: Sequence[Width] | Width | None, indices: Sequence[int] | int | None) -> list[int]:

@@ -65,13 +65,12 @@ class PackedConv2d(nn.Conv2d):
         obstacle = self._obstacle(x)
         if obstacle:
             return KernelChoice("convolution", "plain", obstacle)
-        if self._is_little_work(x):
-            return forced("convolution") or KernelChoice(
-                "convolution", "plain", "calling the library takes longer than such little work"
-            )
-        return forced("convolution") or KernelChoice(
-            "convolution", "packed", "weights laid out once, activation in the same pass"
-        )
+        reasons = {
+            "plain": "calling the library takes longer than so little work",
+            "packed": "weight laid out once, activation fused",
+        }
+        implementation = "plain" if self._is_little_work(x) else "packed"
+        return forced("convolution") or KernelChoice("convolution", implementation, reasons[implementation])
 
     def _packs(self, x: Tensor) -> bool:
         """The decision of `kernel_choice`, without a reason."""

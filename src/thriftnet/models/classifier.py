@@ -51,18 +51,13 @@ class Classifier(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for this many classes; 0 removes it."""
         like = next(self.parameters())
-        self.num_classes = check_classes(num_classes, least=0)
+        check_whole_number("num_classes", num_classes, 0)
+        self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         self.fc = head.train(self.training)
         identity = getattr(self, IDENTITY, None)
         if identity is not None:
             setattr(self, IDENTITY, {**identity, "kwargs": {**identity["kwargs"], "num_classes": num_classes}})
-
-
-def check_classes(num_classes: int, least: int = 1) -> int:
-    """``num_classes``, checked."""
-    check_whole_number("num_classes", num_classes, least)
-    return num_classes
 
 
 def check_depth(depth: int, expected: Collection[int]) -> None:
@@ -108,7 +103,9 @@ def projection(ins: int, outs: int, stride: int) -> nn.Module:
 
 
 def config(input_size: tuple[int, int, int], num_classes: int, first_conv: str, classifier: str) -> dict[str, Any]:
-    """A network's ``default_cfg``."""
+    """A network's ``default_cfg``; checks the channels of its images and its number of classes."""
+    check_whole_number("in_chans", input_size[0], 1)
+    check_whole_number("num_classes", num_classes, 1)
     return {
         "input_size": input_size,
         "num_classes": num_classes,

@@ -15,7 +15,7 @@ from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
-from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
+from thriftnet.models.classifier import Classifier, check_drop_rate, config
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.weight_sharing import WeightSharing
 
@@ -116,13 +116,13 @@ def convmixer(
 
     Source: SPIN, section 4.1.
     """
-    sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size, "in_chans": in_chans}
+    sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size}
     for name, value in sizes.items():
         check_whole_number(name, value, 1)
     check_choice("activation", activation, tuple(ACTIVATIONS))
     check_drop_rate(drop_rate)
     function = ACTIVATIONS[activation]
-    return ConvMixer(dim, depth, patch_size, kernel_size, function, check_classes(num_classes), in_chans, drop_rate)
+    return ConvMixer(dim, depth, patch_size, kernel_size, function, num_classes, in_chans, drop_rate)
 
 
 def shared_convmixer(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config
+from thriftnet.models.classifier import Classifier, check_depth, config
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
@@ -90,9 +90,8 @@ def densenet(depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> Den
         ConfigError: An impossible depth.
     """
     check_depth(depth, DEPTHS)
-    check_whole_number("in_chans", in_chans, 1)
     layers, growth = DEPTHS[depth]
-    return DenseNet(layers, growth, check_classes(num_classes), in_chans)
+    return DenseNet(layers, growth, num_classes, in_chans)
 
 
 def densenet_shared(

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_number, check_whole_number
+from thriftnet.core.spec import check_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import check_classes, projection
+from thriftnet.models.classifier import projection
 from thriftnet.models.resnet import ResNet, blocks_of_depth
 
 GROUPS = 4  # of the 1 x 1 convolutions between which channels are shuffled
@@ -116,7 +116,6 @@ def depthwise_resnet(
 
     Source: the ShiftResNet repository. Weights start as torch's layers do.
     """
-    check_whole_number("in_chans", in_chans, 1)
     check_number("reduction", reduction, 0)
     widths = (16, 32, 64)
     multiple = GROUPS if block == "shuffle" else 1
@@ -127,4 +126,4 @@ def depthwise_resnet(
     def make_block(ins: int, outs: int, stride: int) -> nn.Module:
         return BLOCKS[block](ins, inners[outs], outs, stride)
 
-    return ResNet(blocks_of_depth(depth), widths, check_classes(num_classes), in_chans, make_block)
+    return ResNet(blocks_of_depth(depth), widths, num_classes, in_chans, make_block)

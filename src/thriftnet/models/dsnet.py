@@ -18,7 +18,7 @@ from thriftnet.core.linear import PlainLinear
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config
+from thriftnet.models.classifier import Classifier, check_drop_rate, config
 from thriftnet.models.dsnet_blocks import (
     GATE_CHOICES,
     KINDS,
@@ -160,7 +160,6 @@ def dsnet(
     Source: Li et al., section 3.
     """
     check_whole_number("head", head, 0)
-    check_whole_number("in_chans", in_chans, 1)
     check_number("se_ratio", se_ratio, 0)
     check_choice("skip", skip, (True, False))
     check_choice("activation", activation, tuple(ACTIVATIONS))
@@ -169,7 +168,7 @@ def dsnet(
     channels = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
     options = BlockOptions(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(channels[0]) - 1))
     built = list(zip(parsed, channels[1:], strict=True))
-    return DSNet(channels[0], built, head, options, check_classes(num_classes), in_chans, drop_rate)
+    return DSNet(channels[0], built, head, options, num_classes, in_chans, drop_rate)
 
 
 def read_stage(number: int, spec: StageRow) -> StageSpec:
@@ -214,18 +213,20 @@ def _choices(choices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     """The sub-networks that a gate chooses among."""
     if choices is None:
         return tuple(number for number in GATE_CHOICES if number < count)
-    given = tuple(choices) if isinstance(choices, list | tuple | range) else ()
-    are_indices = all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count for number in given)
-    if len(given) < 2 or not are_indices or list(given) != sorted(set(given)):
+    if not _is_ascending(choices, 0) or len(choices) < 2 or choices[-1] >= count:
         raise ConfigError(
             f"gate_choices={choices!r}: expected two or more indices of sub-networks from 0 to {count - 1}, ascending, as (0, {count - 1})"
         )
-    return given
+    return tuple(choices)
 
 
-def _ascending(where: str, widths: object) -> tuple[int, ...]:
-    values = tuple(widths) if isinstance(widths, list | tuple) else ()
-    are_counts = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
-    if not values or not are_counts or list(values) != sorted(set(values)):
+def _ascending(where: str, widths: Sequence[int]) -> tuple[int, ...]:
+    if not _is_ascending(widths, 1):
         raise ConfigError(f"widths {widths!r} of {where}: expected integers >= 1 in ascending order, as (16, 24)")
-    return values
+    return tuple(widths)
+
+
+def _is_ascending(values: object, least: int) -> bool:
+    """Whether they are integers >= ``least``, each larger than the one before it."""
+    given = list(values) if isinstance(values, list | tuple | range) else []
+    return bool(given) and all(type(v) is int and v >= least for v in given) and given == sorted(set(given))

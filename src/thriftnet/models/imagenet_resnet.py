@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, make_stages, projection
+from thriftnet.core.spec import check_choice
+from thriftnet.models.classifier import Classifier, check_depth, config, make_stages, projection
 
 # depth -> (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -116,6 +116,5 @@ def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 
     """
     check_depth(depth, DEPTHS)
     check_choice("stem", stem, ("imagenet", "cifar"))
-    check_whole_number("in_chans", in_chans, 1)
     blocks, bottleneck = DEPTHS[depth]
-    return ImageNetResNet(blocks, Bottleneck if bottleneck else BasicBlock, stem, check_classes(num_classes), in_chans)
+    return ImageNetResNet(blocks, Bottleneck if bottleneck else BasicBlock, stem, num_classes, in_chans)

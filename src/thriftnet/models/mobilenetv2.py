@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_classes, check_drop_rate, config, make_stages
+from thriftnet.models.classifier import Classifier, check_drop_rate, config, make_stages
 from thriftnet.models.compose import apply_technique
 from thriftnet.techniques.filter_basis import FilterBasis, SharedBasisConv2d
 
@@ -123,7 +123,7 @@ def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0
     check_whole_number("in_chans", in_chans, 1)
     check_drop_rate(drop_rate)
     stem = nn.Conv2d(in_chans, 32, 3, 2, 1)
-    return MobileNetV2(stem, (1, 2, 2, 2, 1, 2, 1), False, 224, check_classes(num_classes), drop_rate)
+    return MobileNetV2(stem, (1, 2, 2, 2, 1, 2, 1), False, 224, num_classes, drop_rate)
 
 
 def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
@@ -137,7 +137,7 @@ def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
     """
     check_whole_number("in_chans", in_chans, 1)
     stem = nn.Conv2d(in_chans, 32, 1, padding=1)
-    return MobileNetV2(stem, (1, 2, 2, 2, 1, 1, 1), True, 32, check_classes(num_classes), 0.0)
+    return MobileNetV2(stem, (1, 2, 2, 2, 1, 1, 1), True, 32, num_classes, 0.0)
 
 
 def mobilenetv2_shared(

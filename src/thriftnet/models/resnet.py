@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config, make_stages
+from thriftnet.models.classifier import Classifier, config, make_stages
 
 
 class PadShortcut(nn.Module):
@@ -110,7 +110,6 @@ def resnet(
         ConfigError: An impossible depth, shortcut or reduction.
     """
     blocks = blocks_of_depth(depth)
-    check_whole_number("in_chans", in_chans, 1)
     check_choice("shortcut", shortcut, ("pad", "projection", "projection-reduced"))
     check_choice("reduction_mode", reduction_mode, ("net", "block"))
     check_number("reduction", reduction, 0)
@@ -123,7 +122,7 @@ def resnet(
     def make_block(ins: int, outs: int, stride: int) -> CifarBasicBlock:
         return CifarBasicBlock(ins, inners[outs], outs, stride, shortcut)
 
-    model = ResNet(blocks, widths, check_classes(num_classes), in_chans, make_block)
+    model = ResNet(blocks, widths, num_classes, in_chans, make_block)
     if shortcut == "pad":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, check_depth, config, make_stages, projection
+from thriftnet.models.classifier import Classifier, check_depth, config, make_stages, projection
 from thriftnet.techniques.filter_basis import SharedBasisConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
@@ -94,8 +94,7 @@ def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNe
         ConfigError: An impossible depth.
     """
     check_depth(depth, DEPTHS)
-    check_whole_number("in_chans", in_chans, 1)
-    return ResNeXt(*DEPTHS[depth], check_classes(num_classes), in_chans)
+    return ResNeXt(*DEPTHS[depth], num_classes, in_chans)
 
 
 def resnext_shared(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_whole_number
-from thriftnet.models.classifier import check_classes, projection
+from thriftnet.models.classifier import projection
 from thriftnet.models.resnet import ResNet, blocks_of_depth
 from thriftnet.techniques.shift import ShiftConv2d
 
@@ -52,9 +51,8 @@ def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, 
 
     Source: Wu et al., sections 4.1 and 5.1. Weights start as torch's layers do.
     """
-    check_whole_number("in_chans", in_chans, 1)
 
     def block(ins: int, outs: int, stride: int) -> ShiftBlock:
         return ShiftBlock(ins, outs, stride, expansion)
 
-    return ResNet(blocks_of_depth(depth), (16, 32, 64), check_classes(num_classes), in_chans, block)
+    return ResNet(blocks_of_depth(depth), (16, 32, 64), num_classes, in_chans, block)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_classes, config, make_stages
+from thriftnet.models.classifier import Classifier, config, make_stages
 
 
 class WideBlock(nn.Module):
@@ -68,8 +68,7 @@ def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int =
     """
     check_whole_number("depth", depth, 10)
     check_whole_number("width", width, 1)
-    check_whole_number("in_chans", in_chans, 1)
     if (depth - 4) % 6:
         below = depth - (depth - 4) % 6
         raise ConfigError(f"depth={depth}: a wide ResNet has 6n + 4 layers; nearest are {below} and {below + 6}")
-    return WideResNet((depth - 4) // 6, width, check_classes(num_classes), in_chans)
+    return WideResNet((depth - 4) // 6, width, num_classes, in_chans)
