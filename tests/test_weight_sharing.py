@@ -211,8 +211,8 @@ def test_a_layer_in_two_groups_is_refused() -> None:
         ({"seed": -1}, "seed=-1: expected a"),
         ({"portion": 0}, "portion=0: expected a"),
         ({"portion": 1.5}, r"portion=1\.5: expected a fraction in \(0, 1\]"),
-        ({"groups": 3}, "groups=3: give a list of lists"),
-        ({"groups": [1, 2]}, r"groups=\[1, 2\]: give a list of lists"),
+        ({"groups": 3}, "groups=3: expected lists of"),
+        ({"groups": [1, 2]}, r"groups=\[1, 2\]: expected lists of"),
     ],
     ids=str,
 )

@@ -187,7 +187,7 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
         owns = any(True for _ in module.parameters(recurse=False))
         if owns and id(module) not in taken:
             raise _refusal(technique, name, module)
-    for site in found if chosen is not None else ():
+    for site in found:
         if chosen is not None and not any(chosen(name, site.module) for name in site.names):
             raise IncompatibleModelError(
                 f"{format_spec(technique)} must take every layer, but select leaves out {site.name!r}. Leave select out"

@@ -103,7 +103,10 @@ def freeze(
         IncompatibleModelError: The network has one width only, or a layer cannot have a width of its own.
         ConfigError: It has no such width, or the widths do not fit together.
     """
-    _check_slimmable(model)
+    if not widths(model) and any(step["verb"] == "freeze" for step in history(model)):
+        raise IncompatibleModelError(
+            f"{type(model).__name__} has one width only, since it was frozen. Freeze the network that it was taken from"
+        )
     chosen = width_indices(require_widths(model), width, index)
     size = probe.input_size(model, input_size) if fold_norms or not isinstance(chosen, int) else None
     model = copy.deepcopy(model).eval()
@@ -125,14 +128,6 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
-
-
-def _check_slimmable(model: nn.Module) -> None:
-    """Raise for a network that was frozen before."""
-    if not widths(model) and any(step["verb"] == "freeze" for step in history(model)):
-        raise IncompatibleModelError(
-            f"{type(model).__name__} has one width only, since it was frozen. Freeze the network that it was taken from"
-        )
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from thriftnet.core.fold import freeze
 from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.probe import input_size as size_of
-from thriftnet.core.sites import sites
 from thriftnet.core.width import Width, WidthAware, format_width, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.dynamic.gate import check_budget, decide, gate_of, gumbel_choice
@@ -99,10 +98,10 @@ class DynamicNetwork(nn.Module):
         inputs = [shapes[index] for index in self.cuts]
         self.tails = nn.ModuleList(_deployed(Tail(network, split), inputs, fold_norms, compile, size) for network in frozen)
         of_gate = inspect(gate, shapes[self.kept.index(self.reads)]).macs
-        self.register_buffer("macs", torch.tensor([each + of_gate for each in macs], dtype=torch.float64), persistent=False)
-        self.register_buffer("counts", torch.zeros(len(macs), dtype=torch.int64), persistent=False)
+        of_widths = torch.tensor([each + of_gate for each in macs], dtype=torch.float64, device=like.device)
+        self.register_buffer("macs", of_widths, persistent=False)
+        self.register_buffer("counts", torch.zeros_like(of_widths, dtype=torch.int64), persistent=False)
         self.train(model.training)
-        self.macs, self.counts = self.macs.to(like.device), self.counts.to(like.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicNetwork:
         """MACs stay in double precision, whatever the type of the network."""
@@ -286,7 +285,7 @@ def _deployed(
 
 
 def _compiled(part: nn.Module) -> Callable[..., Any]:
-    """Compiled at first use. The compiler caches by code object, up to a limit: each part gets a code object of its own."""
+    """Compiled at first use. The compiler caches by code object, up to a limit: each part gets its own."""
 
     def run(*args: Any) -> Any:
         return part(*args)
@@ -298,15 +297,13 @@ def _compiled(part: nn.Module) -> Callable[..., Any]:
 def _check_common_front(model: nn.Module, front: tuple[str, ...], chosen: Sequence[Width]) -> None:
     """Raise if a layer of the front differs between the sub-networks."""
     indices = [width_index(widths_of(model), width) for width in chosen]
-    for site in sites(model, lambda _, module: isinstance(module, WidthAware) and module.width_spec is not None):
-        for inner, layer in site.module.named_modules():
-            name = f"{site.name}.{inner}".rstrip(".")
-            spec = layer.width_spec if isinstance(layer, WidthAware) else None
-            if spec is None or not is_within(name, front):
-                continue
-            keeps = isinstance(layer, PlainBatchNorm2d)
-            if len({(spec.ins[i], spec.outs[i], spec.bn_set(i) if keeps else 0) for i in indices}) > 1:
-                raise IncompatibleModelError(
-                    f"layer {name!r} runs before the gate and differs between the widths {', '.join(map(format_width, chosen))}: "
-                    "a gate can only choose among sub-networks with the same front"
-                )
+    for name, layer in model.named_modules():
+        spec = layer.width_spec if isinstance(layer, WidthAware) else None
+        if spec is None or not is_within(name, front):
+            continue
+        has_statistics = isinstance(layer, PlainBatchNorm2d)
+        if len({(spec.ins[i], spec.outs[i], spec.bn_set(i) if has_statistics else 0) for i in indices}) > 1:
+            raise IncompatibleModelError(
+                f"layer {name!r} runs before the gate and differs between the widths {', '.join(map(format_width, chosen))}: "
+                "a gate can only choose among sub-networks with the same front"
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,10 +91,7 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            name: {"kernel": choice.kernel, "implementation": choice.implementation, "reason": choice.reason}
-            for name, choice in self.rows
-        }
+        return {name: asdict(choice) for name, choice in self.rows}
 
 
 def explain(model: nn.Module, input: Tensor) -> Explanation:

@@ -171,13 +171,11 @@ class WeightSharing:
         if self.portion > 1:
             raise ConfigError(f"portion={self.portion}: expected a fraction in (0, 1]")
         if self.groups is not None:
-            given: Any = self.groups
-            try:
-                if isinstance(given, str) or any(isinstance(group, str) or len(group) < 2 for group in given):
-                    raise ConfigError(f"groups={self.groups!r}: each must be a list of at least two layer names or indices")
-                object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
-            except TypeError:
-                raise ConfigError(f"groups={self.groups!r}: give a list of lists of layer names or indices") from None
+            if not isinstance(self.groups, list | tuple) or not all(
+                isinstance(group, list | tuple) and len(group) > 1 for group in self.groups
+            ):
+                raise ConfigError(f"groups={self.groups!r}: expected lists of at least two layer names or indices")
+            object.__setattr__(self, "groups", tuple(map(tuple, self.groups)))
 
     @property
     def keeps_members(self) -> bool:
