@@ -114,6 +114,6 @@ def check_number(name: str, value: object, above: float) -> None:
 def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
     """Raise unless ``value`` is one of ``expected``."""
     if not any(value == item and type(value) is type(item) for item in expected):
-        if isinstance(value, str):
+        if isinstance(value, str) and isinstance(expected[0], str):
             raise unknown_name(name, value, map(str, expected))
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")
