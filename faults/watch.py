@@ -97,7 +97,7 @@ def _opened(sample: Sample, path: Path, sound: Bits | None) -> tuple[str, str]:
     if found == sound:
         return SAME, ""
     if sample.checked:
-        return FAILED, "it was opened with other tensors, though checksums should have told"
+        return FAILED, "it was opened with other tensors, though a checksum should have failed"
     same = {key: facts[:2] for key, facts in found.items()} == {key: facts[:2] for key, facts in sound.items()}
     return (VALUES if same else OTHER), ""
 
@@ -109,7 +109,7 @@ def _memory(bound: int) -> Iterator[list[int]]:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         yield used
         return
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size
     before, limits = _status(), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (before["VmSize"] + bound + ROOM, limits[1]))
     try:

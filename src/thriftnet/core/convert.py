@@ -231,11 +231,13 @@ def describe(module: nn.Module) -> str:
 
 def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     """``|new - old| / |old|`` of the weights of two convolutions or linear layers; None where one is neither, or has no data."""
+    if any(parameter.is_meta for parameter in new.parameters()):
+        return None
     folded = new.fold() if is_foldable(new) else new
     if not (_is_layer(old) and isinstance(folded, nn.Conv2d | nn.Linear)):
         return None
     before, after = old.weight.detach().double(), folded.weight.detach().double()
-    if before.shape != after.shape or before.is_meta or after.is_meta:
+    if before.shape != after.shape:
         return None
     norm = before.norm()
     return float((after - before).norm() / norm) if norm > 0 else float((after - before).norm())

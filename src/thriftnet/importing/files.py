@@ -44,7 +44,7 @@ class StoredFile:
 
 
 def read_file(path: str | os.PathLike[str]) -> StoredFile:
-    """Read a checkpoint; its format is told by its content.
+    """Read a checkpoint, whose format its content shows.
 
     Args:
         path: A file of torch.save (zip or legacy, python-2 ones too) or safetensors.

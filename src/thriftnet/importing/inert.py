@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, ClassVar
 MAX_DEPTH, MAX_PARTS, MAX_TEXT = 200, 300_000, 8 << 20  # of the description: nesting, containers, bytes
 BASE_MEMORY, CPU_SECONDS = 128 << 20, 5
 PARTS = ("args", "state", "items", "elements")  # of a stand-in
-ORIGIN = "\0"  # the key by which a stand-in is told from a dict
+ORIGIN = "\0"  # the key that marks a stand-in among dicts
 MAGIC, PROTOCOL = b"l\xfc\x9cF\xf9 j\xa8P\x19", 1001
 SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 CODECS = [codecs.lookup(name) for name in ("unicode_escape", "raw_unicode_escape", "cp437")]  # imported on first use, else

@@ -29,20 +29,16 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)
 
 
 def _is_object(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, dict)  # JSON's keys are text
 
 
-def _is_list_of(check: Callable[[object], bool], value: object) -> bool:
-    return isinstance(value, list) and all(map(check, value))
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_identity(value: object) -> bool:
@@ -64,7 +60,7 @@ def _is_step(value: object) -> bool:
     if verb == "add_gate":
         return _is_text(value.get("after"))
     if verb == "tie":
-        return _is_list_of(lambda names: _is_list_of(_is_text, names), value.get("groups"))
+        return isinstance(value.get("groups"), list) and all(map(_is_names, value["groups"]))
     if verb == "pack":
         return CHECKS["input_size"][0](value.get("input_size")) is True
     return isinstance(verb, str)
@@ -89,7 +85,7 @@ FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "class": (_is_text, "text"),
     "history": (_is_history, f"a list of at most {MOST_STEPS} steps, each an object with a verb and what it needs"),
     "width": (_or_null(_is_width), "null, a number or text"),
-    "params": (_is_count, "an integer >= 0"),
+    "params": (lambda value: type(value) is int and value >= 0, "an integer >= 0"),
     **{name: (_or_null(holds), f"null or {expected}") for name, (holds, expected) in CHECKS.items()},
     "metrics": (_or_null(_is_metrics), "null or an object of numbers and nulls"),
     "metadata": (_is_object, "an object"),

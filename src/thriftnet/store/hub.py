@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +91,16 @@ def push_to_hub(
         CheckpointError: No access, no connection, or not a model folder.
         ConfigError: Metadata for a folder.
     """
-    if isinstance(model, nn.Module):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = save(model, Path(scratch) / "model", metadata=metadata)
-            return push_to_hub(
-                folder,
-                repo_id,
-                token=token,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
-    if metadata is not None:
-        raise ConfigError(f"{os.fspath(model)} has its metadata in itself: give metadata to save, or push a network")
-    read_config(os.fspath(model))
-    repo_id, at = parse_name(repo_id)
-    revision = revision or at
-    with _one_line(repo_id, revision, writing=True):
+    with ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            model = save(model, Path(scratch) / "model", metadata=metadata)
+        elif metadata is not None:
+            raise ConfigError(f"{os.fspath(model)} has its metadata in itself: give metadata to save, or push a network")
+        read_config(model)
+        repo_id, at = parse_name(repo_id)
+        revision = revision or at
+        stack.enter_context(_one_line(repo_id, revision, writing=True))
         from huggingface_hub import HfApi
 
         api = HfApi(token=token, library_name="thriftnet", library_version=__version__)

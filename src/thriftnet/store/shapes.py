@@ -7,10 +7,11 @@ tells which tensors of which shapes it takes before one byte of them is given to
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,38 +20,56 @@ from thriftnet.core.tied import Tied, first_names
 
 Slots = dict[str, Tensor | None]
 
-KEPT = {
-    "requires_grad_",
-    "detach_",
-    "resize_",
-    "set_",
-    "unsqueeze_",
-    "squeeze_",
-    "transpose_",
-    "t_",
-}  # change more than values
 INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
+CHANGE_SHAPE = ("requires_grad_", "detach_", "resize_", "set_", "unsqueeze_", "squeeze_", "transpose_", "t_")
+ELEMENTWISE = ("add", "sub", "mul", "div", "sqrt", "rsqrt")
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leaves out what changes a tensor without values in place: torch would import its compiler to do nothing."""
+class _ShapesOnly(TorchFunctionMode):
+    """Skips in-place operations and computes the shapes of simple ones, for which torch would import its compiler or SymPy."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in INITIALISERS:
-            return args[0] if args else (kwargs or {})["tensor"]
+            return args[0] if args else kwargs["tensor"]
         name = getattr(func, "__name__", "")
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in KEPT)
-        if in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        values = args[0] if name in ("stack", "cat") and args else args
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not (tensors and all(tensor.is_meta for tensor in tensors)):
+            return func(*args, **kwargs)
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in CHANGE_SHAPE):
+            return tensors[0]
+        shape = _shape(name, args, kwargs, [tensor.shape for tensor in tensors])
+        return func(*args, **kwargs) if shape is None else tensors[0].new_empty(shape, device=kwargs.get("device"))
+
+
+def _shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[torch.Size]) -> Sequence[int] | None:
+    """The shape of an operation's result, None where torch is to say it."""
+    first, *others = shapes
+    match name, args[1:], kwargs:
+        case "empty_like", (), _:
+            return first
+        case "stack", (), {**rest} if not rest:
+            return (len(shapes), *first)
+        case "cat", (), {**rest} if not rest:
+            return (sum(shape[0] for shape in shapes), *first[1:])
+        case "mean", (0,), _:
+            return first[1:]
+        case ("tensordot", _, {"dims": 1}) | ("matmul", _, _) if name == "tensordot" or len(others[0]) <= 2:
+            return (*first[:-1], *others[0][1:])
+        case "einsum", _, _:
+            inputs, _, output = args[0].partition("->")
+            sizes = dict(zip(inputs.replace(",", ""), (side for shape in shapes for side in shape), strict=True))
+            return [sizes[label] for label in output]
+    return np.broadcast_shapes(*shapes) if name in ELEMENTWISE else None
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Networks built in here have shapes and no values, and the random state stays as it is."""
-    with torch.device("meta"), _Unfilled(), torch.no_grad():
+    with torch.device("meta"), _ShapesOnly(), torch.no_grad():
         yield
 
 
@@ -82,7 +101,11 @@ def fill(model: nn.Module, stored: dict[str, Tensor]) -> None:
             slots.update({name: table[id(old)] for name, old in slots.items() if old is not None})
             _write_back(module, slots)
         if isinstance(module, Tied) and any(tensor.is_meta for tensor in module.buffers(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)  # our layers compute again what no state dict has
+            module._apply(_on_cpu, recurse=False)  # our layers compute again what no state dict has
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape, device="cpu") if tensor.is_meta else tensor
 
 
 def unfilled(model: nn.Module) -> list[str]:

@@ -312,6 +312,10 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
         norm between starts with mean 0 and variance 1, and its small epsilon is taken out of the coefficients.
     """
     weights = [weight.flatten(1) for weight in weights]
+    if weights[0].is_meta:  # being loaded: only shapes matter
+        empty, size = weights[0].new_empty, weights[0].shape[1]
+        rows = [empty(len(weight), unique + shared) for weight in weights]
+        return empty(bases, shared, size), empty(len(weights), unique, size), rows
     common = [leading_directions(torch.cat([*weights[base::bases]]), shared) for base in range(bases)]
     own, coefficients = [], []
     norm_gain = (1 + nn.BatchNorm2d(1).eps) ** 0.5

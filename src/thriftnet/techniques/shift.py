@@ -236,6 +236,8 @@ class Shift:
 def start_from(block: ShiftConv2d, conv: Convolution) -> None:
     """Start a block from a k x k kernel: for each offset, the channels that move by it take the leading terms of the
     singular value decomposition of the kernel's (O, I) slice there. Exact except for norm and ReLU when there are enough."""
+    if conv.weight.is_meta:  # being loaded: only shapes matter
+        return
     k, reach = block.shift.kernel_size, block.shift.kernel_size // 2
     channels: dict[tuple[int, int], list[int]] = {}
     for channel, offset in enumerate(offsets(block.shift.channels, k)):

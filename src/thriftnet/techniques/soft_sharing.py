@@ -221,6 +221,8 @@ def best_fit(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         Templates (T, ...) and orthonormal coefficient columns (L, T), so that ``coefficients @ templates`` is the best
         rank-T approximation.
     """
+    if weights.is_meta:  # being loaded: only shapes matter
+        return weights.new_empty(rank, *weights.shape[1:]), weights.new_empty(len(weights), rank)
     flat = weights.flatten(1).double()  # (L, n), n is large: work on the small Gram matrix
     _, vectors = torch.linalg.eigh(flat @ flat.T)
     coefficients = vectors[:, -rank:].flip(1)  # (L, T), largest first
