@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import thriftnet as tn
-from thriftnet.cli import VERBS
+from thriftnet.cli import VERBS, main
 from thriftnet.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,20 @@ def test_each_technique_has_a_page_with_all_its_fields(name: str):
 def test_each_verb_is_on_the_page_of_the_command_line(verb: str):
     assert f"thriftnet {verb}" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert f"`thriftnet {verb}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_option_of_a_verb_is_in_its_section(verb: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([verb, "--help"])
+    options = set(re.findall(r"^  (?:-\w \w+, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {verb}\n")[1].split("\n## ")[0]
+    if "[image options]" in section:
+        section += page.split("\n### Image options\n")[1].split("\n## ")[0]
+    section += page.split("\n## Threads and memory\n")[1].split("\n## ")[0]
+    assert "--json" in options
+    assert not options - set(re.findall(r"--[\w-]+", section))
 
 
 def test_errors_are_printed_as_their_page_shows():

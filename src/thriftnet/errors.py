@@ -1,4 +1,4 @@
-"""Every error thriftnet raises on purpose. Each message says what was got, what is possible and what to do."""
+"""Every error that thriftnet raises on purpose. A message says what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class ExportError(ThriftnetError):
     """A network that could not be exported, or an export that disagrees with it."""
 
 
-def unknown_name(kind: str, got: str, possible: Iterable[str]) -> ConfigError:
+def unknown_name(kind: str, got: str, known: Iterable[str]) -> ConfigError:
     """The one error for every unknown name, with close matches first.
 
     Example:
         >>> str(unknown_name("technique", "soft-sharin", ["shift", "soft-sharing"]))
         "unknown technique 'soft-sharin': did you mean 'soft-sharing'? Possible: shift, soft-sharing"
     """
-    names = sorted(possible)
+    names = sorted(known)
     close = get_close_matches(got, names, n=3, cutoff=0.5)
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

@@ -1,4 +1,4 @@
-"""Tables as plain text, the same everywhere: in reprs, on the command line and in docs."""
+"""Tables as plain text, for reprs, the command line and docs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns aligned by their content: numbers to the right, with thousands separated, everything else to the left.
+    """Aligned columns: numbers to the right, with thousands separators, text to the left.
 
     Example:
         >>> print(table(["layer", "params"], [["conv1", 432], ["fc", 65000]]))
@@ -23,7 +23,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> tuple[str, bool]:
-    """Text, and whether it is a number (or the absence of one)."""
+    """Text, and whether it is a number or None."""
     if value is None:
         return "-", True
     if isinstance(value, bool) or not isinstance(value, int | float):

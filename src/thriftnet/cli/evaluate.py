@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, parse_with_kwargs
-from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
+from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, numbers, parse_with_kwargs, write_text
+from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table
@@ -76,12 +76,12 @@ def run(arguments: Sequence[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "evaluate",
-        "Measure how well a network classifies; on several processes: torchrun --nproc-per-node N -m thriftnet evaluate ...",
+        "Measure the accuracy of a network; on several processes: torchrun --nproc-per-node N -m thriftnet evaluate ...",
         takes_model=True,
     )
     add = parser.add_argument
-    add("--split", default="test", help="train, val or test (default; val where there is no test)")
-    add("--topk", metavar="K,K", default="1,5", help="which accuracies (1,5)")
+    add("--split", default="test", help="train, val or test, which is val where there is no test split")
+    add("--topk", metavar="K,K", default="1,5", help="which accuracies")
     add("--confusion", action="store_true", help="print the confusion matrix")
     add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
     add_width_options(parser)
@@ -162,11 +162,7 @@ def _warn(source: DataSource, facts: Mapping[str, Any]) -> None:
 def _draw(path: Path, result: Evaluation) -> None:
     from thriftnet.report.confusion import confusion_matrix
 
-    drawn = confusion_matrix(result.confusion or (), result.classes)
-    try:
-        path.write_text(drawn)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, confusion_matrix(result.confusion or (), result.classes))
 
 
 def _text(options: Namespace, result: Evaluation) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import open_network
+from thriftnet.cli.common import numbers, open_network
 from thriftnet.cli.machine import add_machine_options
 from thriftnet.errors import ConfigError
 
@@ -16,32 +16,33 @@ if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource, ImageDataset
     from thriftnet.data.transforms import Augmentation
 
+DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 FACTS = ("resize", "crop_pct", "eval_interpolation")  # of a folder's metadata: how images come to its input size
 
 
 def add_image_options(parser: ArgumentParser) -> None:
     """Options on data and on how images become inputs."""
     add = parser.add_argument
-    add(
-        "--data",
-        metavar="D",
-        required=True,
-        help="digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME",
-    )
+    add("--data", metavar="D", required=True, help=DATA_HELP)
     add(
         "--plain",
         metavar="MODEL",
-        help="the plain form of a saved network that is not in the zoo, as package.module:callable",
+        help="what builds the plain network of a saved one that is not in the zoo, as package.module:callable",
     )
-    add("--batch-size", type=int, default=256)
-    add("--device", help="left out: a GPU where there is one")
-    add("--mean", metavar="M,M,M", help="of each channel, in [0, 1]; left out, what the folder says, else the data's")
+    add("--batch-size", type=int, default=256, metavar="N", help="images at a time")
+    add("--device", help="default: a GPU where there is one")
+    add("--mean", metavar="M,M,M", help="of each channel, in [0, 1]; default: the network's, else the data's")
     add("--std", metavar="S,S,S", help="the same")
-    add("--image-size", type=int, metavar="PIXELS", help="left out: what the folder says, else as stored")
-    add("--resize", type=int, metavar="PIXELS", help="shorter side before a centre crop of the image size")
+    add("--image-size", type=int, metavar="PIXELS", help="default: the network's, else as stored")
+    add("--resize", type=int, metavar="PIXELS", help="shorter side before the centre crop to the image size")
     add("--limit", type=int, metavar="N", help="only N images, evenly spread over the split")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images")
-    add("--on-corrupt", choices=["error", "skip"], default="error", help="what to do about images that cannot be decoded")
+    add(
+        "--on-corrupt",
+        choices=["error", "skip"],
+        default="error",
+        help="stop at images that cannot be decoded, or skip them",
+    )
     add_machine_options(parser)
 
 
@@ -67,6 +68,7 @@ def augmentation_of(
     options: Namespace, facts: Mapping[str, Any], source: DataSource, images: ImageDataset, model: nn.Module
 ) -> Augmentation:
     """How images become inputs: as the options say, else the network, else the data."""
+    from thriftnet.core.provenance import stated_input_size
     from thriftnet.data.transforms import Augmentation
 
     mean = numbers(options.mean, float, "--mean", "0.5,0.5,0.5") if options.mean else facts.get("mean", source.mean)
@@ -75,12 +77,10 @@ def augmentation_of(
     if size is None and "input_size" in facts:
         size = int(facts["input_size"][1])
     if size is None and stored is None:
-        stated = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
-        if "input_size" not in stated:
-            raise ConfigError(
-                f"the images of {options.data} differ in size: say which one the network takes, as --image-size 224"
-            )
-        size = int(stated["input_size"][1])
+        stated = stated_input_size(model)
+        if stated is None:
+            raise ConfigError(f"the images of {options.data} differ in size: give the network's, as --image-size 224")
+        size = stated[1]
     how = {key: facts[key] for key in FACTS if key in facts} if size is not None else {}
     if options.resize is not None:
         how["resize"] = options.resize
@@ -97,13 +97,6 @@ def limited(images: ImageDataset, limit: int | None) -> ImageDataset:
     from thriftnet.data.dataset import Subset
 
     return Subset(images, torch.arange(limit) * len(images) // limit)
-
-
-def numbers(text: str, kind: type[int] | type[float], option: str, example: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text}: write numbers with commas, as {example}") from None
 
 
 def _tuple(value: Any) -> tuple[float, ...]:

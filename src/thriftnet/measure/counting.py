@@ -1,13 +1,13 @@
-"""Counting what a network holds and what one forward costs.
+"""Counting the parameters of a network and the cost of one forward.
 
-Operations are counted where they run, by torch's own counter, and charged to the layer that runs: a weight used four
-times costs four times, a layer that never runs costs nothing, and a function call inside a block is charged to the block.
+Operations are counted by torch's own counter as they run, and charged to the running layer: a weight used four times costs
+four times, a layer that never runs costs nothing, and a function called in a block is charged to the block.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
+from thriftnet.core.provenance import input_size_of
 from thriftnet.core.width import width, widths
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.measure.layers import LayerCost, layer_costs
 from thriftnet.measure.report import LayerRow, Report
 from thriftnet.measure.untouched import untouched
@@ -33,15 +34,15 @@ Purpose = Literal["execution", "generated layer", "weight", "shift"]
 def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
     """Parameters of a network and the cost of one image, with shared parts counted correctly.
 
-    Counted are convolutions, linear layers and matrix products, attention's among them, each time they run. Computing
-    weights is counted apart, and shifts as bytes. Not counted are norms, activations, additions and pooling: the report
-    names what ran and has no formula. The network runs once, in eval mode on zeros, and is left as it was: modes, buffers,
-    hooks, width and the random state, even if it fails.
+    Counted are convolutions, linear layers and matrix products (attention's, too), each time they run. Computing weights
+    is counted separately, and shifts as bytes. Norms, activations, additions and pooling are not counted; the report names
+    the operations that ran without a formula. The network runs once, in eval mode on zeros; its modes, buffers, hooks and
+    width, and the random state, are restored even if it fails.
 
     Args:
         model: Any network, on any device; it must accept one batch of images.
-        input_size: Channels, height and width of an image. By default, the size in the network's ``default_cfg`` or
-            ``pretrained_cfg``, which the networks of the zoo and timm have.
+        input_size: Channels, height and width of an image. By default, the size that the network states: networks of the
+            zoo, of timm and of model files do.
 
     Returns:
         Totals and one row per layer; prints as a table.
@@ -57,33 +58,13 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         (216, 55296)
     """
     network: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-    size = _checked(_stated_size(network) if input_size is None else input_size)
+    size = input_size_of(network, input_size)
     _refuse_lazy(network)
     with untouched(network):
         found = layer_costs(network)
         uncounted = _run(network, size, found)
         rows = tuple(_row(cost) for cost in found.values() if cost.is_layer)
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
-
-
-def _stated_size(model: nn.Module) -> Sequence[int]:
-    """The image size that the network itself states."""
-    for config in (getattr(model, "default_cfg", None), getattr(model, "pretrained_cfg", None)):
-        if isinstance(config, Mapping) and config.get("input_size") is not None:
-            return tuple(config["input_size"])
-    raise ConfigError(
-        f"{type(model).__name__} does not state its image size, which costs depend on: give input_size=(C, H, W), "
-        "such as input_size=(3, 224, 224)"
-    )
-
-
-def _checked(input_size: Sequence[int]) -> tuple[int, int, int]:
-    sizes = tuple(input_size) if isinstance(input_size, list | tuple) else ()
-    if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
-        raise ConfigError(
-            f"input_size={input_size!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
-        )
-    return sizes[0], sizes[1], sizes[2]
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -95,7 +76,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, LayerCost]) -> dict[str, int]:
-    """Run ``model`` once and charge each layer; returns the operations without a formula."""
+    """Run ``model`` once and charge its layers; returns the operations without a formula."""
     tensors = [*model.parameters(), *model.buffers()]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()] or [torch.zeros(())]
     images = torch.zeros(1, *size, device=(tensors or floating)[0].device, dtype=floating[0].dtype)
@@ -142,14 +123,14 @@ def _row(cost: LayerCost) -> LayerRow:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A module that runs: the layer its operations are charged to, and what they are for."""
+    """A running module: the layer its operations are charged to, and their purpose."""
 
     cost: LayerCost
     purpose: Purpose
 
 
 class _Meter:
-    """Hooks that charge operations, as they run, to the layer that runs."""
+    """Hooks that charge operations to the running layer."""
 
     def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], root: LayerCost) -> None:
         self.counter, self.found = counter, found
@@ -158,19 +139,19 @@ class _Meter:
         self.settled = (0, 0)
 
     def _counts(self) -> tuple[int, int]:
-        """Operations until now, in all and in convolutions."""
+        """Operations so far: all, and those of convolutions."""
         ops = self.counter.flop_counts["Global"]
         return sum(ops.values()), sum(flops for op, flops in ops.items() if op in self.convolutions)
 
     def settle(self) -> None:
-        """Charge what ran since the last time to the innermost running module."""
+        """Charge the operations since the last call to the innermost running module."""
         before, self.settled = self.settled, self._counts()
         flops, convolution_flops = self.settled[0] - before[0], self.settled[1] - before[1]
         frame = self.running[-1]
         if frame.purpose == "execution":
             frame.cost.flops += flops
         elif frame.purpose == "generated layer":
-            frame.cost.flops += convolution_flops  # the rest computes the weight: its layer says how much that is
+            frame.cost.flops += convolution_flops  # the rest computes the weight, whose cost the layer states
         elif frame.purpose == "weight":
             frame.cost.generation_macs += flops // 2
 
@@ -196,19 +177,16 @@ class _Meter:
 
 
 def _purpose(module: nn.Module) -> Purpose:
-    """What the operations inside a module are for."""
+    """The purpose of the operations inside a module."""
     if callable(getattr(module, "moved_bytes", None)):
-        return "shift"  # it multiplies nothing, though its form for some layouts is a depthwise convolution
+        return "shift"  # some implementations are depthwise convolutions, but multiply nothing
     if isinstance(module, ParametrizationList):
         return "weight"
     return "generated layer" if isinstance(module, GeneratedConv2d) else "execution"
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records operations that run and that the counter has no formula for.
-
-    Left out are views, which compute nothing, and what shifts do, which is counted in bytes.
-    """
+    """Records operations without a formula, except views, which compute nothing, and those of shifts, counted in bytes."""
 
     supports_higher_order_operators = True
 
@@ -225,20 +203,12 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _matrix_vector_flops(matrix: Sequence[int], vector: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * matrix[0] * matrix[1]
-
-
-def _added_matrix_vector_flops(start: Any, matrix: Sequence[int], vector: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
-
-
-def _dot_flops(left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * left[0]
 
 
 VECTOR_PRODUCTS = {  # matrix products that torch's table lacks
     torch.ops.aten.mv: _matrix_vector_flops,
-    torch.ops.aten.addmv: _added_matrix_vector_flops,
-    torch.ops.aten.dot: _dot_flops,
+    torch.ops.aten.addmv: lambda _, matrix, *args, **kwargs: _matrix_vector_flops(matrix),
+    torch.ops.aten.dot: lambda left, *args, **kwargs: 2 * left[0],
 }

@@ -1,4 +1,4 @@
-"""How far two networks are apart, measured on a batch."""
+"""The difference of two networks, on random images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from thriftnet.core.norm import first_tensor
 
 @torch.no_grad()
 def relative_difference(one: nn.Module, other: nn.Module, input_size: tuple[int, int, int], batch: int = 4) -> float:
-    """Largest difference of two networks' outputs on random images, relative to the largest output.
+    """Largest difference of two networks' outputs on random images, relative to the largest output of ``one``.
 
     Args:
-        one: A network; both run as they are, so put them in eval mode.
-        other: Another.
+        one, other: The networks, in eval mode.
         input_size: (C, H, W).
         batch: Number of images.
     """

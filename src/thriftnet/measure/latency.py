@@ -1,7 +1,7 @@
-"""Time of computations that are compared: in rounds, so that their ratios can be trusted where absolute times cannot.
+"""Timing computations against each other in rounds, since ratios are more reliable than absolute times.
 
-In each round every computation has a turn, in a random order, since what ran before decides how much memory is warm. A turn is as
-many calls as fill 20 ms. A ratio is taken within each round; the median over the rounds counts, with the quartiles beside it.
+In each round every computation has a turn of 20 ms or more, in random order, since caches depend on the previous turn. Ratios are
+taken within each round; reported are the median over the rounds and the quartiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 Run = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
-TURN, MOST_CALLS = 20e-3, 50  # seconds that a turn lasts at least, and its largest number of calls
+TURN, MOST_CALLS = 20e-3, 50  # minimum seconds and maximum calls of a turn
 MANY_LAUNCHES = 20  # calls that a GPU times together, to hide launching them
 
 
@@ -34,7 +34,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of some numbers."""
+        """The spread of some numbers."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -42,7 +42,7 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-        """Of the ratios within each round."""
+        """The spread of the ratios within each round."""
         return cls.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
     @property
@@ -59,14 +59,14 @@ def time_rounds(
     clock: Callable[[], float] = time.perf_counter,
     turn: float = TURN,
 ) -> dict[Name, list[float]]:
-    """Seconds per call of each computation in each round; what the calls return is freed within.
+    """Seconds per call of each computation in each round, including the time to free the results.
 
     Args:
-        runs: The computations; each is called once more beforehand, to warm up.
+        runs: The computations; each is called once before, to warm up.
         rounds: Number of rounds.
-        device: On "cuda" times are taken between two events, and ``clock`` is not used.
-        clock: `time.perf_counter` for what a user waits for, `time.process_time` to leave out other processes.
-        turn: Seconds that a turn lasts at least; 0 for one call.
+        device: On "cuda", times are between two events, without ``clock``.
+        clock: `time.perf_counter` for wall-clock time, `time.process_time` to exclude other processes.
+        turn: Minimum seconds of a turn; 0 for one call.
 
     Returns:
         A list of ``rounds`` times for each name.
@@ -103,6 +103,6 @@ def _cuda_seconds(run: Run, calls: int) -> float:
 
 
 def conditions(device: str = "cpu") -> dict[str, str]:
-    """What times depend on, without names of machines."""
+    """The conditions that times depend on, without names of machines."""
     processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"torch": torch.__version__, "machine": torch.cuda.get_device_name() if device.startswith("cuda") else processor}

@@ -1,4 +1,4 @@
-"""Which modules of a network are its layers, and how many parameters each stores and replaces."""
+"""The layers of a network, and the parameters that each stores and replaces."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from torch.nn.utils import parametrize
 
 @dataclass
 class LayerCost:
-    """What is counted for one layer.
+    """The counts of one layer, as in `LayerRow <thriftnet.measure.report.LayerRow>`.
 
     Args:
         module: The layer.
         is_leaf: Whether it is one layer together with all its submodules.
-        names: Every name of it in the network.
-        params: Stored parameters not counted at an earlier layer.
-        dense_params: Parameters of the plain layers it replaces.
         flops: Twice the multiply-accumulates it ran.
-        generation_macs: Multiply-accumulates of computing its weights.
-        shift_bytes: Bytes moved by its shifts.
-        output: Shape that its first run gave.
-        calls: How many times it ran.
     """
 
     module: nn.Module
@@ -38,16 +31,13 @@ class LayerCost:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is more than a container."""
+        """Whether it is a layer and not a mere container."""
         counts = (self.params, self.dense_params, self.flops, self.generation_macs, self.shift_bytes)
         return any(counts) or self.is_leaf
 
 
 def layer_costs(model: nn.Module) -> dict[int, LayerCost]:
-    """One for each module of ``model`` that is not inside another layer, in registration order, by the module's id.
-
-    Parameters are filled in, costs are zero.
-    """
+    """Module id -> counts, for modules not inside another layer, in registration order; parameters counted, costs zero."""
     found: dict[int, LayerCost] = {}
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=False):
@@ -75,9 +65,9 @@ def declared_dense_params(module: nn.Module) -> int | None:
 
 
 def _count_parameters(found: dict[int, LayerCost]) -> None:
-    """Stored parameters at the first layer that holds them; dense ones at every name.
+    """Stored parameters at the first layer that has them, dense ones at every name.
 
-    What a converted layer holds has no place in the plain network, wherever else it is registered.
+    Submodules of a converted layer are not in the plain network, wherever else they are registered.
     """
     converted = [cost.module for cost in found.values() if declared_dense_params(cost.module) is not None]
     absorbed = {id(inner) for module in converted for inner in module.modules() if inner is not module}
@@ -92,7 +82,7 @@ def _count_parameters(found: dict[int, LayerCost]) -> None:
 
 
 def _storage_place(tensor: Tensor) -> object:
-    """What two parameters have in common when they are one tensor in memory (`data_ptr` is 0 on the meta device)."""
+    """Equal for parameters that are one tensor in memory (`data_ptr` is 0 on the meta device)."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()
 
 

@@ -1,4 +1,4 @@
-"""The result of `inspect`: totals, one row per layer, a printable table and a JSON form."""
+"""The result of `inspect`: totals and one row per layer, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ NAMED_OPS = 6  # uncounted operations named in the printed report; `to_dict` has
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What one layer holds and costs. Costs are those of all its runs together, at batch 1.
+    """Parameters and cost of one layer. Costs are totals over its runs, at batch 1.
 
     Args:
         names: Every name of the layer in the network; the empty name is the network itself.
         kind: Class of the layer.
-        params: Stored parameters; one that several layers hold is counted at the first of them.
+        params: Stored parameters; shared ones are counted at the first layer that has them.
         dense_params: Parameters of the plain layers it replaces, one for each of its names.
         macs: Multiply-accumulates of the convolutions, linear layers and matrix products it ran.
         generation_macs: Multiply-accumulates of computing its weights.
         shift_bytes: Bytes read and written by its shifts.
-        output: Shape of the first tensor that its first run gave; None if it never ran, or gave no tensor.
-        calls: How many times it ran.
+        output: Shape of the first output tensor of its first run; None if it never ran, or returned no tensor.
+        calls: Number of runs.
     """
 
     names: tuple[str, ...]
@@ -44,21 +44,21 @@ class LayerRow:
 
     @property
     def matters(self) -> bool:
-        """Whether the layer holds or replaces parameters, or costs anything."""
+        """Whether it stores or replaces parameters, or costs anything."""
         return any((self.params, self.dense_params, self.macs, self.generation_macs, self.shift_bytes))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a network holds and costs. Prints as a table. The totals are the sums of the rows.
+    """Parameters and cost of a network; prints as a table. The totals are sums over the rows.
 
     Args:
         model: Class name of the network.
         input_size: Channels, height and width of the input it was measured on, at batch 1.
-        rows: The layers in registration order, with those that neither hold nor cost anything.
-        uncounted: Operations that ran and have no formula (norms, activations, additions, ...) with the number of times,
-            by name. Left out are changes of view, and what shifts do: their bytes are counted.
-        width: The width it was measured at; None if it has one width only.
+        rows: All layers, in registration order.
+        uncounted: Number of runs of each operation without a formula (norms, activations, additions, ...); views are left out,
+            and shifts, whose bytes are counted.
+        width: The width it was measured at; None for a network of one width.
 
     Example:
         >>> print(Report("Net", (3, 16, 16), (LayerRow(("conv",), "Conv2d", 216, 216, 55296, 0, 0, (1, 8, 16, 16), 1),)))
@@ -103,15 +103,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON-ready dict; costs in multiply-accumulates and bytes."""
+        totals = ("params", "dense_params", "macs", "generation_macs", "shift_bytes")
         return {
             "model": self.model,
             "input_size": list(self.input_size),
             "width": self.width,
-            "params": self.params,
-            "dense_params": self.dense_params,
-            "macs": self.macs,
-            "generation_macs": self.generation_macs,
-            "shift_bytes": self.shift_bytes,
+            **{name: getattr(self, name) for name in totals},
             "rows": [_row_dict(row) for row in self.rows],
             "uncounted": dict(self.uncounted),
         }
@@ -132,7 +129,7 @@ class Report:
         return "\n".join(lines + (["", self._uncounted_line()] if self.uncounted else []))
 
     def _table(self) -> str:
-        """The rows that matter, without columns that are zero throughout."""
+        """The rows that matter, without columns of zeros."""
         columns = ["layer", "kind", "output", "params", "dense", "MACs", "generation", "shift bytes", "calls"]
         used = [True] * 6 + [bool(self.generation_macs), bool(self.shift_bytes), True]
         cells = [

@@ -1,4 +1,4 @@
-"""Running a network without leaving a trace in it."""
+"""Running a network and restoring its state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from thriftnet.core.width import slimmable_layers
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Everything in eval mode, no gradients; afterwards modes, buffers, widths and random state are as before.
+    """Eval mode and no gradients; on exit, modes, buffers, widths and the random state are restored.
 
-    Attention runs in its plain form meanwhile: fused forms have no formula in the operation counter, or not in every
-    release of torch.
+    Attention runs unfused: not every release of torch has formulas for its fused kernels.
     """
     modes = [(module, module.training) for module in model.modules()]
     widths = [(layer, layer.width_index) for layer in slimmable_layers(model)]
@@ -39,7 +38,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers get their values back. Those that did not change are not written to, so that a graph stays valid."""
+    """Restore buffers; unchanged ones are not written to, so that autograd graphs stay valid."""
     buffers = [(module, name) for module in model.modules() for name in module._buffers]
     saved = [(module, name, module._buffers[name]) for module, name in buffers]
     values = [None if b is None or b.is_inference() else (b.detach().clone(), b._version) for _, _, b in saved]
@@ -55,7 +54,7 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored_random_state(model: nn.Module) -> Iterator[None]:
-    """The random state of the CPU and of the devices that the network is on is put back."""
+    """Restore the random state of the CPU and of the network's devices."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     used = [device for device in devices if device.type not in ("cpu", "meta")]
     with torch.random.fork_rng(devices=used, device_type=used[0].type if used else "cuda"):
