@@ -146,7 +146,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["count", "hf-hub:someone/thin", "--selekt", "x"], "did you mean '--select'"),
         (["models", "--tecnique", "shift"], "did you mean '--technique'"),
         (["count", "missing.pth"], "no folder or file 'missing.pth'"),
-        (["count", "torch.nn:Identity"], "input size of Identity is unknown: give channels,height,width"),
+        (["count", "torch.nn:Identity"], "Identity does not state its input size: give input_size=(C, H, W)"),
         (["count", "resnet20", "--input-size", "3,x"], "3,32,32"),
         (["count", "resnet20", "--technique", "soft-sharin"], "did you mean 'soft-sharing'"),
         (["count", "resnet20", "--technique", "soft-sharing(template=2)"], "did you mean 'templates'"),
@@ -161,7 +161,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["convert", "resnet20", "--output", "x"], "--technique or --plan"),
         (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
         (["fold", "resnet20", "--output", "x"], "plain layers only"),
-        (["demo", "--epochs", "0", "--output", "x"], "epochs=0: possible is a number at least 1"),
+        (["demo", "--epochs", "0", "--output", "x"], "epochs=0: expected a number >= 1"),
         (["models", "nothing*"], "no model matches"),
     ],
 )

@@ -462,7 +462,7 @@ def test_the_size_is_the_networks_own_or_asked_for() -> None:
     assert inspect(tn.create_model("resnet20", in_chans=1)).input_size == (1, 32, 32)
     assert inspect(tn.convert(tn.create_model("cifar_mobilenetv2"), "weight-sharing")).input_size == (3, 32, 32)
     net = plain()
-    with pytest.raises(tn.ConfigError, match=r"does not state its image size.*give input_size=\(C, H, W\)"):
+    with pytest.raises(tn.ConfigError, match=r"does not state its input size: give input_size=\(C, H, W\)"):
         inspect(net)
     net.pretrained_cfg = {"input_size": (32, 20, 20)}
     assert inspect(net).input_size == (32, 20, 20)

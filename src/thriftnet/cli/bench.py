@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import add_input_size, emit, input_size, new_parser, open_network, parse_with_kwargs
 from thriftnet.cli.machine import add_fast_malloc, use_allocator, use_threads
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError
 from thriftnet.text import table
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="images at a time; several are timed one by one")
     add("--threads", type=int, nargs="+", metavar="N", help="threads within an operation; default: 1 for single images")
-    add("--input-size", metavar="C,H,W", help="as 3,32,32; default: the network's own")
+    add_input_size(parser)
     add("--device", help="default: cuda if there is a GPU, else cpu")
     add("--rounds", type=int, default=11, metavar="N", help="turns of each implementation")
     add("--svg", metavar="FILE", help="draw the times, an SVG")
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> None:
 
     with process_group(options.device) as device:
         model = open_network(options.model, kwargs).eval().to(device)
-        size = input_size(options.input_size, model)
+        size = input_size(options, model)
         rows = measured(model, options.technique, size, device, options)
     facts = {**conditions(str(device)), "allocator": allocator, "input_size": list(size)}
     if options.svg:

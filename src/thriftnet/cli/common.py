@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import model_kwargs
-from thriftnet.models.entry import IDENTITY
 from thriftnet.models.table import NAMES, normalize_name
 
 if TYPE_CHECKING:
@@ -160,36 +159,27 @@ def open_network(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return open_model(source, **kwargs)
 
 
-def input_size(text: str | None, model: nn.Module) -> tuple[int, int, int]:
-    """``3,32,32`` as numbers; left out, the size that the network, or torchvision, gives for it.
-
-    Raises:
-        ConfigError: Not three numbers, or left out for a network whose size is unknown.
-    """
-    size = _stated_size(model) if text is None else text.split(",")
+def numbers(text: str, kind: type[int] | type[float], option: str, example: str) -> tuple[Any, ...]:
+    """Comma-separated numbers."""
     try:
-        channels, height, width = (int(part) for part in size)
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        channels = height = width = 0
-    if min(channels, height, width) < 1:
-        problem = f"the input size of {type(model).__name__} is unknown" if text is None else f"--input-size {text}"
-        raise ConfigError(f"{problem}: give channels,height,width, as --input-size 3,32,32")
-    return channels, height, width
+        raise ConfigError(f"{option} {text}: write numbers with commas, as {example}") from None
 
 
-def _stated_size(model: nn.Module) -> Sequence[Any]:
-    for name in ("default_cfg", "pretrained_cfg"):
-        stated = getattr(model, name, None) or {}
-        if "input_size" in stated:
-            return tuple(stated["input_size"])
-    library, _, name = str((getattr(model, IDENTITY, None) or {}).get("name")).partition(":")
-    if library == "torchvision":
-        from torchvision.models import get_model_weights
+def add_input_size(parser: ArgumentParser) -> None:
+    """Add ``--input-size``, which `input_size` reads."""
+    parser.add_argument(
+        "--input-size", metavar="C,H,W", help="channels, height and width, as 3,32,32; default: the network's own"
+    )
 
-        for weights in get_model_weights(name):
-            side = getattr(weights.transforms(), "crop_size", [0])[0]
-            return 3, side, side
-    return ()
+
+def input_size(options: Namespace, model: nn.Module) -> tuple[int, int, int]:
+    """``--input-size``; by default the size that the network states."""
+    from thriftnet.core.provenance import input_size_of
+
+    text = options.input_size
+    return input_size_of(model, None if text is None else numbers(text, int, "--input-size", "3,32,32"))
 
 
 def emit(text: str, result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import add_input_size, emit, input_size, new_parser, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.entry import IDENTITY
@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = new_parser("count", "Count parameters, MACs and bytes moved of a network.", takes_model=True)
     parser.add_argument("--technique", help="convert first, as 'soft-sharing(templates=2)'")
     parser.add_argument("--select", help="with --technique: regular expression on layer names")
-    parser.add_argument("--input-size", metavar="C,H,W", help="as 3,32,32; left out, what the network was made for")
+    add_input_size(parser)
     parser.add_argument(
         "--against", metavar="MODEL", help="a network to compare with; left out, the plain network that the zoo names"
     )
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.techniques import convert
 
     model = open_network(options.model, kwargs)
-    size = input_size(options.input_size, model)
+    size = input_size(options, model)
     if options.technique:
         model = convert(model, options.technique, select=options.select)
     report = inspect(model, size)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, parse_with_kwargs
-from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
+from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, numbers, parse_with_kwargs
+from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table

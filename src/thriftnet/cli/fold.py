@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thriftnet.cli.common import (
+    add_input_size,
     add_width_options,
     chosen_width,
     emit,
@@ -22,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = new_parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", takes_model=True)
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the plain network")
     add_width_options(parser)
-    parser.add_argument("--input-size", metavar="C,H,W", help="for the check (default: the size the network states)")
+    add_input_size(parser)
     options, kwargs = parse_with_kwargs(parser, arguments)
     width = chosen_width(options)
 
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
         raise IncompatibleModelError(
             f"{options.model} has plain layers only: there is nothing to fold. See thriftnet convert"
         )
-    size = input_size(options.input_size, model)
+    size = input_size(options, model)
     if width:
         set_width(model, **width)
         folded = freeze(model, **width)

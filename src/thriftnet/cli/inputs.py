@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import open_network
+from thriftnet.cli.common import numbers, open_network
 from thriftnet.cli.machine import add_machine_options
 from thriftnet.errors import ConfigError
 
@@ -67,6 +67,7 @@ def augmentation_of(
     options: Namespace, facts: Mapping[str, Any], source: DataSource, images: ImageDataset, model: nn.Module
 ) -> Augmentation:
     """How images become inputs: as the options say, else the network, else the data."""
+    from thriftnet.core.provenance import stated_input_size
     from thriftnet.data.transforms import Augmentation
 
     mean = numbers(options.mean, float, "--mean", "0.5,0.5,0.5") if options.mean else facts.get("mean", source.mean)
@@ -75,12 +76,10 @@ def augmentation_of(
     if size is None and "input_size" in facts:
         size = int(facts["input_size"][1])
     if size is None and stored is None:
-        stated = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
-        if "input_size" not in stated:
-            raise ConfigError(
-                f"the images of {options.data} differ in size: say which one the network takes, as --image-size 224"
-            )
-        size = int(stated["input_size"][1])
+        stated = stated_input_size(model)
+        if stated is None:
+            raise ConfigError(f"the images of {options.data} differ in size: give the network's, as --image-size 224")
+        size = stated[1]
     how = {key: facts[key] for key in FACTS if key in facts} if size is not None else {}
     if options.resize is not None:
         how["resize"] = options.resize
@@ -97,13 +96,6 @@ def limited(images: ImageDataset, limit: int | None) -> ImageDataset:
     from thriftnet.data.dataset import Subset
 
     return Subset(images, torch.arange(limit) * len(images) // limit)
-
-
-def numbers(text: str, kind: type[int] | type[float], option: str, example: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text}: write numbers with commas, as {example}") from None
 
 
 def _tuple(value: Any) -> tuple[float, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, width_from
-from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of, numbers
+from thriftnet.cli.common import emit, new_parser, numbers, parse_with_kwargs, width_from
+from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
@@ -79,7 +80,7 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
     """
     ghost = on_meta(model)
     if given is not None:
-        size = _size(given)
+        size = input_size_of(model, given)
         error = failure(ghost, size)
         if error is not None:
             raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
@@ -109,20 +110,11 @@ def calls(model: nn.Module, size: Size) -> list[Call]:
 
 
 def _candidates(model: nn.Module) -> list[Size]:
-    stated = getattr(model, "default_cfg", None)
-    if isinstance(stated, dict) and "input_size" in stated:
-        return [_size(stated["input_size"])]
+    if (stated := stated_input_size(model)) is not None:
+        return [stated]
     stem = ends(model)[0]
     channels = int(getattr(stem, "in_channels", 3))
     return [(channels, side, side) for side in SIDES]
-
-
-def _size(given: Sequence[int]) -> Size:
-    try:
-        channels, height, width = map(int, given)
-    except (TypeError, ValueError):
-        raise ConfigError(f"input_size={given!r}: expected (channels, height, width), such as (3, 224, 224)") from None
-    return channels, height, width
 
 
 def _first_line(error: Exception) -> str:

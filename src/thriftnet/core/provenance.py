@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -72,6 +72,32 @@ def add_data_facts(model: nn.Module, facts: Mapping[str, Any]) -> None:
         ConfigError: A value of another type.
     """
     setattr(model, DATA, replace(data_facts(model), **{k: facts[k] for k in FACTS if facts.get(k) is not None}))
+
+
+def stated_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """The input size in a network's data facts, ``default_cfg`` (the zoo's networks) or ``pretrained_cfg`` (timm's)."""
+    configs = [getattr(model, name, None) for name in ("default_cfg", "pretrained_cfg")]
+    sizes = [data_facts(model).input_size, *(c.get("input_size") for c in configs if isinstance(c, Mapping))]
+    return next(((size[0], size[1], size[2]) for size in sizes if size is not None and _is_size(size)), None)
+
+
+def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """``given``, checked, or else the size that the network states.
+
+    Raises:
+        ConfigError: Not three integers >= 1, or neither is there.
+    """
+    if given is not None and not _is_size(given):
+        raise ConfigError(
+            f"input_size={given!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
+        )
+    size = stated_input_size(model) if given is None else given
+    if size is None:
+        raise ConfigError(
+            f"{type(model).__name__} does not state its input size: give input_size=(C, H, W), such as "
+            "input_size=(3, 224, 224), or --input-size 3,224,224 on the command line"
+        )
+    return size[0], size[1], size[2]
 
 
 def _is_list(value: object) -> bool:

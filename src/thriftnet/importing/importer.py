@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.provenance import add_data_facts
+from thriftnet.core.provenance import add_data_facts, stated_input_size
 from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import sha256_of
@@ -115,7 +115,7 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
         model, notes = build(recognised)
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
-    size = getattr(model, "default_cfg", {}).get("input_size")
+    size = stated_input_size(model)
     preprocessing = {**({} if size is None else {"input_size": list(size)}), **recognised.preprocessing}
     add_data_facts(model, preprocessing)
     return ImportedCheckpoint(

@@ -7,7 +7,7 @@ times costs four times, a layer that never runs costs nothing, and a function ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
+from thriftnet.core.provenance import input_size_of
 from thriftnet.core.width import width, widths
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.measure.layers import LayerCost, layer_costs
 from thriftnet.measure.report import LayerRow, Report
 from thriftnet.measure.untouched import untouched
@@ -40,8 +41,8 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
 
     Args:
         model: Any network, on any device; it must accept one batch of images.
-        input_size: Channels, height and width of an image. By default, the size in the network's ``default_cfg`` or
-            ``pretrained_cfg``, which the networks of the zoo and timm have.
+        input_size: Channels, height and width of an image. By default, the size that the network states: networks of the
+            zoo, of timm and of model files do.
 
     Returns:
         Totals and one row per layer; prints as a table.
@@ -57,33 +58,13 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         (216, 55296)
     """
     network: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
-    size = _checked(_stated_size(network) if input_size is None else input_size)
+    size = input_size_of(network, input_size)
     _refuse_lazy(network)
     with untouched(network):
         found = layer_costs(network)
         uncounted = _run(network, size, found)
         rows = tuple(_row(cost) for cost in found.values() if cost.is_layer)
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
-
-
-def _stated_size(model: nn.Module) -> Sequence[int]:
-    """The image size that the network itself states."""
-    for config in (getattr(model, "default_cfg", None), getattr(model, "pretrained_cfg", None)):
-        if isinstance(config, Mapping) and config.get("input_size") is not None:
-            return tuple(config["input_size"])
-    raise ConfigError(
-        f"{type(model).__name__} does not state its image size, which costs depend on: give input_size=(C, H, W), "
-        "such as input_size=(3, 224, 224)"
-    )
-
-
-def _checked(input_size: Sequence[int]) -> tuple[int, int, int]:
-    sizes = tuple(input_size) if isinstance(input_size, list | tuple) else ()
-    if len(sizes) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
-        raise ConfigError(
-            f"input_size={input_size!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
-        )
-    return sizes[0], sizes[1], sizes[2]
 
 
 def _refuse_lazy(model: nn.Module) -> None:

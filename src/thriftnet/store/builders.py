@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
+from thriftnet.core.provenance import add_data_facts
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import create_model
 from thriftnet.models.entry import IDENTITY
@@ -87,7 +89,12 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise unknown_name("torchvision model", name, models.list_models())
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         kwargs = {"weights_backbone": None, **kwargs}  # torchvision's own default fetches weights
-    return _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **kwargs))
+    model = _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **kwargs))
+    for weights in islice(models.get_model_weights(name), 1):
+        crop = getattr(weights.transforms(), "crop_size", ())
+        if len(crop) == 1:  # classification of images; videos have two sides
+            add_data_facts(model, {"input_size": (3, *crop, *crop)})
+    return model
 
 
 def _callable(module: str, name: str, kwargs: dict[str, Any]) -> nn.Module:

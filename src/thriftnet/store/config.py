@@ -12,7 +12,7 @@ from torch import nn
 
 from thriftnet import __version__
 from thriftnet.core.history import history
-from thriftnet.core.provenance import CHECKS, FACTS, data_facts
+from thriftnet.core.provenance import CHECKS, FACTS, data_facts, stated_input_size
 from thriftnet.core.tied import count_params
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
@@ -112,10 +112,8 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"metadata must be plain values that JSON can hold: {error}") from None
     known = data_facts(model).to_dict() | {name: facts.pop(name) for name in FACTS if facts.get(name) is not None}
-    if known["input_size"] is None:
-        stated = getattr(model, "default_cfg", None)
-        size = list(stated.get("input_size") or ()) if isinstance(stated, Mapping) else []
-        known["input_size"] = size if CHECKS["input_size"][0](size) else None
+    if known["input_size"] is None and (size := stated_input_size(model)) is not None:
+        known["input_size"] = list(size)
     checked = {**known, "metrics": facts.pop("metrics", None)}
     for key, value in checked.items():
         if not FIELDS[key][0](value):
