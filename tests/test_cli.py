@@ -158,7 +158,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["count", "resnet20", "--jsn"], "did you mean '--json'"),
         (["plan", "resnet20", "--technique", "shift", "--select", "("], "not a regular expression"),
         (["plan", "resnet20", "--technique", "shift", "--select", "layer9"], "matches no layer"),
-        (["convert", "resnet20", "--output", "x"], "--technique or --plan"),
+        (["convert", "resnet20", "--output", "x"], "either --technique or --plan"),
         (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
         (["fold", "resnet20", "--output", "x"], "plain layers only"),
         (["demo", "--epochs", "0", "--output", "x"], "epochs=0: expected a number >= 1"),

@@ -10,25 +10,25 @@ from thriftnet import __version__
 from thriftnet.errors import ThriftnetError, unknown_name
 
 VERBS = {
-    "demo": "train, convert with each technique, fold and compare on real images; writes report.html",
+    "demo": "train a small network on digits, convert it with each technique, fold and compare; writes report.html",
     "models": "list the networks of the zoo",
-    "count": "count parameters, multiply-accumulates and bytes moved of a network",
+    "count": "count the parameters, multiply-accumulates (MACs) and bytes moved of a network",
     "plan": "show what a conversion would do, layer by layer",
-    "convert": "make a network small with a technique, and save it",
-    "train": "train a network by a recipe, on one process or many; resumes",
-    "evaluate": "measure how well a network classifies",
+    "convert": "convert a network with a technique, and save it",
+    "train": "train a network by a recipe, on one process or many; the same command resumes",
+    "evaluate": "measure the accuracy of a network on a data set",
     "recipes": "list the training recipes, or show one",
     "import": "import a checkpoint of one of the five original projects",
     "bench": "time a network as it is, converted, folded, packed and compiled",
-    "recalibrate": "fresh batch-norm statistics from training images, at every width",
-    "search": "find the best widths of a supernet within a budget, as a plain network",
-    "fold": "turn a converted network into plain layers, check that it computes the same, and save it",
+    "recalibrate": "estimate batch-norm statistics again from training images, at every width",
+    "search": "find the best widths of a trained slimmable network within a budget of MACs; saves a plain network",
+    "fold": "turn a converted network into plain layers, check that the outputs are equal, and save it",
 }
-MODULES = {"import": "import_"}  # where a verb is no name that Python takes
+MODULES = {"import": "import_"}  # a verb that is a keyword of Python
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 1 a check that failed, 2 wrong use or a refused input, 130 interrupted."""
+    """Run a command line; returns the exit code: 0 done, 2 wrong use or a refused input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(help_text())
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown_name("verb", verb, VERBS)
-        code: int | None = importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
+        importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
     except ThriftnetError as error:
         sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")
         return 2
@@ -50,19 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    return code or 0
+    return 0
 
 
 def help_text() -> str:
-    """What `thriftnet --help` prints."""
-    lines = [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
+    """The text of `thriftnet --help`."""
     return "\n".join(
         [
-            "usage: thriftnet VERB [options]        (thriftnet VERB --help says more)",
+            "usage: thriftnet VERB [options]        (options: thriftnet VERB --help)",
             "",
             "Make ConvNets small: five techniques for any PyTorch network.",
             "",
-            *lines,
+            *(f"  {verb:<11} {text}" for verb, text in VERBS.items()),
             "",
             "Every verb that prints a result takes --json.",
             "",

@@ -1,14 +1,22 @@
-"""`thriftnet bench`: how long a network takes as it is, converted, folded, packed and compiled, compared in one run."""
+"""`thriftnet bench`: time a network as it is, converted, folded, packed and compiled, in one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_input_size, emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import (
+    add_input_size,
+    check_positive,
+    emit,
+    input_size,
+    new_parser,
+    open_network,
+    parse_with_kwargs,
+    write_text,
+)
 from thriftnet.cli.machine import add_fast_malloc, use_allocator, use_threads
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError
 from thriftnet.text import table
@@ -30,15 +38,16 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Row:
-    """One time, or why there is none.
+    """One time, or the reason why there is none.
 
     Args:
         network: The technique that converted the network, or "as it is".
         implementation: One of `IMPLEMENTATIONS`.
-        batch_size, threads: Of the run; None for what was left out.
+        batch_size: Images at a time; None without a time.
+        threads: Threads within an operation; None without a time.
         ms: Wall-clock time of one batch.
         speedup: Time of the network as it is, divided by this one.
-        note: Why it was left out.
+        note: The reason.
     """
 
     network: str
@@ -50,7 +59,7 @@ class Row:
     note: str = ""
 
     def cells(self) -> list[object]:
-        """As a line of the table."""
+        """The row of the table."""
         if self.ms is None or self.speedup is None:
             return [None, None, self.network, self.implementation, None, "", None, "", self.note]
         times = [self.ms.median, self.ms.quartiles, self.speedup.median, self.speedup.quartiles]
@@ -65,9 +74,9 @@ def run(arguments: Sequence[str]) -> None:
         action="append",
         default=[],
         metavar="T",
-        help="as 'shift()'; several: each makes a network of its own",
+        help="as 'shift()'; each one given makes a network of its own",
     )
-    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="images at a time; several are timed one by one")
+    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="images at a time; every number given is timed")
     add("--threads", type=int, nargs="+", metavar="N", help="threads within an operation; default: 1 for single images")
     add_input_size(parser)
     add("--device", help="default: cuda if there is a GPU, else cpu")
@@ -75,23 +84,19 @@ def run(arguments: Sequence[str]) -> None:
     add("--svg", metavar="FILE", help="draw the times, an SVG")
     add_fast_malloc(parser)
     options, kwargs = parse_with_kwargs(parser, arguments)
-    for name in ("batch_size", "threads", "rounds"):
-        for value in options[name] if isinstance(options[name], list) else [options[name]]:
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected an integer >= 1")
+    check_positive(options, "batch_size", "threads", "rounds")
 
     from thriftnet.measure.latency import conditions
-
-    allocator = use_allocator(fast_malloc=options.fast_malloc)
     from thriftnet.train.distributed import process_group
 
+    allocator = use_allocator(fast_malloc=options.fast_malloc)
     with process_group(options.device) as device:
         model = open_network(options.model, kwargs).eval().to(device)
         size = input_size(options, model)
         rows = measured(model, options.technique, size, device, options)
     facts = {**conditions(str(device)), "allocator": allocator, "input_size": list(size)}
     if options.svg:
-        Path(options.svg).write_text(picture(options.model, rows), encoding="utf-8")
+        write_text(options.svg, picture(options.model, rows))
     head = "  ".join(f"{key}: {value}" for key, value in facts.items())
     text = f"{head}\n\n{table(COLUMNS, [row.cells() for row in rows])}"
     emit(text, {"model": options.model, "conditions": facts, "rows": [asdict(row) for row in rows]}, as_json=options.json)
@@ -100,7 +105,7 @@ def run(arguments: Sequence[str]) -> None:
 def measured(
     model: nn.Module, techniques: Sequence[str], size: tuple[int, int, int], device: torch.device, options: Any
 ) -> list[Row]:
-    """Time everything at every batch size and number of threads; what cannot run comes last, with the reason."""
+    """Every implementation at every batch size and number of threads; those that cannot run come last, with the reason."""
     import torch
 
     from thriftnet.measure.latency import Spread, time_rounds
@@ -126,7 +131,7 @@ Key = tuple[str, str]  # network and implementation
 
 
 def converted(model: nn.Module, techniques: Sequence[str]) -> tuple[dict[str, nn.Module], dict[Key, str]]:
-    """The network as it is and converted by each technique; and the techniques that do not apply, with the reason."""
+    """The network as it is and converted by each technique, and the reasons of techniques that do not apply."""
     from thriftnet.techniques import convert
 
     networks, left_out = {AS_IT_IS: model}, {}
@@ -141,7 +146,7 @@ def converted(model: nn.Module, techniques: Sequence[str]) -> tuple[dict[str, nn
 def runnable(
     networks: dict[str, nn.Module], images: Tensor, left_out: dict[Key, str]
 ) -> Iterator[tuple[Key, Callable[[], object]]]:
-    """Every implementation of every network that computes what the network does; the reason goes to ``left_out`` for the others."""
+    """Every implementation whose outputs equal its network's; the others go to ``left_out``, with the reason."""
     import torch
 
     torch.compiler.reset()  # compiled code is made for one number of threads
@@ -160,14 +165,14 @@ def runnable(
             except (ThriftnetError, RuntimeError) as error:  # torch's compiler raises RuntimeErrors
                 left_out[key] = first_line(error)
                 continue
-            if difference <= TOLERANCE or implementation == "eager":  # which is what others are compared with
+            if difference <= TOLERANCE or implementation == "eager":  # the reference itself
                 yield key, partial(function, images)
             else:
                 left_out[key] = f"its outputs differ by {difference:.1e} of the largest"
 
 
 def folded(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """In plain layers."""
+    """Plain layers."""
     from thriftnet.core.fold import fold, is_foldable
 
     if not any(is_foldable(module) for module in model.modules()):
@@ -194,7 +199,7 @@ def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     return torch.compile(plain, dynamic=False)
 
 
-# Each takes a network and a batch, and returns what computes the same.
+# Each takes a network and a batch, and returns a function with the same outputs.
 IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model, images: model,
     "folded": folded,
@@ -204,7 +209,7 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tens
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message."""
+    """First line of an error's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

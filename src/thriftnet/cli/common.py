@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import model_kwargs
@@ -26,11 +26,18 @@ MODEL_HELP = (
 KWARGS_HELP = "Further --key value options go to the function that builds the network, as --num-classes 100."
 
 
+class _Help(DefaultHelpFormatter):
+    """jsonargparse's help, without "default: null" and the like."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def new_parser(verb: str, description: str, *, takes_model: bool = False) -> ArgumentParser:
     """A parser for one verb, with ``--json``."""
-    parser = ArgumentParser(
-        prog=f"thriftnet {verb}", description=description, exit_on_error=False, epilog=KWARGS_HELP if takes_model else None
-    )
+    epilog = KWARGS_HELP if takes_model else None
+    prog = f"thriftnet {verb}"
+    parser = ArgumentParser(prog=prog, description=description, epilog=epilog, formatter_class=_Help, exit_on_error=False)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
     if takes_model:
         parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -98,20 +105,37 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> 
             raise unknown_name(where, option, options | possible)
 
 
-def add_width_options(parser: ArgumentParser) -> None:
-    """Options that select one width of a slimmable network: taken by `chosen_width`."""
-    parser.add_argument(
-        "--width", metavar="W", help="of a slimmable network: a ratio that it has, as 0.5, smallest or largest"
+def add_convert_options(parser: ArgumentParser, *, required: bool = False) -> None:
+    """``--technique`` and ``--select``: the arguments of `convert` and `plan`."""
+    add = parser.add_argument
+    add(
+        "--technique",
+        metavar="T",
+        required=required,
+        help="as 'soft-sharing(templates=2)'; docs/techniques lists the fields",
     )
-    parser.add_argument("--width-index", type=int, metavar="I", help="instead: index into its list of sub-networks, from 0")
+    add("--select", metavar="REGEX", help="which layers, by name; default: all but the stem and the classifier")
+
+
+def add_output(parser: ArgumentParser) -> None:
+    """``--output``, required."""
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the network")
+
+
+def add_width_options(parser: ArgumentParser) -> None:
+    """``--width`` and ``--width-index``, which `chosen_width` reads."""
+    add = parser.add_argument
+    add("--width", metavar="W", help="of a slimmable network: one of its ratios, as 0.5, or smallest or largest")
+    add("--width-index", type=int, metavar="I", help="instead: index into its list of widths, from 0")
 
 
 def chosen_width(options: Namespace) -> dict[str, Any]:
     """The keyword arguments of `set_width` and `freeze` for these options; empty if no width is selected."""
     if options.width is not None and options.width_index is not None:
         raise ConfigError("--width and --width-index both select a width: give one of them")
-    given = {"width": None if options.width is None else width_from(options.width), "index": options.width_index}
-    return {name: value for name, value in given.items() if value is not None}
+    if options.width is not None:
+        return {"width": width_from(options.width)}
+    return {} if options.width_index is None else {"index": options.width_index}
 
 
 def width_from(text: str) -> float | str:
@@ -125,6 +149,18 @@ def width_from(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text.strip()
+
+
+def check_positive(options: Namespace, *names: str) -> None:
+    """Refuse integers below 1, by the name of their option; None is not checked.
+
+    Raises:
+        ConfigError: One is below 1.
+    """
+    for name in names:
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected an integer >= 1")
 
 
 def literal(text: str) -> Any:
@@ -148,12 +184,12 @@ def quantity(option: str, text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise ConfigError(f"{option} {text}: write a number greater than 0, as 300000000 or 300M")
+        raise ConfigError(f"{option} {text}: expected a number > 0, as 300000000 or 300M")
     return value
 
 
 def open_network(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The network that a MODEL argument names."""
+    """`open_model`, imported on first use."""
     from thriftnet.resolve import open_model
 
     return open_model(source, **kwargs)
@@ -164,7 +200,7 @@ def numbers(text: str, kind: type[int] | type[float], option: str, example: str)
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option} {text}: write numbers with commas, as {example}") from None
+        raise ConfigError(f"{option} {text}: expected numbers with commas, as {example}") from None
 
 
 def add_input_size(parser: ArgumentParser) -> None:
@@ -180,6 +216,18 @@ def input_size(options: Namespace, model: nn.Module) -> tuple[int, int, int]:
 
     text = options.input_size
     return input_size_of(model, None if text is None else numbers(text, int, "--input-size", "3,32,32"))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def emit(text: str, result: Mapping[str, Any], *, as_json: bool) -> None:

@@ -1,23 +1,22 @@
-"""`thriftnet convert`: make a network small, and save it."""
+"""`thriftnet convert`: convert a network with a technique, and save it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from thriftnet.cli.common import emit, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import add_convert_options, add_output, emit, new_parser, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("convert", "Make a network small with a technique, starting from its weights.", takes_model=True)
-    parser.add_argument("--technique", help="as 'soft-sharing(templates=2)'")
+    parser = new_parser("convert", "Convert a network with a technique, starting from its weights.", takes_model=True)
+    add_convert_options(parser)
     parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE")
-    parser.add_argument("--select", help="regular expression on layer names; left out, all but stem and classifier")
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the converted network")
+    add_output(parser)
     options, kwargs = parse_with_kwargs(parser, arguments)
     if bool(options.technique) == bool(options.plan):
-        raise ConfigError("say what to do with either --technique or --plan")
+        raise ConfigError("give either --technique or --plan")
 
     from thriftnet.core.plan import Plan
     from thriftnet.core.tied import count_params

@@ -1,11 +1,19 @@
-"""`thriftnet count`: what a network costs."""
+"""`thriftnet count`: parameters, MACs and bytes moved of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_input_size, emit, input_size, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import (
+    add_convert_options,
+    add_input_size,
+    emit,
+    input_size,
+    new_parser,
+    open_network,
+    parse_with_kwargs,
+)
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.entry import IDENTITY
@@ -16,20 +24,19 @@ if TYPE_CHECKING:
 
     from thriftnet.measure.report import Report
 
-TASK = ("num_classes", "in_chans")  # what two networks must agree in to be compared
+TASK = ("num_classes", "in_chans")  # arguments that networks to be compared share
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("count", "Count parameters, MACs and bytes moved of a network.", takes_model=True)
-    parser.add_argument("--technique", help="convert first, as 'soft-sharing(templates=2)'")
-    parser.add_argument("--select", help="with --technique: regular expression on layer names")
-    add_input_size(parser)
-    parser.add_argument(
-        "--against", metavar="MODEL", help="a network to compare with; left out, the plain network that the zoo names"
+    parser = new_parser(
+        "count", "Count parameters, MACs and bytes moved of a network, which --technique converts first.", takes_model=True
     )
+    add_convert_options(parser)
+    add_input_size(parser)
+    parser.add_argument("--against", metavar="MODEL", help="a network to compare with; default: the plain one of the zoo")
     options, kwargs = parse_with_kwargs(parser, arguments)
     if options.select and not options.technique:
-        raise ConfigError("--select says which layers --technique converts: give both or neither")
+        raise ConfigError("--select chooses the layers that --technique converts: give both or neither")
 
     from thriftnet.measure import inspect
     from thriftnet.techniques import convert
@@ -43,14 +50,21 @@ def run(arguments: Sequence[str]) -> None:
     name, other_kwargs = _given(options.against, model) if options.against else _baseline(model)
     if name:
         other = inspect(open_network(name, other_kwargs), size)
-        result["against"] = _comparison(name, other_kwargs, report, other)
+        result["against"] = {
+            "model": name,
+            "kwargs": other_kwargs,
+            "params": other.params,
+            "macs": other.macs,
+            "params_reduction": other.params / max(1, report.params),
+            "macs_reduction": other.macs / max(1, report.macs),
+        }
         what = name if options.against else f"plain {name}, the network that the paper starts from"
         text += f"\n\nagainst {what}:\n" + _sentence(report, other, name, "" if options.against else "plain ")
     emit(text, result, as_json=options.json)
 
 
 def _given(name: str, model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The network that the user compares with; one of the zoo gets the same task."""
+    """The network to compare with and its arguments; one of the zoo gets the same classes and channels."""
     if normalize_name(name) not in NAMES:
         return name, {}
     ours = getattr(model, IDENTITY, {}).get("kwargs", {})
@@ -66,18 +80,6 @@ def _baseline(model: nn.Module) -> tuple[str, dict[str, Any]]:
     possible = model_kwargs(entry.baseline)
     alike = {key: value for key, value in identity["kwargs"].items() if key in possible}
     return entry.baseline, {**alike, **entry.baseline_kwargs}
-
-
-def _comparison(name: str, kwargs: dict[str, Any], report: Report, other: Report) -> dict[str, Any]:
-    """The comparison as JSON-ready dict."""
-    return {
-        "model": name,
-        "kwargs": kwargs,
-        "params": other.params,
-        "macs": other.macs,
-        "params_reduction": other.params / max(1, report.params),
-        "macs_reduction": other.macs / max(1, report.macs),
-    }
 
 
 def _sentence(report: Report, other: Report, name: str, kind: str) -> str:

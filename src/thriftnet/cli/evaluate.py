@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, numbers, parse_with_kwargs
+from thriftnet.cli.common import add_width_options, chosen_width, emit, new_parser, numbers, parse_with_kwargs, write_text
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -162,11 +162,7 @@ def _warn(source: DataSource, facts: Mapping[str, Any]) -> None:
 def _draw(path: Path, result: Evaluation) -> None:
     from thriftnet.report.confusion import confusion_matrix
 
-    drawn = confusion_matrix(result.confusion or (), result.classes)
-    try:
-        path.write_text(drawn)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, confusion_matrix(result.confusion or (), result.classes))
 
 
 def _text(options: Namespace, result: Evaluation) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.cli.common import quantity, width_from
+from thriftnet.cli.common import quantity, width_from, write_text
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
@@ -109,10 +109,7 @@ def _draw(path: Path | None, picture: Any) -> None:
         return
     if path.suffix != ".svg":
         raise ConfigError(f"{path}: give a name that ends in .svg")
-    try:
-        path.write_text(picture())
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, picture())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from thriftnet.cli.common import (
     add_input_size,
+    add_output,
     add_width_options,
     chosen_width,
     emit,
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
 
 def run(arguments: Sequence[str]) -> None:
     parser = new_parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", takes_model=True)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the plain network")
+    add_output(parser)
     add_width_options(parser)
     add_input_size(parser)
     options, kwargs = parse_with_kwargs(parser, arguments)

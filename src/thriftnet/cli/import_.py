@@ -1,18 +1,15 @@
-"""`thriftnet import`: the network in an author's file."""
+"""`thriftnet import`: a checkpoint of one of the original projects."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thriftnet.cli.common import emit, new_parser, parse_with_kwargs
 
-if TYPE_CHECKING:
-    from thriftnet.importing.importer import ImportedCheckpoint
-
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (
-    "Further --key value options are hints, for what neither the tensors nor the file tell: --mapping strided, --activation gelu, "
+    "Further --key value options are hints where tensors and file leave a choice: --mapping strided, --activation gelu, "
     "--strides 1,2,2, --ema false, --system weight-sharing, --model resnet20 for a network of the zoo under its own keys."
 )
 
@@ -25,7 +22,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="where to save the network as a model folder")
     options, hints = parse_with_kwargs(parser, arguments)
-    hints = {name: _boolean(value) for name, value in hints.items()}
+    hints = {name: BOOLEANS.get(str(value).lower(), value) for name, value in hints.items()}
 
     from thriftnet.core.tied import count_params
     from thriftnet.importing.importer import folder_facts, import_checkpoint
@@ -47,12 +44,4 @@ def run(arguments: Sequence[str]) -> None:
         "notes": list(imported.notes),
         "output": None if folder is None else str(folder),
     }
-    emit(_text(imported, folder), result, as_json=options.json)
-
-
-def _boolean(value: Any) -> Any:
-    return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _text(imported: ImportedCheckpoint, folder: object) -> str:
-    return str(imported) if folder is None else f"{imported}\nsaved   {folder}"
+    emit(str(imported) if folder is None else f"{imported}\nsaved   {folder}", result, as_json=options.json)

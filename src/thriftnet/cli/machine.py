@@ -1,4 +1,4 @@
-"""How a command uses threads and memory. Only the command line sets these: importing the library changes nothing of the process."""
+"""Threads and memory of a command. Only the command line sets them: importing the library changes nothing in the process."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def use_machine(options: Namespace, batch_size: int) -> str:
 def use_allocator(*, fast_malloc: bool) -> str:
     """Set the allocator for the rest of this process; returns a description for notes beside measurements.
 
-    glibc gives each large block back to the system when it is freed and fetches it again page by page, in every training step.
-    ``fast_malloc`` makes it keep them; the process then holds the most memory that it ever used.
+    By default glibc returns each large block to the system when it is freed, and maps it again page by page in the next step.
+    With ``fast_malloc`` it keeps them, and the memory of the process stays at its peak.
 
     Raises:
         ConfigError: ``fast_malloc`` on another system, or with another C library.
@@ -62,10 +62,7 @@ def use_allocator(*, fast_malloc: bool) -> str:
 
 
 def use_threads(batch_size: int, threads: int | None = None) -> int:
-    """Set torch's threads within an operation: ``threads``, by default 1 for single images; returns their number.
-
-    One image gives so little work that threads wait for each other longer than they work.
-    """
+    """Set torch's threads within an operation, by default 1 for single images (too little work to share); returns the number."""
     import torch
 
     if threads is not None and threads < 1:

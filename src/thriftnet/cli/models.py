@@ -12,18 +12,8 @@ from thriftnet.models import MODELS, ModelEntry, list_models
 from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.text import table
 
-PLAIN = "plain"  # how a network without a technique is asked for
-COLUMNS = (
-    "name",
-    "technique",
-    "params",
-    "MACs",
-    "published params",
-    "published FLOPs",
-    "published top-1 %",
-    "paper",
-    "notes",
-)
+PLAIN = "plain"  # in place of the technique of a network that has none
+FIGURES = ("params", "MACs", "published params", "published FLOPs", "published top-1 %")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -44,7 +34,7 @@ def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str,
     """The networks asked for, by name, with numbers in names sorted as numbers."""
     names = list_models(pattern.lower()) or [NAMES[key] for key in [normalize_name(pattern)] if key in NAMES]
     if not names:
-        raise ConfigError(f"no model matches {pattern!r}. Possible: {', '.join(list_models())}")
+        raise ConfigError(f"no model matches {pattern!r}. Expected one of {', '.join(list_models())}")
     wanted = None if technique is None else _technique(technique)
     papers = None if paper is None else _papers(paper)
     chosen = {
@@ -66,7 +56,7 @@ def _technique(asked: str) -> str:
 
 
 def _papers(asked: str) -> set[str]:
-    """The papers that hold this text."""
+    """The papers with this text in their authors, title or venue."""
     papers = {entry.paper for entry in MODELS.values()}
     found = {paper for paper in papers if asked.lower() in paper.lower() or asked.lower() in _short(paper).lower()}
     if not found:
@@ -92,33 +82,18 @@ def _in_order(name: str) -> list[tuple[bool, int, str]]:
 
 def _as_dict(name: str, entry: ModelEntry) -> dict[str, Any]:
     """One network, JSON-ready."""
-    published = entry.published
-    return {
-        "name": name,
-        "paper": entry.paper,
-        "technique": entry.technique,
-        "params": entry.params,
-        "macs": entry.macs,
-        "input_size": list(entry.input_size),
-        "aliases": list(entry.aliases),
-        "baseline": entry.baseline,
-        "published": {
-            "params": published.params,
-            "flops": published.flops,
-            "top1": dict(published.top1),
-            "note": published.note,
-        },
-        "note": entry.note,
-    }
+    keys = ("paper", "technique", "params", "macs", "input_size", "aliases", "baseline", "note")
+    published = {**vars(entry.published), "top1": dict(entry.published.top1)}
+    return {"name": name, **{key: getattr(entry, key) for key in keys}, "published": published}
 
 
 def _page(chosen: Mapping[str, ModelEntry]) -> str:
-    """A table, and below it the papers and notes that its rows refer to."""
-    notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
-    numbers = {note: str(number) for number, note in enumerate(notes, 1)}
+    """A table without empty columns, and below it the papers and notes that its rows refer to."""
+    numbers = _numbers(chosen)
+    columns = ("name", "technique", *FIGURES, "paper", "notes")
     rows = [_row(name, entry, numbers) for name, entry in chosen.items()]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] != "" for row in rows)]
-    parts = [table([COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows]), ""]
+    used = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
+    parts = [table([columns[i] for i in used], [[row[i] for i in used] for row in rows]), ""]
     papers = {entry.paper: f"{_short(entry.paper)}: {entry.paper}" for entry in chosen.values()}
     parts += ["papers", *(f"  {line}" for line in sorted(papers.values()))]
     if numbers:
@@ -128,8 +103,7 @@ def _page(chosen: Mapping[str, ModelEntry]) -> str:
 
 def _markdown(chosen: Mapping[str, ModelEntry]) -> str:
     """The page of the documentation: one table for each paper."""
-    notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
-    numbers = {note: str(number) for number, note in enumerate(notes, 1)}
+    numbers = _numbers(chosen)
     lines = [
         "# The zoo",
         "",
@@ -137,8 +111,8 @@ def _markdown(chosen: Mapping[str, ModelEntry]) -> str:
         "beside what the authors published. This page is what `thriftnet models --markdown` prints.",
     ]
     for paper in dict.fromkeys(entry.paper for entry in chosen.values()):
-        heads = ("name", "technique", "input", "params", "MACs", "published params", "published FLOPs", "published top-1 %")
-        lines += ["", f"## {paper}", "", f"| {' | '.join(heads)} | notes |", "|---|---|---|--:|--:|--:|--:|---|---|"]
+        heads = ("name", "technique", "input", *FIGURES, "notes")
+        lines += ["", f"## {paper}", "", f"| {' | '.join(heads)} |", "|---|---|---|--:|--:|--:|--:|---|---|"]
         for name, entry in chosen.items():
             if entry.paper == paper:
                 row = _row(name, entry, numbers)
@@ -157,5 +131,11 @@ def _row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[obje
 
 
 def _notes(entry: ModelEntry) -> Iterable[str]:
-    """What is to be said of a network: why published figures differ, and what differs in the network itself."""
+    """Why published figures differ, and what differs in the network itself."""
     return (note for note in (entry.published.note, entry.note) if note)
+
+
+def _numbers(chosen: Mapping[str, ModelEntry]) -> dict[str, str]:
+    """The number of each note, in the order of their networks."""
+    notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
+    return {note: str(number) for number, note in enumerate(notes, 1)}

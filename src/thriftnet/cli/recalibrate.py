@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import emit, new_parser, numbers, parse_with_kwargs, width_from
+from thriftnet.cli.common import add_output, check_positive, emit, new_parser, numbers, parse_with_kwargs, width_from
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
-from thriftnet.errors import ConfigError
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -17,16 +16,15 @@ def run(arguments: Sequence[str]) -> None:
         takes_model=True,
     )
     add_image_options(parser)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to save the network")
-    parser.add_argument("--split", default="train", help="which images (train)")
-    parser.add_argument("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest (default: all)")
-    parser.add_argument("--width-indices", metavar="I,I", help="instead: indices into the list of sub-networks, as 0,3")
-    parser.add_argument("--batches", type=int, metavar="N", help="read at most this many (default: all images)")
-    parser.add_argument("--momentum", type=float, help="a moving average instead of the exact one; DS-Net's authors use 0.1")
+    add_output(parser)
+    parser.add_argument("--split", default="train", help="the images (default: train)")
+    parser.add_argument("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest; default: all")
+    parser.add_argument("--width-indices", metavar="I,I", help="instead: indices into the list of widths, as 0,3")
+    parser.add_argument("--batches", type=int, metavar="N", help="at most this many at each width; default: all images")
+    parser.add_argument("--momentum", type=float, help="a moving average, as 0.1 (DS-Net); default: the exact one")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
     options, kwargs = parse_with_kwargs(parser, arguments)
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}: expected an integer >= 1")
+    check_positive(options, "batch_size")
     chosen = None if options.widths is None else [width_from(text) for text in options.widths.split(",")]
     indices = None if options.width_indices is None else numbers(options.width_indices, int, "--width-indices", "0,3")
 
@@ -47,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
         augmentation=augmentation,
         train=False,
         shuffle=True,
-        drop_last=len(images) > options.batch_size,  # every batch counts alike
+        drop_last=len(images) > options.batch_size,  # all batches have the same weight
         seed=options.seed,
         device=options.device or "cpu",
         workers=options.workers,

@@ -1,4 +1,4 @@
-"""`thriftnet search`: the best widths of a trained supernet within a budget, as a plain network."""
+"""`thriftnet search`: the best widths of a trained slimmable network within a budget, as a plain network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, new_parser, parse_with_kwargs, quantity
+from thriftnet.cli.common import add_output, check_positive, emit, new_parser, parse_with_kwargs, quantity
 from thriftnet.cli.inputs import add_image_options, augmentation_of, limited, network_of
 from thriftnet.cli.machine import use_machine
 from thriftnet.errors import ConfigError
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 def run(arguments: Sequence[str]) -> None:
     options, kwargs = parse_with_kwargs(_parser(), arguments)
-    if options.batch_size < 1 or options.recalibration < 0:
-        raise ConfigError("expected --batch-size >= 1 and --recalibration >= 0")
+    check_positive(options, "batch_size")
+    if options.recalibration < 0:
+        raise ConfigError(f"--recalibration {options.recalibration}: expected an integer >= 0")
     budget, device = quantity("--macs", options.macs), options.device or "cpu"
 
     from thriftnet.data.sources import open_data
@@ -64,31 +65,31 @@ def run(arguments: Sequence[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "search",
-        "Find the best widths, layer by layer, of a trained supernet within a budget, without training; saves a plain network.",
+        "Find the best widths, layer by layer, of a trained slimmable network within a budget, without training; saves a plain one.",
         takes_model=True,
     )
     add_image_options(parser)
     add = parser.add_argument
     add("--macs", metavar="N", required=True, help="most multiply-accumulates for one image, as 300M")
-    add("--output", metavar="FOLDER", required=True, help="where to save the network found")
+    add_output(parser)
     add("--validation", type=float, default=0.1, help="share of the training images that candidates are scored on")
     add(
         "--recalibration",
         type=int,
         default=8,
         metavar="N",
-        help="batches for the batch-norm statistics of each candidate; 0: none",
+        help="batches to estimate the batch-norm statistics of each candidate from; 0: none",
     )
     add("--population", type=int, default=16, help="candidates kept from one generation to the next")
-    add("--generations", type=int, default=8)
-    add("--seed", type=int, default=0)
+    add("--generations", type=int, default=8, help="rounds of the evolution")
+    add("--seed", type=int, default=0, help="of the held-out images and the evolution")
     return parser
 
 
 def _loaders(
     source: DataSource, augmentation: Augmentation, options: Namespace, device: str
 ) -> tuple[Loader, Loader, Loader]:
-    """Images to score candidates on, to give them statistics, and to measure what was found."""
+    """Images to score candidates on, to recalibrate them with, and to measure the result on."""
     from thriftnet.data.loaders import make_loader
     from thriftnet.data.split import train_validation
 
