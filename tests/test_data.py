@@ -17,7 +17,7 @@ from PIL import Image
 
 import thriftnet as tn
 from images import arrays, class_folders, parquet_files, picture, png
-from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages, stacked
+from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages
 from thriftnet.data.decode import decode
 from thriftnet.data.parquet import ParquetImages
 from thriftnet.data.sources import open_data
@@ -60,7 +60,7 @@ def test_class_folders_with_splits(tmp_path: Path):
     assert source.input_size == (3, 12, 12)
     assert source.mean == (0.485, 0.456, 0.406)
     assert source.split("test") is source.splits["val"]
-    with pytest.raises(tn.ConfigError, match=r"no split 'dev'\. Possible: train, val"):
+    with pytest.raises(tn.ConfigError, match=r"no split 'dev': expected train, val"):
         source.split("dev")
 
 
@@ -463,7 +463,7 @@ def test_a_torch_data_set_with_a_transform_is_refused():
 
 
 def test_no_images_make_an_empty_array():
-    assert stacked(arrays(), torch.empty(0, dtype=torch.int64)).shape == (0, 3, 12, 12)
+    assert ImageDataset.resident(arrays(), torch.empty(0, dtype=torch.int64)).shape == (0, 3, 12, 12)
 
 
 @pytest.mark.shared

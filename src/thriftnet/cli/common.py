@@ -29,8 +29,8 @@ KWARGS_HELP = "Further --key value options go to the function that builds the ne
 class _Help(DefaultHelpFormatter):
     """jsonargparse's help, without "default: null" and the like."""
 
-    def _get_help_string(self, action: Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
+    def _get_help_string(self, action: Action) -> str:
+        return super()._get_help_string(action) if action.default else action.help or ""
 
 
 def new_parser(verb: str, description: str, *, takes_model: bool = False) -> ArgumentParser:

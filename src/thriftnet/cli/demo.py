@@ -66,8 +66,8 @@ def run(arguments: Sequence[str]) -> None:
         "Train a small ResNet on scikit-learn's digits, plain and with each technique; fold, check, save and predict.",
     )
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
-    parser.add_argument("--epochs", type=int, help="per technique (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
+    parser.add_argument("--epochs", type=int, help="per technique; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     add_machine_options(parser)
     options = parse(parser, arguments)
 

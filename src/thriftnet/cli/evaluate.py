@@ -76,12 +76,12 @@ def run(arguments: Sequence[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = new_parser(
         "evaluate",
-        "Measure how well a network classifies; on several processes: torchrun --nproc-per-node N -m thriftnet evaluate ...",
+        "Measure the accuracy of a network; on several processes: torchrun --nproc-per-node N -m thriftnet evaluate ...",
         takes_model=True,
     )
     add = parser.add_argument
-    add("--split", default="test", help="train, val or test (default; val where there is no test)")
-    add("--topk", metavar="K,K", default="1,5", help="which accuracies (1,5)")
+    add("--split", default="test", help="train, val or test, which is val where there is no test split")
+    add("--topk", metavar="K,K", default="1,5", help="which accuracies")
     add("--confusion", action="store_true", help="print the confusion matrix")
     add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
     add_width_options(parser)

@@ -16,32 +16,33 @@ if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource, ImageDataset
     from thriftnet.data.transforms import Augmentation
 
+DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 FACTS = ("resize", "crop_pct", "eval_interpolation")  # of a folder's metadata: how images come to its input size
 
 
 def add_image_options(parser: ArgumentParser) -> None:
     """Options on data and on how images become inputs."""
     add = parser.add_argument
-    add(
-        "--data",
-        metavar="D",
-        required=True,
-        help="digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME",
-    )
+    add("--data", metavar="D", required=True, help=DATA_HELP)
     add(
         "--plain",
         metavar="MODEL",
-        help="the plain form of a saved network that is not in the zoo, as package.module:callable",
+        help="what builds the plain network of a saved one that is not in the zoo, as package.module:callable",
     )
-    add("--batch-size", type=int, default=256)
-    add("--device", help="left out: a GPU where there is one")
-    add("--mean", metavar="M,M,M", help="of each channel, in [0, 1]; left out, what the folder says, else the data's")
+    add("--batch-size", type=int, default=256, metavar="N", help="images at a time")
+    add("--device", help="default: a GPU where there is one")
+    add("--mean", metavar="M,M,M", help="of each channel, in [0, 1]; default: the network's, else the data's")
     add("--std", metavar="S,S,S", help="the same")
-    add("--image-size", type=int, metavar="PIXELS", help="left out: what the folder says, else as stored")
-    add("--resize", type=int, metavar="PIXELS", help="shorter side before a centre crop of the image size")
+    add("--image-size", type=int, metavar="PIXELS", help="default: the network's, else as stored")
+    add("--resize", type=int, metavar="PIXELS", help="shorter side before the centre crop to the image size")
     add("--limit", type=int, metavar="N", help="only N images, evenly spread over the split")
     add("--workers", type=int, default=0, metavar="N", help="processes that decode images")
-    add("--on-corrupt", choices=["error", "skip"], default="error", help="what to do about images that cannot be decoded")
+    add(
+        "--on-corrupt",
+        choices=["error", "skip"],
+        default="error",
+        help="stop at images that cannot be decoded, or skip them",
+    )
     add_machine_options(parser)
 
 

@@ -17,7 +17,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     add_image_options(parser)
     add_output(parser)
-    parser.add_argument("--split", default="train", help="the images (default: train)")
+    parser.add_argument("--split", default="train", help="which images")
     parser.add_argument("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest; default: all")
     parser.add_argument("--width-indices", metavar="I,I", help="instead: indices into the list of widths, as 0,3")
     parser.add_argument("--batches", type=int, metavar="N", help="at most this many at each width; default: all images")

@@ -14,6 +14,7 @@ from thriftnet.cli.common import (
     parse_with_kwargs,
     quantity,
 )
+from thriftnet.cli.inputs import DATA_HELP
 from thriftnet.cli.machine import add_machine_options, use_machine
 from thriftnet.errors import ConfigError, unknown_name
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from thriftnet.train.recipe import Recipe
     from thriftnet.train.trainer import TrainResult
 
-DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR or parquet:DIR"
 # options that are named like a field of recipes
 FIELDS = {
     "--model": MODEL_HELP,
@@ -44,10 +44,12 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--recipe", metavar="R", help="a name that thriftnet recipes lists, or a YAML file")
     parser.add_argument("--data", metavar="D", required=True, help=DATA_HELP)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the run")
-    parser.add_argument("--device", metavar="cpu|cuda", help="left out: a GPU where there is one")
-    parser.add_argument("--resume", metavar="auto|none|PATH", default="auto", help="resume what the folder holds (default)")
+    parser.add_argument("--device", metavar="cpu|cuda", help="default: a GPU where there is one")
+    parser.add_argument(
+        "--resume", metavar="auto|none|PATH", default="auto", help="resume the folder's training, none, or a checkpoint"
+    )
     parser.add_argument("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
-    parser.add_argument("--budget", metavar="MACS", help="what an image may cost on average, for the stage gate, as 300M")
+    parser.add_argument("--budget", metavar="MACS", help="for the stage gate: mean MACs per image, as 300M")
     add_machine_options(parser)
     for option, text in FIELDS.items():
         action: Any = {"action": "append"} if option == "--technique" else {}

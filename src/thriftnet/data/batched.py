@@ -13,7 +13,7 @@ from thriftnet.data.transforms import Augmentation, generator
 
 
 class Draws(NamedTuple):
-    """Random choices for some images; None where there is nothing to choose.
+    """Random choices for some images; None for an augmentation that is off.
 
     Args:
         crop: Row and column of the crop in the padded image (N, 2).
@@ -31,7 +31,7 @@ class Draws(NamedTuple):
 
 
 def draw(augmentation: Augmentation, count: int, height: int, width: int, seed: int, epoch: int) -> Draws:
-    """Draws for all positions of an epoch; made on the CPU, so that every device gets the same images."""
+    """Draws for all positions of an epoch, on the CPU, so that every device gets the same images."""
 
     def pairs(purpose: int, rows: int, columns: int) -> Tensor:
         random = generator(seed, epoch, purpose)
@@ -50,13 +50,12 @@ def crop_and_flip(padded: Tensor, indices: Tensor, draws: Draws, height: int, wi
 
     Args:
         padded: All images with their border, (N, C, H + 2p, W + 2p).
-        indices: Which, (B,).
-        draws: For these images.
-        height: Of the crop.
-        width: Of the crop.
+        indices: The images to pick, (B,).
+        draws: Of these images.
+        height, width: Size of the crop.
 
     Returns:
-        (B, C, height, width), of the type of the images.
+        (B, C, height, width), in the dtype of the images.
     """
     if draws.crop is None and draws.flip is None:
         return padded[indices]
@@ -67,7 +66,7 @@ def crop_and_flip(padded: Tensor, indices: Tensor, draws: Draws, height: int, wi
 
 
 def _by_slices(padded: Tensor, indices: Tensor, crop: Tensor, flip: Tensor, height: int, width: int) -> Tensor:
-    """One numpy slice per image: on the CPU, 3 times as fast as a gather, because a mirrored slice is a view."""
+    """One numpy slice per image: 3 times as fast as a gather on the CPU, because a mirrored slice is a view."""
     picked = torch.empty((len(indices), padded.shape[1], height, width), dtype=padded.dtype)
     source, target = padded.numpy(), picked.numpy()
     for row, (index, (top, left), mirrored) in enumerate(zip(indices.tolist(), crop.tolist(), flip.tolist(), strict=True)):
@@ -77,7 +76,7 @@ def _by_slices(padded: Tensor, indices: Tensor, crop: Tensor, flip: Tensor, heig
 
 
 def _by_windows(padded: Tensor, indices: Tensor, crop: Tensor, flip: Tensor, height: int, width: int) -> Tensor:
-    """One gather from a view of all windows of all images: no loop, for accelerators."""
+    """One gather from a view of all windows of all images, without a loop: for accelerators."""
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p + 1, 2p + 1, height, width)
     picked = windows.permute(0, 2, 3, 1, 4, 5)[indices, crop[:, 0], crop[:, 1]]
     return torch.where(flip[:, None, None, None], picked.flip(-1), picked)
@@ -89,13 +88,13 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, centres: Tensor, length: int) -> Tensor:
-    """Set a square of each image to 0, in place; it may reach beyond the border."""
+    """Set a square of each image to 0, in place; it may extend beyond the border."""
     height, width = images.shape[-2:]
     half = length // 2
 
     def inside(centre: Tensor, size: int) -> Tensor:
-        place = torch.arange(size, device=images.device)
-        return (place >= centre[:, None] - half) & (place < centre[:, None] + half)
+        pixel = torch.arange(size, device=images.device)
+        return (pixel >= centre[:, None] - half) & (pixel < centre[:, None] + half)
 
     square = inside(centres[:, 0], height)[:, None, :, None] & inside(centres[:, 1], width)[:, None, None, :]
     return images.masked_fill_(square, 0)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in torchvision's layout; torchvision checks the files' md5 sums before it reads them.
+"""CIFAR-10 and CIFAR-100, read by torchvision, which checks the files' md5 sums first.
 
 Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
@@ -22,11 +22,11 @@ CIFAR = {  # mean and standard deviation of the training pixels
 
 
 def open_cifar(kind: str, folder: Path) -> DataSource:
-    """Both splits; what is missing is downloaded by torchvision.
+    """Both splits; torchvision downloads missing files.
 
     Args:
         kind: ``cifar10`` or ``cifar100``.
-        folder: Holds ``cifar-10-batches-py`` or ``cifar-100-python``, or is it.
+        folder: ``cifar-10-batches-py`` or ``cifar-100-python``, or its parent.
 
     Raises:
         DataError: The files are missing or damaged and cannot be downloaded.
@@ -44,7 +44,7 @@ def open_cifar(kind: str, folder: Path) -> DataSource:
 
 def _open(dataset: Any, root: Path, *, train: bool) -> Any:
     """One split; downloaded if files are missing or damaged."""
-    with contextlib.redirect_stdout(io.StringIO()):  # results are printed there
+    with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints; stdout is for results
         try:
             return dataset(root=str(root), train=train)
         except RuntimeError:

@@ -1,7 +1,8 @@
-"""The interface of image data sets, and its implementations for arrays in memory and torch data sets."""
+"""The interface of image data sets, and those of arrays in memory and of torch data sets."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 
 
 class ImageDataset(Protocol):
-    """One split of a data set, as stored: neither normalised nor augmented."""
+    """One split of a data set, as stored: neither normalised nor augmented.
 
-    @property
-    def labels(self) -> Tensor:
-        """Class of each image, int64 (N,)."""
+    Args:
+        labels: Class of each image, int64 (N,).
+        input_size: Size of all images; None if they differ in size, or are too many to check.
+    """
 
-    @property
-    def input_size(self) -> Size | None:
-        """Size of all images; None if they differ in size, or are too many to check."""
+    labels: Tensor
+    input_size: Size | None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @abstractmethod
     def image(self, index: int) -> Image:
         """One decoded image, in mode RGB (or L for grey arrays).
 
@@ -42,6 +45,22 @@ class ImageDataset(Protocol):
         Raises:
             DataError: They differ in size, or one cannot be decoded.
         """
+        import numpy as np
+
+        chosen = range(len(self)) if indices is None else indices.tolist()
+        images = torch.empty((0, *(self.input_size or (3, 1, 1))), dtype=torch.uint8)
+        for row, index in enumerate(chosen):
+            pixels = torch.from_numpy(np.array(self.image(index)))
+            pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+            if row == 0:
+                images = torch.empty((len(chosen), *pixels.shape), dtype=torch.uint8)
+            if pixels.shape != images.shape[1:]:
+                raise DataError(
+                    f"the images differ in size: {tuple(images.shape[1:])} and {tuple(pixels.shape)} (image {index}), so they "
+                    "cannot be kept as one array. Use resident=False and an image_size"
+                )
+            images[row] = pixels
+        return images
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,11 @@ class DataSource:
     """A data set with its splits.
 
     Args:
-        spec: What the user wrote, as ``folder:flowers``.
+        spec: The name that opened it, as ``folder:flowers``.
         classes: Name of each class, in the order of the labels.
         splits: Name -> images: ``train`` and ``test``, or ``val`` where the data has no test split.
-        mean: Of each channel, in [0, 1]: what networks for this data are usually fed with.
-        std: Of each channel, in [0, 1].
+        mean: Of each channel, in [0, 1], with which inputs of this data are usually normalised.
+        std: Of each channel, likewise.
         skipped: One line for each image that was skipped because it cannot be decoded.
     """
 
@@ -78,11 +97,11 @@ class DataSource:
         if name == "test" and "test" not in self.splits and "val" in self.splits:
             name = "val"
         if name not in self.splits:
-            raise ConfigError(f"{self.spec} has no split {name!r}. Possible: {', '.join(self.splits)}")
+            raise ConfigError(f"{self.spec} has no split {name!r}: expected {', '.join(self.splits)}")
         return self.splits[name]
 
 
-class ArrayImages:
+class ArrayImages(ImageDataset):
     """Images in memory.
 
     Args:
@@ -93,14 +112,8 @@ class ArrayImages:
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
         self.labels = labels
-
-    @property
-    def input_size(self) -> Size:
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        _, channels, height, width = images.shape
+        self.input_size = channels, height, width
 
     def image(self, index: int) -> Image:
         from PIL import Image
@@ -112,7 +125,7 @@ class ArrayImages:
         return self.images if indices is None else self.images[indices]
 
 
-class Subset:
+class Subset(ImageDataset):
     """Some images of a data set.
 
     Args:
@@ -123,17 +136,11 @@ class Subset:
     def __init__(self, base: ImageDataset, indices: Tensor) -> None:
         self.base = base
         self.indices = indices
+        self.labels = base.labels[indices]
 
     @property
-    def labels(self) -> Tensor:
-        return self.base.labels[self.indices]
-
-    @property
-    def input_size(self) -> Size | None:
+    def input_size(self) -> Size | None:  # type: ignore[override]
         return self.base.input_size
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def image(self, index: int) -> Image:
         return self.base.image(int(self.indices[index]))
@@ -142,13 +149,13 @@ class Subset:
         return self.base.resident(self.indices if indices is None else self.indices[indices])
 
 
-class TorchImages:
+class TorchImages(ImageDataset):
     """A map-style torch data set of ``(PIL image, label)`` pairs, such as torchvision's without a transform.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
-        labels: Class of each image; left out, ``dataset.targets``.
-        input_size: Size of all images, if they have one.
+        labels: Class of each image; by default ``dataset.targets``.
+        input_size: Size of all images; None if they differ.
 
     Raises:
         ConfigError: No labels, or not one per image.
@@ -162,9 +169,6 @@ class TorchImages:
         self.labels = torch.as_tensor(known, dtype=torch.int64)
         self.input_size = input_size
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def image(self, index: int) -> Image:
         from PIL import Image
 
@@ -175,30 +179,3 @@ class TorchImages:
                 "transform, thriftnet augments by itself"
             )
         return image if image.mode == "L" else image.convert("RGB")
-
-    def resident(self, indices: Tensor | None = None) -> Tensor:
-        return stacked(self, indices)
-
-
-def stacked(dataset: ImageDataset, indices: Tensor | None = None) -> Tensor:
-    """Decode images, all or those of ``indices``, into one uint8 tensor (N, C, H, W).
-
-    Raises:
-        DataError: They differ in size, or one cannot be decoded.
-    """
-    import numpy as np
-
-    chosen = range(len(dataset)) if indices is None else indices.tolist()
-    images = torch.empty((0, *(dataset.input_size or (3, 1, 1))), dtype=torch.uint8)
-    for row, index in enumerate(chosen):
-        pixels = torch.from_numpy(np.array(dataset.image(index)))
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        if row == 0:
-            images = torch.empty((len(chosen), *pixels.shape), dtype=torch.uint8)
-        if pixels.shape != images.shape[1:]:
-            raise DataError(
-                f"the images differ in size: {tuple(images.shape[1:])} and {tuple(pixels.shape)} (image {index}), so they "
-                "cannot be kept as one array. Use resident=False and an image_size"
-            )
-        images[row] = pixels
-    return images

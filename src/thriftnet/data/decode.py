@@ -1,4 +1,4 @@
-"""Image files as RGB, and one line for those that cannot be decoded."""
+"""Image files as RGB, and a one-line error for each that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import io
 import os
 import struct
 import zlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from thriftnet.core.probe import Size
-from thriftnet.data.dataset import stacked
+from thriftnet.data.dataset import ImageDataset
 from thriftnet.errors import DataError
 from thriftnet.files import open_regular
 
@@ -25,22 +23,15 @@ if TYPE_CHECKING:
 CHECKED_HEADERS = 100_000  # larger data sets are not checked for a common size
 
 
-class EncodedImages(ABC):
-    """Images that are decoded when asked for.
-
-    Args:
-        labels: int64 (N,).
-    """
-
-    def __init__(self, labels: Tensor) -> None:
-        self.labels = labels
+class EncodedImages(ImageDataset):
+    """Images that are decoded on access."""
 
     @abstractmethod
     def encoded(self, index: int) -> tuple[str | os.PathLike[str] | bytes, str]:
         """The file of an image, or its content; and its name in error messages."""
 
     @cached_property
-    def input_size(self) -> Size | None:
+    def input_size(self) -> Size | None:  # type: ignore[override]
         """Size of all images by their headers; those that cannot be read are named when they are decoded."""
         common = None
         for index in range(len(self) if len(self) <= CHECKED_HEADERS else 0):
@@ -54,14 +45,8 @@ class EncodedImages(ABC):
             common = size
         return common
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def image(self, index: int) -> Image:
         return decode(*self.encoded(index))
-
-    def resident(self, indices: Tensor | None = None) -> Tensor:
-        return stacked(self, indices)
 
 
 def decode(source: str | os.PathLike[str] | bytes, name: str) -> Image:
@@ -69,7 +54,7 @@ def decode(source: str | os.PathLike[str] | bytes, name: str) -> Image:
 
     Args:
         source: A file, or its content.
-        name: What to call it in an error message.
+        name: Its name in error messages.
 
     Raises:
         DataError: It cannot be read, or is no image.
@@ -84,20 +69,11 @@ def opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Image]
     """An image whose header is read; decoding errors in the block are raised as `DataError`."""
     from PIL import Image
 
-    damage = (
-        OSError,
-        SyntaxError,
-        ValueError,
-        OverflowError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    )
+    refusals = (OSError, SyntaxError, ValueError, OverflowError, EOFError, struct.error, zlib.error)
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file, Image.open(file) as image:
             yield image
-    except damage as error:
+    except (*refusals, Image.DecompressionBombError) as error:
         reason = "not an image that pillow can read" if "cannot identify" in str(error) else str(error)
         reason = (isinstance(error, OSError) and error.strerror) or reason
         raise DataError(

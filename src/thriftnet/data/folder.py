@@ -30,7 +30,7 @@ class FolderImages(EncodedImages):
     """
 
     def __init__(self, root: Path, files: list[str], labels: list[int]) -> None:
-        super().__init__(torch.tensor(labels, dtype=torch.int64))
+        self.labels = torch.tensor(labels, dtype=torch.int64)
         self.root = root
         self.files = np.array([os.fsencode(file) for file in files])  # one block: a list of a million str is 10x larger
 

@@ -1,6 +1,6 @@
-"""Batches for training and evaluation: from a whole data set on the device, or image by image.
+"""Batches for training and evaluation: from a data set kept on the device, or decoded image by image.
 
-The epochs of both loaders are the same however often they are interrupted, and on any number of processes.
+Epochs of both loaders are the same after any interruption and on any number of processes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Loader(ABC):
 
     Args:
         dataset: The images.
-        augmentation: Applied to them; with mean and std.
-        order: Of the images, and this process's share of them.
+        augmentation: With mean and std.
+        order: Of the images, and the share of this process.
         device: Of the batches.
     """
 
@@ -63,10 +63,7 @@ class Loader(ABC):
         return sum(stop - start for start, stop in self._spans)
 
     def weight(self, batch: int) -> float:
-        """Factor of this process's mean over a batch, with which the mean over processes is that over all images.
-
-        1, except for an uneven last batch.
-        """
+        """Weight of this process's batch mean in the mean over processes: 1, except for an uneven last batch."""
         start, stop = self._spans[batch]
         whole = min(self.order.global_batch, self.order.images - batch * self.order.global_batch)
         return (stop - start) * self.order.world_size / whole
@@ -93,13 +90,12 @@ class Loader(ABC):
         Raises:
             ConfigError: The state is of other data, another seed, or another batch size over all processes.
         """
-        differing = [name for name, value in self._identity().items() if state.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"the sampler's state has {name}={state.get(name)}, this loader {self._identity()[name]}: resume with the data, "
-                "seed and batch size (times processes) of the original run"
-            )
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ConfigError(
+                    f"the sampler's state has {name}={state.get(name)}, this loader {value}: resume with the data, seed and "
+                    "batch size (times processes) of the original run"
+                )
         self.epoch, self._next, self._given = state["epoch"], state["step"], state["step"]
 
     def _identity(self) -> dict[str, int]:
@@ -108,7 +104,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _batches(self, spans: list[tuple[int, int]]) -> Iterator[Batch]:
-        """The batches at these positions of the current epoch."""
+        """The batches at these spans of the current epoch."""
 
 
 class ResidentLoader(Loader):
@@ -117,7 +113,7 @@ class ResidentLoader(Loader):
     def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
         super().__init__(dataset, augmentation, order, device)
         own = None if order.shuffle or not self._spans else torch.arange(self._spans[0][0], self._spans[-1][1])
-        self._first = 0 if own is None else int(own[0])  # images that other processes evaluate are not kept here
+        self._first = 0 if own is None else int(own[0])  # images of other processes are not kept here
         stored = dataset.resident(own)
         self.height, self.width = stored.shape[-2:]
         self._images = pad(stored, augmentation.crop_padding if order.train else 0).to(self.device)
@@ -179,9 +175,7 @@ class ImageLoader(Loader):
         self._plan[:] = [[(self.epoch, index) for index in indices[start:stop].tolist()] for start, stop in spans]
         loaded_batches = iter(self._loader)
         for _ in spans:
-            with (
-                preserve_random_state()
-            ):  # without workers, images are augmented here; kept for a batch, as it takes a while
+            with preserve_random_state():  # without workers, images are augmented in this process
                 loaded = next(loaded_batches)
             if isinstance(loaded, DataError):
                 raise loaded
@@ -190,11 +184,11 @@ class ImageLoader(Loader):
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
-    """Augmented images with their labels, by epoch and index: workers that outlive an epoch learn of the next one this way.
+    """Augmented images with labels, by epoch and index, so that persistent workers know the epoch.
 
     Args:
         dataset: The images.
-        transform: Applied to each.
+        transform: Of each image.
         seed: Of the augmentation; None if nothing is random.
     """
 
@@ -209,7 +203,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
         try:
             image = self.dataset.image(index)
         except DataError as error:
-            return error  # raised in a worker, it would be wrapped in a traceback
+            return error  # torch would wrap it in the worker's traceback
         if self.seed is not None:
             seed_random_state(self.seed, epoch, index)
         return self.transform(image), self.labels[index]
@@ -221,10 +215,11 @@ def _collate(samples: list[tuple[Tensor, Tensor] | DataError]) -> Batch | DataEr
         if isinstance(sample, DataError):
             return sample
         pairs.append(sample)
-    sizes = sorted({tuple(image.shape) for image, _ in pairs})
+    images, labels = zip(*pairs, strict=True)
+    sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
         return DataError(f"images of one batch differ in size, as {sizes[0]} and {sizes[1]}: set an image_size")
-    return torch.stack([image for image, _ in pairs]), torch.stack([label for _, label in pairs])
+    return torch.stack(images), torch.stack(labels)
 
 
 def make_loader(
@@ -247,21 +242,20 @@ def make_loader(
     Args:
         dataset: The images.
         batch_size: Images per step and process.
-        augmentation: Applied to them; `Augmentation.for_source` sets mean and std.
+        augmentation: `Augmentation.for_source` sets mean and std.
         train: Whether to augment, shuffle, and give all processes the same number of batches. In evaluation each image
             is read once over all processes.
         seed: Of order and augmentation.
         device: Of the batches.
-        rank: Number of this process.
-        world_size: Number of processes.
-        workers: Processes that decode, where images are decoded one by one.
-        resident: Whether to keep the whole data set on the device; left out, if all images have one size, need at most
+        rank, world_size: Of this process, and the number of processes.
+        workers: Processes that decode, for an `ImageLoader`.
+        resident: Whether to keep the whole data set on the device; default: if all images have one size, need at most
             `RESIDENT_BYTES`, and the augmentation can be applied to batches.
-        shuffle: Left out, in training only.
+        shuffle: Default: in training only.
         drop_last: Whether to drop a smaller last batch.
 
     Raises:
-        ConfigError: ``resident=True`` and an augmentation that cannot be applied to batches, or invalid numbers.
+        ConfigError: Invalid numbers, or ``resident=True`` with an augmentation that cannot be applied to batches.
         DataError: Fewer training images than one batch, or (resident) an image that cannot be decoded.
     """
     order = Order(
@@ -281,25 +275,21 @@ def make_loader(
 
 def _is_resident(dataset: ImageDataset, augmentation: Augmentation, train: bool, wanted: bool | None) -> bool:
     """Whether to keep the whole data set on the device."""
-    if wanted is None:
-        return _fits(dataset, augmentation.crop_padding if train else 0) and augmentation.is_batched(dataset, train=train)
-    if wanted and not augmentation.is_batched(dataset, train=train):
+    if wanted is False:
+        return False  # without reading the headers of image files
+    size, padding = dataset.input_size, augmentation.crop_padding if train else 0
+    is_batched = augmentation.is_batched(dataset, train=train)
+    if wanted is None and size is not None:
+        return is_batched and len(dataset) * size[0] * (size[1] + 2 * padding) * (size[2] + 2 * padding) <= RESIDENT_BYTES
+    if wanted and not is_batched:
         raise ConfigError(
             "resident=True needs images of one size, and augmentation by crop_padding, flip and cutout only: random_resized_crop, "
             "rand_augment, color_jitter, random_erasing and resizing need resident=False"
         )
-    return wanted
+    return bool(wanted)
 
 
 def _check_channels(augmentation: Augmentation, channels: int) -> None:
     values = len(augmentation.normalisation()[0])
     if values != channels:
         raise ConfigError(f"mean and std have {values} values, the images {channels} channels: give one value per channel")
-
-
-def _fits(dataset: ImageDataset, padding: int) -> bool:
-    """Whether the whole data set is small enough to be kept on the device."""
-    size = dataset.input_size
-    if size is None:
-        return False
-    return len(dataset) * size[0] * (size[1] + 2 * padding) * (size[2] + 2 * padding) <= RESIDENT_BYTES

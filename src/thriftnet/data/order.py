@@ -1,4 +1,4 @@
-"""The order of images in an epoch, and each process's share of it."""
+"""The order of images in an epoch, and the share of each process."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from thriftnet.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which image is at each position 0, 1, ... of an epoch.
+    """Which image is at each position 0, 1, ... of an epoch, and which positions are this process's.
 
-    In training the positions of a step are those of one process with a batch ``world_size`` times as large, a
-    consecutive part for each process; a smaller last batch is split into parts that differ by one image at most (fewer
-    images than processes are dropped). In evaluation each process has one consecutive part of all images.
+    In training, the processes split each batch of ``world_size * batch_size`` consecutive positions; the parts of a smaller
+    last batch differ by one image at most (fewer images than processes are dropped). In evaluation, each process has one
+    consecutive part of all positions.
 
     Args:
-        images: How many there are.
+        images: Number of images.
         batch_size: Images per step and process.
         train: Whether all processes need the same number of batches.
-        shuffle: Whether each epoch has its own order.
+        shuffle: Whether to permute the images in each epoch.
         drop_last: Whether to drop a smaller last batch.
-        seed: Of the order.
-        rank: Number of this process.
-        world_size: Number of processes.
+        seed: Of the permutations.
+        rank, world_size: Of this process, and the number of processes.
 
     Raises:
         ConfigError: An invalid number.

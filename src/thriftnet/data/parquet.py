@@ -51,7 +51,7 @@ class ParquetImages(EncodedImages):
             self.first_rows.append(starts[-1])
             labels.append(_labels(file.read([label]).column(0), f"{path}: column {label!r}"))
         self.starts = np.array(starts)
-        super().__init__(torch.from_numpy(np.concatenate(labels)))
+        self.labels = torch.from_numpy(np.concatenate(labels))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_lock": None}
@@ -100,11 +100,7 @@ def open_parquet(folder: Path) -> DataSource:
 
 
 def require_pyarrow() -> None:
-    """Refuse to go on where the reader of parquet files is not installed.
-
-    Raises:
-        DataError: pyarrow is missing.
-    """
+    """Raise a `DataError` that says how to install pyarrow, if it is missing."""
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError("parquet is read by pyarrow, which is missing: pip install 'thriftnet[data]'")
 
@@ -127,7 +123,7 @@ def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
     """A data set of parquet files.
 
     Args:
-        spec: What the user wrote.
+        spec: Name of the data.
         files: Of each split, in order.
 
     Raises:
@@ -153,7 +149,7 @@ def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
 
 
 def _check_files(paths: list[Path]) -> None:
-    """Refuse pipes, which pyarrow would wait for, and tables of which a file is missing."""
+    """Refuse pipes, which pyarrow would wait for, and incomplete sets of files."""
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path} is not a file")
@@ -163,7 +159,7 @@ def _check_files(paths: list[Path]) -> None:
 
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """Names of the image and label columns, and of the classes where the file has them."""
+    """Names of the image column, of the label column and, if stated, of the classes."""
     from pyarrow import parquet, types
 
     schema = parquet.read_schema(path)
@@ -178,7 +174,7 @@ def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
-    """Names in the metadata that Hugging Face writes; a repeated one is followed by its label, as results go by name."""
+    """Names in Hugging Face's metadata; repeated ones get their label, since results are listed by name."""
     try:
         stated = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,12 @@ from thriftnet.data.hub import open_hub
 from thriftnet.data.parquet import open_parquet
 from thriftnet.errors import ConfigError, DataError, unknown_name
 
-KINDS = ("digits", "cifar10", "cifar100", "folder", "parquet", "hf")
+FOLDERS: dict[str, Callable[[Path], DataSource]] = {
+    **{kind: partial(open_cifar, kind) for kind in CIFAR},
+    "folder": open_folder,
+    "parquet": open_parquet,
+}
+KINDS = ("digits", *FOLDERS, "hf")
 SPECS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 
 
@@ -40,19 +47,13 @@ def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
     if bool(place) == (kind == "digits"):
         problem = "the digits need no folder" if place else f"the {'name' if kind == 'hf' else 'folder'} is missing"
         raise ConfigError(f"data {spec!r}: {problem}. Write {SPECS}")
-    source = _open(kind, place)
-    return _without_corrupt(source) if on_corrupt == "skip" else source
-
-
-def _open(kind: str, place: str) -> DataSource:
     if kind == "digits":
-        return digits_source()
-    if kind == "hf":
-        return open_hub(place)
-    folder = Path(place).expanduser()
-    if kind in CIFAR:
-        return open_cifar(kind, folder)
-    return open_folder(folder) if kind == "folder" else open_parquet(folder)
+        source = digits_source()
+    elif kind == "hf":
+        source = open_hub(place)
+    else:
+        source = FOLDERS[kind](Path(place).expanduser())
+    return _without_corrupt(source) if on_corrupt == "skip" else source
 
 
 def _without_corrupt(source: DataSource) -> DataSource:

@@ -1,4 +1,4 @@
-"""Validation images, held out of the training images."""
+"""Validation images held out of the training images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def train_validation(source: ImageDataset, fraction: float = 0.1, seed: int = 0)
     Args:
         source: The training images.
         fraction: Share of the second part, in (0, 1).
-        seed: Of the choice; equal seeds choose the same images.
+        seed: Equal seeds hold out the same images.
 
     Returns:
-        What to train on, and what to validate on; each in the order of the source.
+        The images to train on and those to validate on, each in the order of the source.
 
     Raises:
-        ConfigError: A fraction that is not between 0 and 1.
+        ConfigError: ``fraction`` is not in (0, 1).
         DataError: No class has two images.
     """
     if not 0 < fraction < 1:
-        raise ConfigError(f"a validation share of {fraction} is not possible: give one between 0 and 1, as 0.1")
+        raise ConfigError(f"validation fraction {fraction}: expected a number between 0 and 1, as 0.1")
     random = torch.Generator().manual_seed(seed)
     labels = source.labels
     held_out = torch.zeros(len(labels), dtype=torch.bool)

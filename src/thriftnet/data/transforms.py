@@ -1,7 +1,7 @@
-"""Augmentation and preprocessing: the fields of both, and the transforms of torchvision and timm that they choose.
+"""Augmentation and preprocessing: their fields, and the transforms of torchvision and timm that implement them.
 
-The random state of an image follows from the seed, the epoch and its index, so that neither resuming nor the number of
-workers or processes changes how it is augmented.
+The random state of an image is a function of the seed, the epoch and its index, so that its augmentation depends neither on
+resuming nor on the number of workers or processes.
 """
 
 from __future__ import annotations
@@ -32,24 +32,23 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Augmentation and preprocessing of images, applied in the order of the fields; what is left out is not applied.
+    """Augmentation and preprocessing of images, applied in the order of the fields; the defaults apply nothing.
 
     Args:
         image_size: Height and width of the network's input; None: as stored.
-        random_resized_crop: Share of the area that a random crop keeps, as (0.08, 1.0), before it is resized to image_size.
-        crop_ratio: Least and greatest ratio of width to height of that crop.
-        interpolation: nearest, bilinear, bicubic, or random (bilinear or bicubic), in training.
+        random_resized_crop: Range of the share of the area that a random crop keeps before resizing, as (0.08, 1.0).
+        crop_ratio: Range of width / height of that crop.
+        interpolation: In training: nearest, bilinear, bicubic or random (bilinear or bicubic).
         crop_padding: Black pixels on each side before a random crop of the image's own size.
         flip: Mirror images with probability 1/2.
-        color_jitter: Brightness, contrast and saturation change by up to this share.
-        rand_augment: timm's text for it, as "rand-m9-mstd0.5-inc1".
-        mean: Of each channel, in [0, 1], subtracted; None: the data source's.
-        std: Of each channel, in [0, 1], divided by; None: the data source's.
-        cutout: Side of a square set to 0 after that, its centre anywhere in the image.
-        random_erasing: Probability of a rectangle of noise after that.
-        resize: In evaluation, the shorter side before the centre crop; None: image_size / crop_pct.
-        crop_pct: In evaluation, the share of the resized image that the centre crop keeps.
-        eval_interpolation: nearest, bilinear or bicubic, in evaluation.
+        color_jitter: Largest relative change of brightness, contrast and saturation.
+        rand_augment: RandAugment in timm's notation, as "rand-m9-mstd0.5-inc1".
+        mean, std: Of each channel, in [0, 1], for normalisation; None: the data source's.
+        cutout: Side of a square set to 0 after normalisation, centred anywhere in the image.
+        random_erasing: Probability of erasing a rectangle with noise after normalisation.
+        resize: In evaluation: the shorter side before the centre crop; None: image_size / crop_pct.
+        crop_pct: In evaluation: image_size as a share of the resized shorter side.
+        eval_interpolation: In evaluation: nearest, bilinear or bicubic.
 
     Raises:
         ConfigError: An invalid value.
@@ -79,26 +78,22 @@ class Augmentation:
             value = getattr(self, field.name)
             if isinstance(value, list):  # YAML has no tuples
                 object.__setattr__(self, field.name, tuple(value))
-        for name, possible in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
-            if getattr(self, name) not in possible:
-                raise unknown_name(name, str(getattr(self, name)), possible)
-        for name, is_possible, expected in self._conditions():
-            if not is_possible:
+        for name, known in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        for name, holds, expected in self._conditions():
+            if not holds:
                 raise ConfigError(f"augmentation {name}={getattr(self, name)!r}: expected {expected}")
         for name in ("random_resized_crop", "resize"):
             if getattr(self, name) is not None and self.image_size is None:
                 raise ConfigError(f"augmentation {name} needs an image_size, as image_size=224")
 
     def _conditions(self) -> Iterator[tuple[str, bool, str]]:
-        """Field, whether its value is possible, and what is expected."""
+        """Field, whether its value is valid, and the expected value."""
         crop, size, mean, std = self.random_resized_crop, self.image_size, self.mean, self.std
         yield "image_size", size is None or size >= 1, "pixels, as 224"
-        yield (
-            "random_resized_crop",
-            crop is None or _is_range(crop, 1.0),
-            "least and greatest share of the area, as (0.08, 1.0)",
-        )
-        yield "crop_ratio", _is_range(self.crop_ratio, float("inf")), "least and greatest ratio, as (0.75, 1.33)"
+        yield "random_resized_crop", crop is None or _is_range(crop, 1.0), "a range in (0, 1], as (0.08, 1.0)"
+        yield "crop_ratio", _is_range(self.crop_ratio, float("inf")), "a range of ratios, as (0.75, 1.33)"
         for name in ("crop_padding", "cutout", "color_jitter"):
             yield name, getattr(self, name) >= 0, "a number >= 0"
         yield "random_erasing", 0 <= self.random_erasing <= 1, "a probability in [0, 1]"
@@ -112,11 +107,7 @@ class Augmentation:
         return replace(self, mean=self.mean or source.mean, std=self.std or source.std)
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std.
-
-        Raises:
-            ConfigError: They are not set.
-        """
+        """Mean and std; a `ConfigError` if they are not set."""
         if self.mean is None or self.std is None:
             raise ConfigError("the augmentation has no mean and std: set both, or take the data's with for_source(source)")
         return self.mean, self.std
@@ -133,9 +124,7 @@ class Augmentation:
 
     def _shorter_side(self) -> int | None:
         """Shorter side to which images are resized in evaluation."""
-        if self.image_size is None:
-            return None
-        return self.resize or int(self.image_size / self.crop_pct)
+        return None if self.image_size is None else self.resize or int(self.image_size / self.crop_pct)
 
 
 def _is_range(pair: tuple[float, float], highest: float) -> bool:
@@ -219,7 +208,7 @@ def _rand_augment(augmentation: Augmentation, mean: tuple[float, ...]) -> Any:
     text = augmentation.rand_augment or ""
     try:
         if not RAND_AUGMENT.fullmatch(text):
-            raise ValueError("rand, then sections of letters and a number")
+            raise ValueError("expected rand, then sections of letters and a number")
         transform: Any = rand_augment_transform(text, hints)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f"timm knows no rand_augment {text!r} ({error}). Write it as 'rand-m9-mstd0.5-inc1'") from None
@@ -230,7 +219,7 @@ def _rand_augment(augmentation: Augmentation, mean: tuple[float, ...]) -> Any:
 
 
 def posterize(image: Image, bits: int, **_: object) -> Image:
-    """Keep the upper bits of each pixel; timm asks for none at the highest magnitude, which new pillow refuses."""
+    """Keep the upper bits of each pixel; at the highest magnitude timm asks for 0 bits, which new pillow refuses."""
     from PIL import ImageOps
 
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
@@ -240,12 +229,11 @@ def padded_crop(image: Image, padding: int) -> Image:
     """A random crop of the image's own size out of the image with a black border of ``padding`` pixels."""
     from torchvision.transforms import RandomCrop
 
-    cropped: Image = RandomCrop((image.height, image.width), padding)(image)
-    return cropped
+    return RandomCrop((image.height, image.width), padding)(image)  # type: ignore[no-any-return]
 
 
 def cutout(image: Tensor, length: int) -> Tensor:
-    """Set a square of side ``length`` to 0, its centre anywhere in the image, so that it may reach beyond the border."""
+    """Set a square of side ``length`` to 0; its centre is anywhere in the image, so it may extend beyond the border."""
     height, width = image.shape[-2:]
     row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
     half = length // 2
