@@ -65,7 +65,7 @@ def test_the_sandwich_of_the_record() -> None:
     images = torch.from_numpy(golden_input(*golden["input_shape"])).double()
     average = copy.deepcopy(model).eval()
     choices = tuple(each["choice"] for each in golden["passes"] if each["mode"] == "uniform")
-    stage = Recorded(passes=4, widths=tn.core.width.widths(model), choices=choices)
+    stage = Recorded(widths=tn.core.width.widths(model), choices=choices)
     criterion = Criterion(LossFields(label_smoothing=0.1))
     step = Step(model, model, average, criterion, 0, 0)
     stage.train_mode(model)
