@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import Case, Fact, Ratio, Settings, Target
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import ArrayImages
 from thriftnet.data.loaders import Loader, make_loader
-from thriftnet.data.transforms import Augmentation
 from thriftnet.data.transforms import cutout as cut_out
 
 TOPIC = "data"

@@ -22,7 +22,7 @@ from thriftnet.train.distributed import Distributed
 from thriftnet.train.loop import TrainLoop
 from thriftnet.train.optim import make_optimizer
 from thriftnet.train.recipe import recipe_from
-from thriftnet.train.stages import Standard
+from thriftnet.train.stages import Stage
 
 TOPIC = "train"
 P6T = Target("P6t", "ResNet20 training step: fp32 NCHW against bf16 channels_last", 2.2, "at least")
@@ -98,7 +98,7 @@ def our_loop(model: nn.Module, images: Tensor, labels: Tensor, folder: Path, dev
     """The library's steps."""
     loader = OneBatch(images.to(device), labels.to(device))
     distributed = Distributed(device, "fp32")
-    loop = TrainLoop(model.to(device).train(), Standard(), RECIPE, loader, distributed, folder, classes=10)
+    loop = TrainLoop(model.to(device).train(), Stage(), RECIPE, loader, distributed, folder, classes=10)
     batches = iter(loader)
 
     def run() -> Tensor:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images import arrays
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.loaders import make_loader
-from thriftnet.data.transforms import Augmentation
 from thriftnet.train.evaluate import evaluate
 
 NORMALISATION = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -42,6 +42,7 @@ for verb in VERBS:
     except SystemExit as stop:
         assert stop.code == 0
 main(["models"])
+main(["recipes"])
 heavy = {"torch", "numpy", "matplotlib", "timm", "torchvision", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -11,8 +11,8 @@ import torch
 import thriftnet as tn
 from thriftnet.cli import main
 from thriftnet.core.width import width
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.sources import open_data
-from thriftnet.data.transforms import Augmentation
 from thriftnet.dynamic.gate import gate_of
 
 WIDTHS = ("0.25", "0.5", "0.75", "1")

@@ -150,7 +150,7 @@ def test_every_baseline_is_a_plain_network(name: str):
         (["models", "swrm*"], "no model matches"),
         (["models", "--tecnique", "shift"], "did you mean '--technique'"),
         (["count", "shiftresnet20", "--against", "resnet21"], "did you mean 'resnet"),
-        (["count", "shiftresnet20", "--expansion", "0"], "a number > 0"),
+        (["count", "shiftresnet20", "--expansion", "0"], "expected a number > 0"),
     ],
 )
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str):

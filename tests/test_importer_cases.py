@@ -190,9 +190,9 @@ def test_evaluation_prepares_images_as_the_authors_do(
     folder = tn.save(imported.model, tmp_path / "saved", metadata=folder_facts(imported))
     options = SimpleNamespace(mean=None, std=None, image_size=None, resize=None, data="folder:images")
     for place in (path, folder):
-        model, stated = network_of(str(place), {})
+        model = network_of(str(place), {})
         images: Any = SimpleNamespace(input_size=None, mean=(0.1,) * 3, std=(0.2,) * 3)
-        augmentation = augmentation_of(options, stated, images, images, model)  # type: ignore[arg-type]
+        augmentation = augmentation_of(options, images, images, model)  # type: ignore[arg-type]
         resize, crop = eval_transform(augmentation).transforms[:2]  # type: ignore[attr-defined]
         assert (resize.size, resize.interpolation.value, crop.size) == (shorter_side, interpolation, (size, size))
         known = imported.preprocessing.get("normalisation", {"mean": (0.1,) * 3})

@@ -16,18 +16,12 @@ from torchvision import transforms
 import thriftnet as tn
 from images import arrays, class_folders
 from thriftnet.data import loaders
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.batched import Draws, _by_slices, _by_windows, crop_and_flip, cut_out, draw, normalise, pad
 from thriftnet.data.dataset import ArrayImages, Subset
 from thriftnet.data.loaders import Batch, ImageLoader, Loader, ResidentLoader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.data.transforms import (
-    Augmentation,
-    cutout,
-    eval_transform,
-    padded_crop,
-    preserve_random_state,
-    train_transform,
-)
+from thriftnet.data.transforms import cutout, eval_transform, padded_crop, preserve_random_state, train_transform
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 AUGMENTATION = Augmentation(crop_padding=2, flip=True, cutout=4, mean=MEAN, std=STD)

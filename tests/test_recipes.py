@@ -18,8 +18,8 @@ from images import arrays
 from thriftnet.cli import main
 from thriftnet.cli.train import make_recipe
 from thriftnet.core.tied import count_params
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import ArrayImages, DataSource
-from thriftnet.data.transforms import Augmentation
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
 from thriftnet.models.table import NAMES, normalize_name

@@ -52,7 +52,7 @@ def recipe(**fields: object) -> Recipe:
 class Recorded(Supernet):
     """The sandwich with the widths of the record."""
 
-    choices: tuple[int, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def between(self, seed: int, number: int) -> list[Width]:
         return list(self.choices)
@@ -64,8 +64,8 @@ def test_the_sandwich_of_the_record() -> None:
     model, layout = filled(golden["fill_gain"])
     images = torch.from_numpy(golden_input(*golden["input_shape"])).double()
     average = copy.deepcopy(model).eval()
-    choices = tuple(each["choice"] for each in golden["passes"] if each["mode"] == "uniform")
-    stage = Recorded(passes=4, widths=tn.core.width.widths(model), choices=choices)
+    choices = tuple(str(each["choice"]) for each in golden["passes"] if each["mode"] == "uniform")
+    stage = Recorded(widths=tn.core.width.widths(model), choices=choices)
     criterion = Criterion(LossFields(label_smoothing=0.1))
     step = Step(model, model, average, criterion, 0, 0)
     stage.train_mode(model)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import thriftnet as tn
+from thriftnet.core.provenance import add_data_facts, data_facts
 from thriftnet.errors import CheckpointError
 from thriftnet.train import TrainResult, train
 from thriftnet.train.checkpoints import damage
@@ -344,3 +345,28 @@ def test_the_average_moves_a_tied_weight_once(tmp_path: Path):
     assert any(not torch.equal(first[name], second[name]) for name in average)
     for name, value in average.items():
         torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name], msg=name)
+
+
+def test_a_finished_run_does_not_believe_a_damaged_model(tmp_path: Path):
+    """The same command again evaluates the network that was kept."""
+    result = train(recipe(epochs=1), source(), tmp_path, model=Net(), device="cpu")
+    path = tmp_path / "model" / "model.safetensors"
+    intact = path.read_bytes()
+    header = 8 + int.from_bytes(intact[:8], "little")
+    path.write_bytes(intact[:header] + bytes(len(intact) - header))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: its checksum does not fit"):
+        train(recipe(epochs=1), source(), tmp_path, model=Net(), device="cpu")
+    path.write_bytes(intact)
+    assert train(recipe(epochs=1), source(), tmp_path, model=Net(), device="cpu").top1 == result.top1
+
+
+def test_a_trained_network_knows_its_data(tmp_path: Path):
+    """Also what it is no longer told of another training: ``resize``."""
+    net = Net()
+    add_data_facts(net, {"resize": 256, "class_names": ["cat"]})
+    train(recipe(epochs=1, ema_decay=0.9), source(), tmp_path, model=net, device="cpu")
+    kept = tn.load(tmp_path / "model", model=Net())
+    for network in (net, kept, tn.fold(net.eval())):
+        facts = data_facts(network)
+        assert (facts.input_size, facts.class_names, facts.resize) == ((3, 8, 8), ("class0", "class1", "class2"), None)
+        assert facts.normalisation == {"mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -1,19 +1,18 @@
-"""`thriftnet demo`: the whole way on the bundled digits, with a table and a report."""
+"""`thriftnet demo`: every technique on scikit-learn's digits, with a table and a report."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
 from thriftnet.cli.common import emit, new_parser, parse
-from thriftnet.cli.machine import add_machine_options, use_machine
+from thriftnet.cli.machine import add_machine_options, one_thread, use_machine
+from thriftnet.cli.train import Bar
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.text import table
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource
     from thriftnet.data.loaders import Loader
     from thriftnet.report.page import Page
-    from thriftnet.train.loop import Progress
     from thriftnet.train.recipe import Recipe
 
 COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
@@ -36,16 +34,16 @@ class Result:
     """The network under one technique (at one width).
 
     Args:
-        name: "plain" or the technique's name, with the width where there are several.
+        name: "plain" or the technique's name, with the width if there are several.
         technique: The technique's config as text, "" for plain.
         params: Stored parameters, shared ones once.
         macs: Executed multiply-accumulates per image.
-        accuracy: On the test images, in percent.
+        accuracy: Test accuracy in percent.
         seconds: Training time.
         fold_error: Largest difference to the folded network, relative to the largest output; None for plain.
         rows: Metrics of each epoch: ``train_loss``, ``top1`` on the test images in percent, ...
-        predictions: Class given to each of the first test images by the folded network, loaded from disk.
-        folder: Where the trained network was saved.
+        predictions: Classes of the first test images by the folded network, loaded from disk.
+        folder: The folder of the trained network.
     """
 
     name: str
@@ -79,14 +77,15 @@ def run(arguments: Sequence[str]) -> None:
     use_machine(options, recipe.data.batch_size)
     output = Path(options.output)
     start = time.perf_counter()
-    with Bars(1 + len(shown())) as bars:
-        source, results = compare(output, recipe, bars)
+    with Bar() as bar:
+        source, results = compare(output, recipe, bar)
     report = write_page(_page(source, results, recipe, time.perf_counter() - start), output / "report.html")
     notes = _notes(results)
     text = "\n".join(
         [table(COLUMNS, [_cells(r) for r in results]), *notes, "", f"report: {report}", f"models: {output / 'models'}"]
     )
-    emit(text, {"results": [_as_dict(r) for r in results], "notes": notes, "report": str(report)}, as_json=options.json)
+    shown_in_json = [{k: v for k, v in vars(r).items() if k not in ("rows", "predictions")} for r in results]
+    emit(text, {"results": shown_in_json, "notes": notes, "report": str(report)}, as_json=options.json)
 
 
 def shown() -> tuple[str, ...]:
@@ -97,7 +96,7 @@ def shown() -> tuple[str, ...]:
     return tuple(format_spec(TECHNIQUES.module(name).EXAMPLES[0].config) for name in TECHNIQUES)
 
 
-def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[Result]]:
+def compare(output: Path, recipe: Recipe, bar: Bar) -> tuple[DataSource, list[Result]]:
     """Train, convert, fold, save and predict; one result for each technique and width.
 
     The plain network is trained first; each technique starts from its weights and trains as long again.
@@ -112,16 +111,16 @@ def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[
     from thriftnet.train.trainer import train
 
     source = open_data("digits")
-    with _one_thread(), tempfile.TemporaryDirectory() as scratch:
+    with one_thread(), tempfile.TemporaryDirectory() as scratch:
         seed_everything(recipe.seed)
         plain = prepare_model(recipe, source)
         results: list[Result] = []
         for technique in ("", *shown()):
             name = technique.partition("(")[0] or "plain"
-            bars.start(name)
+            bar.start(name)
             model = convert(plain, technique) if technique else plain
             run = Path(scratch) / name
-            trained = train(recipe, source, run, model=model, device="cpu", on_progress=bars.on_progress)
+            trained = train(recipe, source, run, model=model, device="cpu", on_progress=bar.on_progress)
             results += _results(model, technique, source, read_metrics(run), trained.seconds, output)
     return source, results
 
@@ -129,7 +128,7 @@ def compare(output: Path, recipe: Recipe, bars: Bars) -> tuple[DataSource, list[
 def _results(
     model: nn.Module, technique: str, source: DataSource, rows: list[dict[str, Any]], seconds: float, output: Path
 ) -> list[Result]:
-    """One result for a network, or one per width."""
+    """One result for each width of a trained network, folded, checked and saved."""
     from thriftnet.core.fold import fold, freeze
     from thriftnet.core.width import set_width, widths
     from thriftnet.measure import inspect
@@ -140,9 +139,8 @@ def _results(
     name = technique.partition("(")[0] or "plain"
     size = (1, 8, 8)
     test = held_out(source)
-    facts = {"input_size": size, "mean": source.mean, "std": source.std, "classes": source.classes}
     model.eval()
-    folder = save(model, output / "models" / name, metadata={**facts, "metrics": {"top1": rows[-1]["top1"]}})
+    folder = save(model, output / "models" / name, metadata={"metrics": {"top1": rows[-1]["top1"]}})
     results = []
     for width in widths(model) or (None,):
         if width is not None:
@@ -152,7 +150,7 @@ def _results(
         error = relative_difference(model, folded, size) if technique else None
         if error is not None and not error <= TOLERANCE:
             raise IncompatibleModelError(f"{label}: the folded network differs by {error:.1e} of the largest output")
-        place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded", metadata=facts)
+        place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded")
         predicted = load(place)(next(iter(test))[0][:12]).argmax(1).tolist()
         report = inspect(model, size)
         score = evaluate(model, test).top1
@@ -163,57 +161,15 @@ def _results(
 
 
 def held_out(source: DataSource) -> Loader:
-    """The test images, as networks are given them."""
+    """Batches of the test images."""
+    from thriftnet.data.augmentation import Augmentation
     from thriftnet.data.loaders import make_loader
-    from thriftnet.data.transforms import Augmentation
 
     return make_loader(source.split("test"), 256, augmentation=Augmentation().for_source(source), train=False)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Maps of 8 x 8 pixels are too small to share among threads; one is faster, and exact under a seed."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class Bars:
-    """A bar per technique on a terminal; nothing elsewhere."""
-
-    def __init__(self, networks: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-        self.bars = RichProgress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self.networks, self.done = networks, 0
-
-    def __enter__(self) -> Bars:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def start(self, name: str) -> None:
-        self.done += 1
-        self.task = self.bars.add_task(name, total=None, note=f"{self.done} of {self.networks}")
-
-    def on_progress(self, progress: Progress) -> None:
-        self.bars.update(self.task, total=progress.steps, completed=progress.step)
-        if progress.row is not None:
-            self.bars.update(self.task, note=f"test accuracy {progress.row['top1']:.1f} %")
-
-
 def _notes(results: Sequence[Result]) -> list[str]:
-    """Why an accuracy is not within reach of plain."""
+    """Explains each accuracy clearly below that of plain."""
     plain = results[0].accuracy
     return [
         f"{r.name} is {plain - r.accuracy:.1f} points below plain: it stores {results[0].params / r.params:.1f}x fewer "
@@ -227,11 +183,6 @@ def _cells(result: Result) -> list[object]:
     """One row of the table."""
     error = "-" if result.fold_error is None else f"{result.fold_error:.1e}"
     return [result.name, result.params, result.macs, f"{result.accuracy:.2f}%", f"{result.seconds:.1f}", error]
-
-
-def _as_dict(result: Result) -> dict[str, Any]:
-    keys = ("name", "technique", "params", "macs", "accuracy", "seconds", "fold_error", "folder")
-    return {key: getattr(result, key) for key in keys}
 
 
 def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds: float) -> Page:

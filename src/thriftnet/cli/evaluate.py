@@ -1,9 +1,9 @@
-"""`thriftnet evaluate`: how well a network classifies."""
+"""`thriftnet evaluate`: accuracy and loss of a network on labelled images."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,15 @@ from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
-    import torch
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
-    from thriftnet.data.dataset import DataSource, ImageDataset
+    from thriftnet.data.dataset import DataSource
     from thriftnet.data.loaders import Loader
-    from thriftnet.data.transforms import Augmentation
     from thriftnet.train.evaluate import Evaluation
 
-SHOWN = 20  # more classes than that are not listed
+SHOWN = 20  # most classes that are listed
+CALIBRATION = 2048  # training images on which the cost of a budget is found
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -32,33 +31,38 @@ def run(arguments: Sequence[str]) -> None:
     ks = numbers(options.topk, int, "--topk", "1,5")
     if min(ks) < 1 or (options.limit is not None and options.limit < 1) or options.batch_size < 1:
         raise ConfigError("--topk, --limit and --batch-size: expected integers >= 1")
-    if options.confusion_plot is not None and options.confusion_plot.suffix != ".svg":
-        raise ConfigError(f"--confusion-plot {options.confusion_plot}: give a name that ends in .svg")
-
+    for option in ("confusion_plot", "plot", "sweep_budget"):
+        if options[option] is not None and options[option].suffix != ".svg":
+            raise ConfigError(f"--{option.replace('_', '-')} {options[option]}: give a name that ends in .svg")
     width = chosen_width(options)
 
     from thriftnet.core.width import set_width
+    from thriftnet.data.loaders import make_loader
     from thriftnet.data.sources import open_data
     from thriftnet.train.distributed import joined, process_group
 
     use_machine(options, options.batch_size)
-    model, facts = network_of(options.model, kwargs, options.plain)
+    model = network_of(options.model, kwargs, options.plain)
     if width:
         set_width(model, **width)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     split = source.split(options.split)
-    options.split = next(
-        name for name, images in source.splits.items() if images is split
-    )  # without a test split, val replaces it
+    # without a test split, val replaces it
+    options.split = next(name for name, images in source.splits.items() if images is split)
     images = limited(split, options.limit)
-    augmentation = augmentation_of(options, facts, source, images, model)
+    common: Any = {
+        "augmentation": augmentation_of(options, source, images, model),
+        "train": False,
+        "workers": options.workers,
+    }
     with process_group(options.device) as device:
         rank, world_size = joined()
-        loader = _loader(images, augmentation, options, device, rank, world_size)
+        common["device"] = device
+        loader = make_loader(images, options.batch_size, rank=rank, world_size=world_size, **common)
         if options.mode is not None or options.sweep_budget is not None:
             from thriftnet.cli.evaluate_widths import measure_widths
 
-            calibration = _loader(limited(source.split("train"), 2048), augmentation, options, device, 0, 1)
+            calibration = make_loader(limited(source.split("train"), CALIBRATION), options.batch_size, **common)
             text, measured = measure_widths(model.to(device), loader, calibration, source.classes, options)
             if rank == 0:
                 emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
@@ -66,9 +70,11 @@ def run(arguments: Sequence[str]) -> None:
         result = _measure(model.to(device), loader, source, ks, options, quiet=rank > 0)
     if rank > 0:
         return
-    _warn(source, facts)
+    _warn(source, model)
     if options.confusion_plot is not None:
-        _draw(options.confusion_plot, result)
+        from thriftnet.report.confusion import confusion_matrix
+
+        write_text(options.confusion_plot, confusion_matrix(result.confusion or (), result.classes))
     facts_of_run = {"model": options.model, "data": options.data, "split": options.split, "skipped": list(source.skipped)}
     emit(_text(options, result), {**facts_of_run, **result.to_dict()}, as_json=options.json)
 
@@ -83,7 +89,7 @@ def _parser() -> ArgumentParser:
     add("--split", default="test", help="train, val or test, which is val where there is no test split")
     add("--topk", metavar="K,K", default="1,5", help="which accuracies")
     add("--confusion", action="store_true", help="print the confusion matrix")
-    add("--confusion-plot", metavar="FILE.svg", type=Path, help="the same as a picture")
+    add("--confusion-plot", metavar="FILE.svg", type=Path, help="draw the confusion matrix")
     add_width_options(parser)
     add(
         "--mode",
@@ -100,23 +106,6 @@ def _parser() -> ArgumentParser:
     )
     add_image_options(parser)
     return parser
-
-
-def _loader(
-    images: ImageDataset, augmentation: Augmentation, options: Namespace, device: torch.device, rank: int, world_size: int
-) -> Loader:
-    from thriftnet.data.loaders import make_loader
-
-    return make_loader(
-        images,
-        options.batch_size,
-        augmentation=augmentation,
-        train=False,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        workers=options.workers,
-    )
 
 
 def _measure(
@@ -138,7 +127,7 @@ def _measure(
 
 @contextmanager
 def _bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar, if someone is looking."""
+    """A progress bar on a terminal."""
     if quiet or not sys.stderr.isatty():
         yield lambda seen: None
         return
@@ -150,23 +139,19 @@ def _bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
         yield lambda seen: progress.update(task, completed=seen)
 
 
-def _warn(source: DataSource, facts: Mapping[str, Any]) -> None:
-    """Say what the figures do not show."""
+def _warn(source: DataSource, model: nn.Module) -> None:
+    """Warn of images left out, and of other classes."""
+    from thriftnet.core.provenance import data_facts
+
     if source.skipped:
         sys.stderr.write(f"thriftnet evaluate: {len(source.skipped)} broken images are left out, as {source.skipped[0]}\n")
-    names = facts.get("class_names", facts.get("classes"))
-    if names is not None and list(names) != list(source.classes):
+    names = data_facts(model).class_names
+    if names is not None and names != tuple(source.classes):
         sys.stderr.write("thriftnet evaluate: the network was trained for classes of other names, or in another order\n")
 
 
-def _draw(path: Path, result: Evaluation) -> None:
-    from thriftnet.report.confusion import confusion_matrix
-
-    write_text(path, confusion_matrix(result.confusion or (), result.classes))
-
-
 def _text(options: Namespace, result: Evaluation) -> str:
-    """The result for people."""
+    """The result as text."""
     accuracies = ", ".join(f"top-{k} {accuracy:.2f} %" for k, accuracy in result.accuracies.items())
     lines = [
         f"{options.model} on {options.data}, {options.split}: {result.images:,} images",

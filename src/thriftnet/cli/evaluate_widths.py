@@ -1,10 +1,10 @@
-"""`thriftnet evaluate --mode ...` and ``--sweep-budget``: what a network of several widths gives for its multiply-accumulates."""
+"""`thriftnet evaluate --mode ...` and ``--sweep-budget``: accuracy and cost of a network of several widths."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,28 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.cli.common import quantity, width_from, write_text
+from thriftnet.cli.machine import one_thread
+from thriftnet.core.probe import Size
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.measure import inspect
+from thriftnet.measure.latency import time_rounds
 from thriftnet.report import plots
 from thriftnet.text import table
 from thriftnet.train.distributed import total
-from thriftnet.train.evaluate import Evaluation, evaluate
+from thriftnet.train.evaluate import evaluate
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-SINGLE = 20  # images that are timed one by one
+SINGLE = 20  # calls with one image that are timed
 COLUMNS = ("width", "MACs", "top-1, %", "ms for one image", "images/s")
 
 
 def measure_widths(
     model: nn.Module, loader: Loader, calibration: Loader, classes: Sequence[str], options: Namespace
 ) -> tuple[str, dict[str, Any]]:
-    """The result for people and for machines.
+    """The result as text and for JSON.
 
     Args:
         calibration: Training images, on which the cost of a budget is found.
@@ -52,7 +55,8 @@ def measure_widths(
         raise ConfigError("--budget goes with --mode dynamic")
     if mode == "all" and not chosen:
         points = every_width(model, loader)
-        _draw(options.plot, lambda: plots.accuracy_against_macs({"fixed widths": [(p.macs, p.top1) for p in points]}))
+        if options.plot is not None:
+            write_text(options.plot, _curves({"fixed widths": points}))
         return _text(points), {"widths": [asdict(point) for point in points]}
     if mode == "width":
         if chosen:
@@ -74,7 +78,8 @@ def _dynamic(
     point = by_gate(dynamic, loader)
     counts = decisions_by_class(dynamic, loader, len(classes)).tolist()
     names = [format_width(width) for width in dynamic.widths]
-    _draw(options.plot, lambda: plots.decisions(counts, classes, names))
+    if options.plot is not None:
+        write_text(options.plot, plots.decisions(counts, classes, names))
     rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
     text = f"{_text([point])}\n\nimages of each class by the width chosen:\n{table(['class', *names], rows)}"
     by_class = {name: dict(zip(names, row, strict=True)) for name, row in zip(classes, counts, strict=True)}
@@ -85,31 +90,26 @@ def _sweep(model: nn.Module, loader: Loader, calibration: Loader, path: Path) ->
     """The gate at several budgets, beside the fixed widths that it chooses among."""
     dynamic = DynamicNetwork(model, input_size=_size(loader)).eval()
     budgets = by_budget(dynamic, loader, calibration)
-    fixed = [
-        point for point in every_width(model, loader) if point.name in {format_width(width) for width in dynamic.widths}
-    ]
-    curves = {"by the gate": budgets, "fixed widths": fixed}
-    pairs = {name: [(point.macs, point.top1) for point in points] for name, points in curves.items()}
-    _draw(path, lambda: plots.accuracy_against_macs(pairs))
+    names = {format_width(width) for width in dynamic.widths}
+    fixed = [point for point in every_width(model, loader) if point.name in names]
+    write_text(path, _curves({"by the gate": budgets, "fixed widths": fixed}))
     rows = {"budgets": [asdict(point) for point in budgets], "widths": [asdict(point) for point in fixed]}
     return _text([*budgets, *fixed]), {**rows, "plot": str(path)}
 
 
-def _size(loader: Loader) -> tuple[int, ...]:
-    return tuple(next(iter(loader))[0].shape[1:])
+def _size(loader: Loader) -> Size:
+    _, channels, height, width = next(iter(loader))[0].shape
+    return channels, height, width
+
+
+def _curves(curves: Mapping[str, Sequence[Point]]) -> str:
+    pairs = {name: [(point.macs, point.top1) for point in points] for name, points in curves.items()}
+    return plots.accuracy_against_macs(pairs)
 
 
 def _text(points: Sequence[Point]) -> str:
     rows = [[p.name, round(p.macs), f"{p.top1:.2f}", f"{p.latency_ms:.2f}", f"{p.images_per_second:,.0f}"] for p in points]
     return table(COLUMNS, rows)
-
-
-def _draw(path: Path | None, picture: Any) -> None:
-    if path is None:
-        return
-    if path.suffix != ".svg":
-        raise ConfigError(f"{path}: give a name that ends in .svg")
-    write_text(path, picture())
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Point:
 
     Args:
         name: The width, or the budget.
-        macs: Multiply-accumulates for one image, on average.
+        macs: Mean multiply-accumulates per image.
         top1: In percent.
-        latency_ms: Of one image alone: the median of some.
+        latency_ms: For one image, the median.
         images_per_second: In batches.
     """
 
@@ -132,7 +132,7 @@ class Point:
 
 
 def every_width(model: nn.Module, loader: Loader) -> list[Point]:
-    """Each width of a slimmable network by itself; the selected width stays."""
+    """Each width of a slimmable network; the selected width is restored."""
     before, points = width_of(model), []
     for width in widths(model):
         set_width(model, width)
@@ -143,19 +143,24 @@ def every_width(model: nn.Module, loader: Loader) -> list[Point]:
 
 def one_width(model: nn.Module, loader: Loader) -> Point:
     """The selected width of a slimmable network."""
-    images = _first(loader)
-    _, channels, height, side = images.shape
-    macs = inspect(model, (channels, height, side)).macs
-    return _point(format_width(width_of(model)), macs, evaluate(model, loader), latency(model, images))
+    return _point(format_width(width_of(model)), model, loader, lambda: inspect(model, _size(loader)).macs)
 
 
 def by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Point:
-    """As the gate decides."""
-    dynamic.eval().reset()
-    result = evaluate(dynamic, loader)
-    counts = total(dynamic.counts)
-    macs = float((counts * dynamic.macs).sum()) / int(counts.sum())
-    return _point(name, macs, result, latency(dynamic, _first(loader)))
+    """The widths that the gate chooses."""
+
+    def spent() -> float:
+        counts = total(dynamic.counts)
+        return float((counts * dynamic.macs).sum()) / int(counts.sum())
+
+    dynamic.reset()
+    return _point(name, dynamic, loader, spent)
+
+
+def _point(name: str, network: nn.Module, loader: Loader, macs: Callable[[], float]) -> Point:
+    """Measure a network; ``macs`` is called after its evaluation."""
+    result = evaluate(network, loader)
+    return Point(name, macs(), result.top1, latency(network, next(iter(loader))[0]), result.images_per_second)
 
 
 def by_budget(dynamic: DynamicNetwork, loader: Loader, calibration: Loader, steps: int = 7) -> list[Point]:
@@ -165,8 +170,9 @@ def by_budget(dynamic: DynamicNetwork, loader: Loader, calibration: Loader, step
         calibration: Images, whose labels are not looked at, on which each budget's cost is found.
     """
     before, points = dynamic.cost, []
-    for budget in torch.linspace(float(dynamic.macs.min()), float(dynamic.macs.max()), steps).tolist():
-        dynamic.set_budget(min(max(budget, float(dynamic.macs.min())), float(dynamic.macs.max())), calibration)
+    low, high = float(dynamic.macs.min()), float(dynamic.macs.max())
+    for budget in torch.linspace(low, high, steps).tolist():
+        dynamic.set_budget(min(max(budget, low), high), calibration)
         points.append(by_gate(dynamic, loader, f"budget {budget / 1e6:.1f}M"))
     dynamic.cost = before
     return points
@@ -184,26 +190,8 @@ def decisions_by_class(dynamic: DynamicNetwork, loader: Loader, classes: int) ->
 
 @torch.no_grad()
 def latency(network: nn.Module, images: Tensor) -> float:
-    """Milliseconds for one image alone, on one thread: the median of some, the first left out."""
-    before, network = torch.get_num_threads(), network.eval()
-    torch.set_num_threads(1)
-    times = []
-    try:
-        for place in range(SINGLE):
-            image = images[place % len(images)][None]
-            start = time.perf_counter()
-            network(image)
-            if image.is_cuda:
-                torch.cuda.synchronize(image.device)
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(before)
-    return 1e3 * statistics.median(times[1:])
-
-
-def _first(loader: Loader) -> Tensor:
-    return next(iter(loader))[0]
-
-
-def _point(name: str, macs: float, result: Evaluation, latency_ms: float) -> Point:
-    return Point(name, macs, result.top1, latency_ms, result.images_per_second)
+    """Milliseconds for one image, on one thread: the median over some."""
+    network, image = network.eval(), itertools.cycle(images[:, None])
+    with one_thread():
+        seconds = time_rounds({"one": lambda: network(next(image))}, SINGLE, device=str(images.device), turn=0)
+    return 1e3 * statistics.median(seconds["one"])

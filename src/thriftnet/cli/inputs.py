@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import numbers, open_network
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
+    from thriftnet.data.augmentation import Augmentation
     from thriftnet.data.dataset import DataSource, ImageDataset
-    from thriftnet.data.transforms import Augmentation
 
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
-FACTS = ("resize", "crop_pct", "eval_interpolation")  # of a folder's metadata: how images come to its input size
 
 
 def add_image_options(parser: ArgumentParser) -> None:
@@ -46,46 +45,36 @@ def add_image_options(parser: ArgumentParser) -> None:
     add_machine_options(parser)
 
 
-def network_of(place: str, kwargs: Mapping[str, Any], plain: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network, and what it knows about its images: mean, std, input_size, class_names.
-
-    Args:
-        plain: The plain form of a saved network that is not in the zoo.
-    """
+def network_of(source: str, kwargs: Mapping[str, Any], plain: str | None = None) -> nn.Module:
+    """The network that MODEL names; of a saved one that is not in the zoo, ``plain`` builds the plain network."""
     if plain is None:
-        network = open_network(place, kwargs)
-    else:
-        from thriftnet.store.model_file import load
+        return open_network(source, kwargs)
+    from thriftnet.store.model_file import load
 
-        network = load(place, model=open_network(plain, kwargs))
-    from thriftnet.core.provenance import data_facts
-
-    known = {name: value for name, value in data_facts(network).to_dict().items() if value is not None}
-    return network, known | known.pop("normalisation", {})
+    return load(source, model=open_network(plain, kwargs))
 
 
-def augmentation_of(
-    options: Namespace, facts: Mapping[str, Any], source: DataSource, images: ImageDataset, model: nn.Module
-) -> Augmentation:
+def augmentation_of(options: Namespace, source: DataSource, images: ImageDataset, model: nn.Module) -> Augmentation:
     """How images become inputs: as the options say, else the network, else the data."""
-    from thriftnet.core.provenance import stated_input_size
-    from thriftnet.data.transforms import Augmentation
+    from thriftnet.core.provenance import data_facts, stated_input_size
+    from thriftnet.data.augmentation import Augmentation
 
-    mean = numbers(options.mean, float, "--mean", "0.5,0.5,0.5") if options.mean else facts.get("mean", source.mean)
-    std = numbers(options.std, float, "--std", "0.25,0.25,0.25") if options.std else facts.get("std", source.std)
-    size, stored = options.image_size, images.input_size
-    if size is None and "input_size" in facts:
-        size = int(facts["input_size"][1])
-    if size is None and stored is None:
-        stated = stated_input_size(model)
-        if stated is None:
-            raise ConfigError(f"the images of {options.data} differ in size: give the network's, as --image-size 224")
-        size = stated[1]
-    how = {key: facts[key] for key in FACTS if key in facts} if size is not None else {}
+    facts, stored = data_facts(model), images.input_size
+    known = facts.normalisation or {"mean": source.mean, "std": source.std}
+    mean = numbers(options.mean, float, "--mean", "0.5,0.5,0.5") if options.mean else known["mean"]
+    std = numbers(options.std, float, "--std", "0.25,0.25,0.25") if options.std else known["std"]
+    size = stated_input_size(model) if stored is None else facts.input_size
+    side = options.image_size or (size[1] if size else None)
+    if side is None and stored is None:
+        raise ConfigError(f"the images of {options.data} differ in size: give the network's, as --image-size 224")
+    how: dict[str, Any] = {}
+    if side is not None:
+        how = {"resize": facts.resize, "crop_pct": facts.crop_pct, "eval_interpolation": facts.eval_interpolation}
     if options.resize is not None:
         how["resize"] = options.resize
-        size = size or (stored[1] if stored else None)
-    return Augmentation(mean=_tuple(mean), std=_tuple(std), image_size=size, **how)
+        side = side or (stored[1] if stored else None)
+    how = {name: value for name, value in how.items() if value is not None}
+    return Augmentation(mean=mean, std=std, image_size=side, **how)
 
 
 def limited(images: ImageDataset, limit: int | None) -> ImageDataset:
@@ -97,7 +86,3 @@ def limited(images: ImageDataset, limit: int | None) -> ImageDataset:
     from thriftnet.data.dataset import Subset
 
     return Subset(images, torch.arange(limit) * len(images) // limit)
-
-
-def _tuple(value: Any) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (float(value),)

@@ -35,10 +35,10 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.store.model_file import save
 
     use_machine(options, options.batch_size)
-    model, facts = network_of(options.model, kwargs, options.plain)
+    model = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
     images = limited(source.split(options.split), options.limit)
-    augmentation = augmentation_of(options, facts, source, images, model)
+    augmentation = augmentation_of(options, source, images, model)
     loader = make_loader(
         images,
         options.batch_size,
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     model = model.to(options.device or "cpu")
     recalibrate(model, loader, chosen, indices=indices, momentum=options.momentum, batches=options.batches)
-    folder = save(model.cpu(), options.output, metadata=facts)
+    folder = save(model.cpu(), options.output)
     available = widths(model)
     done = available if chosen is None and indices is None else [*(chosen or ()), *(available[i] for i in indices or ())]
     names = [format_width(width) for width in done]

@@ -44,22 +44,15 @@ def _show(recipe: Recipe, *, as_json: bool) -> None:
 
 
 def _page(recipes: Mapping[str, Recipe]) -> str:
-    rows = [
-        [
-            name,
-            recipe.model,
-            recipe.about.get("data", "any"),
-            recipe.epochs,
-            _top1(recipe.about),
-            recipe.about.get("what", ""),
-        ]
-        for name, recipe in recipes.items()
-    ]
+    rows = []
+    for name, recipe in recipes.items():
+        about = recipe.about
+        rows.append([name, recipe.model, about["data"], recipe.epochs, _top1(about), about["what"]])
     return table(COLUMNS, rows)
 
 
 def markdown(recipes: Mapping[str, Recipe]) -> str:
-    """The page of the documentation: a table of all recipes, then what each of them says about itself."""
+    """The page of the documentation: a table of all recipes, then a section for each."""
     lines = [
         "# Recipes",
         "",
@@ -79,18 +72,18 @@ def markdown(recipes: Mapping[str, Recipe]) -> str:
             f"[`{name}`](#{name})",
             f"`{recipe.model}`",
             about["data"],
-            recipe.epochs,
+            f"{recipe.epochs}",
             f"{about['params']:,}",
             _top1(about),
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(cells)} |")
     for name, recipe in recipes.items():
         lines += _section(name, recipe)
     return "\n".join(lines)
 
 
 def _section(name: str, recipe: Recipe) -> list[str]:
-    """What one recipe says about itself."""
+    """The section of one recipe."""
     about = recipe.about
     what = str(about["what"])
     lines = ["", f"## {name}", "", f"{what[0].upper()}{what[1:]}."]
@@ -104,6 +97,6 @@ def _section(name: str, recipe: Recipe) -> list[str]:
 
 
 def _top1(facts: Mapping[str, Any], key: str = "expected_top1") -> str:
-    """An accuracy as it is shown; "-" where none is stated."""
+    """An accuracy as text; "-" if none is stated."""
     value = facts.get(key)
     return f"{value:.2f}" if isinstance(value, float) else "-"

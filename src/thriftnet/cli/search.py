@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
+    from thriftnet.data.augmentation import Augmentation
     from thriftnet.data.dataset import DataSource
     from thriftnet.data.loaders import Loader
-    from thriftnet.data.transforms import Augmentation
     from thriftnet.dynamic.search import Candidate
 
 
@@ -35,9 +35,9 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.train.evaluate import evaluate
 
     use_machine(options, options.batch_size)
-    model, facts = network_of(options.model, kwargs, options.plain)
+    model = network_of(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
-    augmentation = augmentation_of(options, facts, source, source.split("train"), model)
+    augmentation = augmentation_of(options, source, source.split("train"), model)
     scored, fresh, test = _loaders(source, augmentation, options, device)
 
     def score(candidate: nn.Module) -> float:
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
         progress=_progress if sys.stderr.isatty() else None,
     )
     top1 = evaluate(found.model, test).top1
-    folder = save(found.model.cpu(), options.output, metadata=facts)
+    folder = save(found.model.cpu(), options.output)
     text = (
         f"{found}\n\n{folder}: {found.best.macs:,} MACs; {found.best.score:.2f} % of the held-out training images, "
         f"{top1:.2f} % of the test images"

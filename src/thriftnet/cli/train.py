@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import (
-    KWARGS_HELP,
-    MODEL_HELP,
-    emit,
-    new_parser,
-    parse_with_kwargs,
-    quantity,
-)
+from thriftnet.cli.common import KWARGS_HELP, MODEL_HELP, emit, new_parser, parse_with_kwargs, quantity
 from thriftnet.cli.inputs import DATA_HELP
 from thriftnet.cli.machine import add_machine_options, use_machine
 from thriftnet.errors import ConfigError, unknown_name
@@ -58,8 +52,8 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.train.trainer import train
 
-    stated = {option[2:].replace("-", "_"): options[option[2:].replace("-", "_")] for option in FIELDS}
-    fields = {name: value for name, value in stated.items() if value is not None}
+    names = [option[2:].replace("-", "_") for option in FIELDS]
+    fields = {name: options[name] for name in names if options[name] is not None}
     recipe = make_recipe(options.recipe, fields | others)
     if options.budget is not None:
         recipe = with_budget(recipe, options.budget)
@@ -84,7 +78,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Recipe:
-    """The recipe with fields replaced as written on the command line; other names are arguments of the network.
+    """The recipe with fields replaced by the command line's; other names are arguments of the network.
 
     Raises:
         ConfigError: Neither a field nor an argument of the network, with close matches.
@@ -104,7 +98,7 @@ def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Recipe:
 
 
 def _value(name: str, text: Any) -> Any:
-    """A text as it is where the field has a type of its own, otherwise read as YAML."""
+    """Text unchanged for a field that has a type, otherwise read as YAML."""
     import yaml
 
     from thriftnet.train.recipe import MAPPINGS, field_names, full_name
@@ -120,10 +114,10 @@ def _value(name: str, text: Any) -> Any:
 
 
 def with_budget(recipe: Recipe, text: str) -> Recipe:
-    """The recipe whose gate keeps to so many multiply-accumulates per image.
+    """The recipe with a budget of multiply-accumulates per image for its gate.
 
     Raises:
-        ConfigError: Not such a number, or no stage that trains a gate.
+        ConfigError: Not a positive number, or no stage trains a gate.
     """
     budget = quantity("--budget", text)
     found = [entry.get("stage.name", "recalibrate") for entry in recipe.stages] or [recipe.stage.name]
@@ -137,18 +131,17 @@ def with_budget(recipe: Recipe, text: str) -> Recipe:
 
 
 def _check_kwarg(model: str, key: str) -> None:
-    """Refuse what neither the recipe nor a network of the zoo knows."""
+    """Refuse a name that neither recipes nor this network of the zoo have."""
     from thriftnet.models import model_kwargs
     from thriftnet.models.table import NAMES, normalize_name
-    from thriftnet.train.recipe import field_names
+    from thriftnet.train.recipe import last_names
 
     if normalize_name(model) in NAMES and key not in model_kwargs(model):
-        leaves = {path.rpartition(".")[2] for path in field_names()} - {"name"}
-        raise unknown_name(f"recipe field, nor argument of {model},", key, [*leaves, *model_kwargs(model)])
+        raise unknown_name(f"recipe field, nor argument of {model},", key, [*last_names(), *model_kwargs(model)])
 
 
 class Bar:
-    """A progress bar with rate and time left on a terminal; nothing elsewhere."""
+    """On a terminal, a progress bar with rate and time left for each training; nothing elsewhere."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -159,7 +152,7 @@ class Bar:
 
         self.is_main = launched()[0] == 0
         self.bars = Bars(
-            TextColumn("epoch {task.fields[epochs]:.1f}"),
+            TextColumn("{task.description}epoch {task.fields[epochs]:.1f}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:,.0f} images/s  {task.fields[note]}"),
@@ -168,8 +161,12 @@ class Bar:
             console=Console(stderr=True),
             disable=not (self.is_main and sys.stderr.isatty()),
         )
+        self.start("")
+
+    def start(self, name: str) -> None:
+        """Give the next training a bar of its own."""
+        self.name, self.note = name and f"{name:<16} ", ""
         self.task: Any = None
-        self.note = ""
 
     def __enter__(self) -> Bar:
         self.bars.start()
@@ -180,13 +177,12 @@ class Bar:
 
     def on_progress(self, progress: Progress) -> None:
         """Show one step."""
-        import time
-
         if self.bars.disable:
             return
         now = time.perf_counter()
         if self.task is None:
-            self.task = self.bars.add_task("", total=progress.steps, completed=progress.step, epochs=0.0, rate=0.0, note="")
+            fields: Any = {"epochs": 0.0, "rate": 0.0, "note": ""}
+            self.task = self.bars.add_task(self.name, total=progress.steps, completed=progress.step, **fields)
             self.seen, self.since = 0, now
         self.seen += progress.images
         if progress.row is not None:
@@ -198,7 +194,7 @@ class Bar:
 
 
 def describe(result: TrainResult) -> str:
-    """The result in words."""
+    """The result as text."""
     lines = [f"note: {note}" for note in result.notes]
     if result.resumed_from:
         lines.append(f"resumed from {result.resumed_from}")

@@ -66,12 +66,12 @@ def data_facts(model: nn.Module) -> DataFacts:
 
 
 def add_data_facts(model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Tell a network of its data; what it knew and is not among the facts stays, other keys are left out.
+    """Tell a network of its data; a fact that is not among them stays, other keys are left out.
 
     Raises:
         ConfigError: A value of another type.
     """
-    setattr(model, DATA, replace(data_facts(model), **{k: facts[k] for k in FACTS if facts.get(k) is not None}))
+    setattr(model, DATA, replace(data_facts(model), **{name: facts[name] for name in FACTS if name in facts}))
 
 
 def stated_input_size(model: nn.Module) -> tuple[int, int, int] | None:

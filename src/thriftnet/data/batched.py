@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thriftnet.data.transforms import Augmentation, generator
+from thriftnet.data.augmentation import Augmentation
+from thriftnet.data.transforms import generator
 
 
 class Draws(NamedTuple):

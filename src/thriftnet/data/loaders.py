@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.batched import crop_and_flip, cut_out, draw, normalise, pad
 from thriftnet.data.dataset import ImageDataset
 from thriftnet.data.order import Order
-from thriftnet.data.transforms import (
-    Augmentation,
-    Transform,
-    eval_transform,
-    preserve_random_state,
-    seed_random_state,
-    train_transform,
-)
+from thriftnet.data.transforms import Transform, eval_transform, preserve_random_state, seed_random_state, train_transform
 from thriftnet.errors import ConfigError, DataError
 
 RESIDENT_BYTES = 2 << 30  # larger data sets are kept on the device only with resident=True

@@ -104,7 +104,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     if not (model is None or isinstance(model, nn.Module)):
         raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
     path = model_path(source)
-    config, stored = _read(path)
+    config, stored = read_model(path)
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:
         rebuilt = _skeleton(path, config, model)
@@ -236,7 +236,12 @@ def _verified(data: bytes, path: Path) -> Config:
     return parse_config(text, path)
 
 
-def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
+def read_model(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The config and the tensors in a model file, its checksum verified.
+
+    Raises:
+        CheckpointError: No model, damaged, or of a newer format.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialized
 

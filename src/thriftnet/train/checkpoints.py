@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,16 @@ MANIFEST, STATE, AVERAGE = "manifest.json", "state.json", "average.pt"
 
 @dataclass
 class TrainState:
-    """How far the training is, and what it has to remember beside the tensors.
+    """The state of a training beside its tensors.
 
     Args:
         step: Optimizer steps taken.
         epoch: Epochs completed.
-        epoch_ends: Whether the epoch (or the training) ends with this step, and the network is still to be evaluated and kept.
+        epoch_ends: Whether the epoch (or the training) ends with this step, and the network is not yet evaluated and kept.
         lr: Learning rate of the last step.
-        loss_sum: Over the steps of this epoch, exact.
+        loss_sum: Over the steps of this epoch.
         loss_count: Steps of this epoch.
-        skipped: Steps left out because of their loss.
+        skipped: Steps skipped because of their loss.
         best: Best accuracy so far on the images that the network is selected on, in percent; -1 for none.
         loader: State of the training loader.
     """
@@ -65,11 +65,11 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they lie.
-        accelerator: Holds network and optimizer; its processes call each method together.
-        state: The loop's own.
+        folder: Their folder.
+        accelerator: Holds network and optimizer; all processes must call each method.
+        state: The loop's.
         average: The averaged network, or None.
-        keep: How many of the newest remain.
+        keep: How many of the newest are kept.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Checkpoints:
         self.state, self.average = state, average
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state.
+        """Write a checkpoint of the current state.
 
         Raises:
-            CheckpointError: It cannot be written; earlier ones are untouched.
+            CheckpointError: It cannot be written; earlier ones are unchanged.
         """
         name = f"step-{self.state.step:09d}"
         place = self.folder / (f"{name}-before-evaluation" if self.state.epoch_ends else name)
@@ -110,7 +110,7 @@ class Checkpoints:
         Raises:
             CheckpointError: There are checkpoints, and all are corrupt.
         """
-        self._on_main(self._remove_drafts, self.folder)
+        self._on_main(lambda: _remove(self.folder.glob(".step-*")), self.folder)
         places = sorted(self.folder.glob("step-*"), reverse=True)
         problems: list[str] = []
         for place in places:
@@ -144,15 +144,10 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         replaced = list(self.folder.glob(f"{newest.name}-*"))  # of the same step, before its evaluation
-        for path in [*replaced, *sorted({*self.folder.glob("step-*")} - {*replaced}, reverse=True)[self.keep :]]:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _remove_drafts(self) -> None:
-        for place in self.folder.glob(".step-*"):
-            shutil.rmtree(place, ignore_errors=True)
+        _remove([*replaced, *sorted({*self.folder.glob("step-*")} - {*replaced}, reverse=True)[self.keep :]])
 
     def _on_main(self, action: Callable[[], None], place: Path, draft: Path | None = None) -> None:
-        """Do something on the main process, and fail on all where it fails."""
+        """Call a function on the main process; raise on all processes if it fails."""
         error = ""
         if self.accelerator.is_main_process:
             try:
@@ -162,14 +157,14 @@ class Checkpoints:
         self._agree(error, place, draft)
 
     def _agree(self, error: str, place: Path, draft: Path | None) -> None:
-        """Wait for each other; raise on all processes where one has an error."""
+        """Wait for all processes; raise on each of them if one has an error."""
         from accelerate.utils import gather_object
 
         errors = [text for text in gather_object([error]) if text]
         if not errors:
             return
         if draft is not None and self.accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove([draft])
         kept = [p.name for p in sorted(self.folder.glob("step-*"))]
         raise CheckpointError(
             f"cannot write {place}: {' '.join(errors[0].split())[:200]}. Last good checkpoint: {kept[-1] if kept else 'none'}. "
@@ -197,13 +192,18 @@ def damage(place: Path) -> str:
     return ""
 
 
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _new_folder(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
+    _remove([draft])
     draft.mkdir(parents=True)
 
 
 def _complete(draft: Path, place: Path) -> None:
-    """Write the manifest, force all to the disk, and give the folder its name."""
+    """Write the manifest, sync all files, and give the folder its name."""
     files = sorted(path for path in draft.iterdir() if path.is_file())
     (draft / MANIFEST).write_text(json.dumps({path.name: sha256_of(path) for path in files}, indent=1) + "\n")
     for path in [*files, draft / MANIFEST, draft]:

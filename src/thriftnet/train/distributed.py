@@ -1,4 +1,4 @@
-"""This process among those that ``torchrun`` started: the one place that asks for ranks and sums over processes."""
+"""Processes that ``torchrun`` started: ranks, sums over processes, and Accelerate."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def launched() -> tuple[int, int]:
-    """Rank and number of the processes that ``torchrun`` started, joined or not yet; (0, 1) without it."""
+    """Rank and world size as ``torchrun`` set them; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def joined() -> tuple[int, int]:
-    """Rank and number of the processes that compute together; (0, 1) for one alone."""
+    """Rank and world size of the process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes, which each of them gets."""
+    """The sum over all processes, on each of them."""
     value = value.clone()
     if joined()[1] > 1:
         dist.all_reduce(value)
@@ -36,7 +36,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def largest(value: Tensor) -> Tensor:
-    """The largest over all processes, elementwise."""
+    """The elementwise maximum over all processes, on each of them."""
     value = value.clone()
     if joined()[1] > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -45,7 +45,7 @@ def largest(value: Tensor) -> Tensor:
 
 @contextmanager
 def process_group(device: str | None) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, to evaluate together; gives this one's device.
+    """Join the processes that ``torchrun`` started, to evaluate together; yields the device of this one.
 
     Raises:
         ConfigError: There is no such device.
@@ -70,10 +70,10 @@ def process_group(device: str | None) -> Iterator[torch.device]:
 
 
 class Distributed:
-    """Accelerate's view of the processes that train together, checked.
+    """The processes that train together, by Accelerate.
 
     Args:
-        device: ``cpu``, ``cuda``, or None for a GPU where there is one.
+        device: ``cpu``, ``cuda``, or None for a GPU if there is one.
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
@@ -120,15 +120,15 @@ class Distributed:
         return self.accelerator.prepare(model, *others)
 
     def any(self, value: bool) -> bool:
-        """Whether it is true for one of the processes."""
+        """Whether it is true on any process."""
         return value if self.world_size == 1 else bool(largest(torch.tensor(float(value), device=self.device)))
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the buffers (running statistics) of the main one."""
+        """Copy the buffers (running statistics) of the main process to all others."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait for all processes."""
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""How well a network classifies: top-k accuracy, loss, per-class accuracy and confusion matrix."""
+"""Evaluation of a classifier: top-k accuracy, loss, per-class accuracy and confusion matrix."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from thriftnet.train.distributed import joined, largest, total
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, over all processes.
+    """The result of `evaluate`, over all processes.
 
     Args:
-        accuracies: k -> percent of images whose class is among the k most likely; with k classes or fewer, 100.
+        accuracies: k -> top-k accuracy, in percent; 100 with k classes or fewer.
         loss: Mean cross entropy.
-        images: How many.
+        images: Number of images.
         seconds: Of the slowest process, loading included.
         per_class: Per-class accuracy, in percent; None for a class without images.
         classes: Names of the classes.
@@ -46,7 +46,7 @@ class Evaluation:
 
     @property
     def top5(self) -> float | None:
-        """Percent of images whose class is among the five most likely; None when not asked for."""
+        """Top-5 accuracy, in percent; None if not asked for."""
         return self.accuracies.get(5)
 
     @property
@@ -77,15 +77,15 @@ def evaluate(
     classes: Sequence[str] | None = None,
     on_batch: Callable[[int], None] = lambda seen: None,
 ) -> Evaluation:
-    """Measure a network on labelled images; its modes are restored afterwards.
+    """Evaluate a network on labelled images; its modes are restored afterwards.
 
-    Under ``torch.distributed`` each process evaluates its part of the images, and all get the sums over all parts. The parts
-    need not be of equal size.
+    Under ``torch.distributed`` each process evaluates its part of the images, and all return the result for all images. The
+    parts may differ in size.
 
     Args:
         model: Gives logits (B, classes); on the loader's device.
         loader: Batches of ``(images, labels)``.
-        topk: Which accuracies; 1 is always among them.
+        topk: The k of top-k accuracies; 1 is always included.
         confusion: Whether to count the confusion matrix.
         classes: Names of the data's classes; left out, their numbers.
         on_batch: Called after each batch with the number of images that this process has seen.
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
-    """Where to count; a process without images counts on the same kind of device as the others."""
+    """The device to count on; a process without images needs the same kind as the others."""
     if isinstance(loader, Loader):
         return loader.device
     return next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -119,7 +119,7 @@ def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
 
 @contextmanager
 def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; restored afterwards."""
+    """Put all modules into eval mode, and restore their modes afterwards."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -130,13 +130,13 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 class _Counts:
-    """Sums over images; nothing is copied to the CPU before the end.
+    """Sums over images, kept on the device until the end.
 
     Args:
-        ks: Which top-k accuracies.
+        ks: The k of top-k accuracies.
         confusion: Whether to count all pairs of classes.
-        classes: How many the data has, if known.
-        device: Where to count.
+        classes: Number of classes of the data, if known.
+        device: Device of the sums.
     """
 
     def __init__(self, ks: list[int], confusion: bool, classes: int | None, device: torch.device) -> None:
@@ -158,9 +158,7 @@ class _Counts:
             )
         self._open(logits.shape[1])
         self.highest = torch.maximum(self.highest, labels.max())
-        labels = labels.clamp(
-            max=self.outputs - 1
-        )  # a label that is too high raises at the end: no synchronisation per batch
+        labels = labels.clamp(max=self.outputs - 1)  # one that is too high raises at the end: no synchronisation per batch
         logits = logits if logits.dtype == torch.float64 else logits.float()
         self.loss += F.cross_entropy(logits, labels, reduction="sum").to(self.loss.dtype)
         best = logits.topk(min(self.ks[-1], self.outputs), dim=1).indices
@@ -172,7 +170,7 @@ class _Counts:
         self.seen += len(labels)
 
     def _open(self, outputs: int) -> None:
-        """Make room for the counts of this many classes."""
+        """Allocate the counts for a number of classes."""
         if self.outputs == outputs:
             return
         if self.classes is not None and outputs != self.classes:
@@ -184,12 +182,10 @@ class _Counts:
         self.pairs = torch.zeros(outputs * (outputs if self.confusion else 2), dtype=torch.int64, device=self.device)
 
     def gather(self) -> None:
-        """Add up over processes."""
+        """Sum over processes."""
         if joined()[1] > 1:
-            outputs = int(
-                largest(torch.tensor(self.outputs, device=self.device))
-            )  # a process without images does not know it
-            if self.outputs == 0 and outputs:
+            outputs = int(largest(torch.tensor(self.outputs, device=self.device)))
+            if self.outputs == 0 and outputs:  # this process had no images
                 self._open(outputs)
             self.highest = largest(self.highest)
             self.loss, self.right, self.pairs = total(self.loss), total(self.right), total(self.pairs)
@@ -203,7 +199,7 @@ class _Counts:
             )
 
     def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
-        """The measured figures."""
+        """The evaluation."""
         seconds = float(largest(torch.tensor(seconds, device=self.device)))
         pairs = self.pairs.view(self.outputs, -1).cpu()
         right = pairs.diagonal() if self.confusion else pairs[:, 1]

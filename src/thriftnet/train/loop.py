@@ -25,7 +25,7 @@ from thriftnet.train.optim import average_of, make_optimizer, make_schedule
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import Stage, Step
 
-CHECK_EVERY = 10  # steps between checks that make the device or the other processes wait
+CHECK_EVERY = 10  # steps between checks that synchronise with the device or the other processes
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM: the first lets the training stop after the current step, the second ends it at once."""
+    """The first Ctrl-C or SIGTERM stops the training after the current step, a second one at once."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -62,22 +62,20 @@ class Interrupts:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, after a step.
+    """Progress of a training after a step.
 
     Args:
         step: Optimizer steps taken.
         steps: Of the whole training.
         epochs: Epochs completed, as a fraction.
         images: In this step, over all processes.
-        loss: Of a recent step; None where it was not read.
-        row: Metrics of an epoch that ends with this step.
+        row: Metrics of the epoch, if it ends with this step.
     """
 
     step: int
     steps: int
     epochs: float
     images: int
-    loss: float | None = None
     row: Mapping[str, Any] | None = None
 
 
@@ -87,11 +85,11 @@ class TrainLoop:
     Args:
         model: Trained in place; on its device.
         stage: What one step does.
-        recipe: Everything else about how.
+        recipe: All other settings.
         loader: Training batches of this process.
         distributed: This process among the others.
         folder: Of the checkpoints.
-        classes: How many, for mixup.
+        classes: Number of classes, for mixup.
         teacher: For distillation.
         on_progress: Called after each step.
     """
@@ -137,7 +135,7 @@ class TrainLoop:
         self.eager_checks = alone_on_cpu or recipe.run.on_nan == "skip"
 
     def resume(self, place: Path | None = None) -> tuple[Path | None, list[str]]:
-        """Resume from the newest intact checkpoint, or a given one; gives its path, and notes on the corrupt ones.
+        """Resume from the newest intact checkpoint, or a given one; returns its path, and notes on the corrupt ones.
 
         Raises:
             CheckpointError: All are corrupt, or it does not fit.
@@ -154,16 +152,16 @@ class TrainLoop:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do, the end of the last epoch included."""
+        """Whether all steps are taken and the last epoch is evaluated."""
         return self.state.step >= self.steps and not self.state.epoch_ends
 
     @property
     def result(self) -> nn.Module:
-        """What was trained, as it is measured and saved: averaged where the recipe averages."""
+        """The network to measure and save: the average of the weights if the recipe has one."""
         return self.plain if self.average is None else self.average.module
 
     def train_epoch(self, interrupts: Interrupts) -> dict[str, Any]:
-        """Take the steps until the end of an epoch or of the training; gives its metrics. `end_epoch` comes after it.
+        """Take the steps until the end of the epoch or of the training, and return the metrics; call `end_epoch` afterwards.
 
         Raises:
             Interrupted: Stopped by a signal; a checkpoint was written.
@@ -186,7 +184,9 @@ class TrainLoop:
             if self._stop_asked(interrupts):
                 raise Interrupted(f"stopped after step {state.step}; checkpoint: {self._checkpoint()}")
             if not state.epoch_ends:
-                self._report_step()
+                if state.step % CHECK_EVERY == 0 and not self.eager_checks:
+                    self._check()
+                self.on_progress(Progress(state.step, self.steps, state.step / self.steps_per_epoch, self.images))
                 if every and state.step % every == 0:
                     before = time.perf_counter()
                     self._checkpoint()
@@ -200,8 +200,7 @@ class TrainLoop:
             "lr": state.lr,
             "images_per_second": round(seen / max(seconds, 1e-9), 1),
             "seconds": round(seconds, 3),
-            **({"skipped": state.skipped} if state.skipped else {}),
-        }
+        } | ({"skipped": state.skipped} if state.skipped else {})
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """After the network was evaluated and kept: write a checkpoint."""
@@ -210,10 +209,10 @@ class TrainLoop:
         state.epoch_ends, state.loss_count = False, 0
         self.loss_sum.zero_()
         self._checkpoint()
-        self.on_progress(Progress(state.step, self.steps, row["epoch"], self.images, row["train_loss"], row))
+        self.on_progress(Progress(state.step, self.steps, row["epoch"], self.images, row))
 
     def release(self) -> None:
-        """Take Accelerate's wrapping off the network."""
+        """Unwrap the network from Accelerate."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
 
@@ -221,7 +220,7 @@ class TrainLoop:
         return self.state.step != self.state.epoch * self.steps_per_epoch
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
-        """One optimizer step; gives the number of images over all processes."""
+        """One optimizer step; returns the number of images over all processes."""
         fields, state = self.recipe.optimizer, self.state
         average = None if self.average is None else self.average.module
         batch = (state.step - state.epoch * self.steps_per_epoch) * fields.accumulate
@@ -267,7 +266,7 @@ class TrainLoop:
         return total
 
     def _good(self, loss: Tensor) -> bool:
-        """Whether to take the step; checked later, in `_check`, where reading the loss would synchronise."""
+        """Whether to take the step; if reading the loss would synchronise, it is checked later, in `_check`."""
         if not self.eager_checks:
             bad = torch.full_like(self.first_bad, self.state.step)
             self.first_bad = torch.where(loss.isfinite(), self.first_bad, torch.minimum(self.first_bad, bad))
@@ -278,7 +277,7 @@ class TrainLoop:
         return finite
 
     def _check(self) -> None:
-        """Check the losses since the last time."""
+        """Raise if a loss since the last check is not finite."""
         bad = float(self.first_bad)
         if self.distributed.any(math.isfinite(bad)):
             self._diverged(int(bad) if math.isfinite(bad) else self.state.step)
@@ -294,13 +293,6 @@ class TrainLoop:
         if self.distributed.world_size == 1:
             return interrupts.seen
         return self.state.step % CHECK_EVERY == 0 and self.distributed.any(interrupts.seen)
-
-    def _report_step(self) -> None:
-        read = self.state.step % CHECK_EVERY == 0 or self.eager_checks
-        if read and not self.eager_checks:
-            self._check()
-        loss = float(self.last_loss) if read else None
-        self.on_progress(Progress(self.state.step, self.steps, self.state.step / self.steps_per_epoch, self.images, loss))
 
     def _checkpoint(self) -> Path:
         self._check()

@@ -17,7 +17,7 @@ class Criterion:
 
     Args:
         fields: Smoothing, and weight and temperature of the distillation.
-        teacher: A network whose outputs are compared with, in eval mode.
+        teacher: The network to imitate, in eval mode.
     """
 
     def __init__(self, fields: LossFields, teacher: nn.Module | None = None) -> None:
@@ -29,8 +29,8 @@ class Criterion:
 
         Args:
             outputs: Logits, (N, classes).
-            targets: Labels (N,) or probabilities (N, classes), which are smoothed already.
-            images: What the outputs are for; the teacher sees the same.
+            targets: Labels (N,) or probabilities (N, classes), already smoothed.
+            images: The inputs, for the teacher.
         """
         outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
         smoothing = self.smoothing if targets.ndim == 1 else 0.0
@@ -54,7 +54,7 @@ def distillation(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
 
 def make_mixup(fields: LossFields, classes: int) -> Any:
-    """timm's mixup and CutMix on batches, which also smooths the labels; None where the recipe has neither."""
+    """timm's mixup and CutMix on batches, which also smooths the labels; None if the recipe has neither."""
     if not fields.mixup and not fields.cutmix:
         return None
     from timm.data.mixup import Mixup

@@ -18,7 +18,7 @@ from thriftnet.errors import ConfigError
 if TYPE_CHECKING:
     from thriftnet.train.recipe import OptimizerFields, Recipe
 
-Shape = Callable[[float], float]  # from epochs passed to a factor on the learning rate
+Shape = Callable[[float], float]  # epochs passed -> factor on the learning rate
 
 
 def make_optimizer(model: nn.Module, fields: OptimizerFields) -> torch.optim.Optimizer:
@@ -50,7 +50,7 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str])
     """Parameter groups with and without weight decay; each parameter once, frozen ones not at all.
 
     Args:
-        no_decay: Who has none, as in `OptimizerFields`.
+        no_decay: Parameters without weight decay, as in `OptimizerFields`.
     """
     spared: list[nn.Parameter] = []
     if "technique" in no_decay:
@@ -73,7 +73,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_ep
     """torch's scheduler, to be stepped after each optimizer step.
 
     Args:
-        optimizer: Its learning rates are those at factor 1.
+        optimizer: Has the learning rates at factor 1.
         recipe: Has the schedule.
         steps_per_epoch: Optimizer steps.
         epochs: Length of the training.
@@ -90,7 +90,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_ep
 
 
 def _multistep(recipe: Recipe, epochs: float) -> Shape:
-    """Factors multiply from their epochs on."""
+    """The product of the factors whose epochs have come."""
     milestones = recipe.schedule.milestones
     return lambda epoch: math.prod(factor for start, factor in milestones.items() if epoch >= start)
 
@@ -114,9 +114,9 @@ def _piecewise(recipe: Recipe, epochs: float) -> Shape:
 
 
 def _cosine(recipe: Recipe, epochs: float) -> Shape:
-    """Half a cosine from 1 to ``min_lr``; the warm-up replaces its beginning, the cool-down comes after its end.
+    """Half a cosine from 1 to ``min_lr``; the warm-up replaces its beginning, the cool-down follows its end.
 
-    A training of a few steps, shorter than the warm-up, is all warm-up.
+    A training shorter than the warm-up is all warm-up.
 
     Source: Loshchilov & Hutter, SGDR, ICLR 2017; as timm's `CosineLRScheduler`.
     """
@@ -148,21 +148,11 @@ def average_of(model: nn.Module, decay: float, *, warmup: bool = False) -> Avera
     """An exponential average of a network over steps, with its running statistics; each tied tensor moves once."""
     if not decay:
         return None
-    average = AveragedModel(model, multi_avg_fn=_warmed_up(decay) if warmup else _constant(decay), use_buffers=True)
+
+    def update(average: Any, present: Any, count: Tensor | int) -> None:
+        own = min(decay, (1 + int(count)) / (10 + int(count))) if warmup else decay
+        get_ema_multi_avg_fn(own)(average, present, count)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     average.eval()
     return average
-
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-def _constant(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    return get_ema_multi_avg_fn(decay)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _warmed_up(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    def update(average: Tensors, present: Tensors, count: Tensor | int) -> None:
-        number = int(count)
-        _constant(min(decay, (1 + number) / (10 + number)))(average, present, count)
-
-    return update

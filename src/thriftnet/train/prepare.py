@@ -1,10 +1,9 @@
-"""What a training starts from: the network for the data, and seeds."""
+"""Before a training: the network for the data, and seeds."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
 
 import torch
 from torch import nn
@@ -41,30 +40,24 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
     """
     size = input_size(recipe, source)
     if model is None:
-        model = open_model(recipe.model, **_fitting_kwargs(recipe, source, size))
+        kwargs, in_zoo = dict(recipe.model_kwargs), normalize_name(recipe.model) in NAMES
+        if in_zoo or recipe.model.startswith(("timm:", "torchvision:")):
+            kwargs.setdefault("num_classes", len(source.classes))
+        if size[0] != 3 and (in_zoo or recipe.model.startswith("timm:")):
+            kwargs.setdefault("in_chans", size[0])
+        model = open_model(recipe.model, **kwargs)
     check_classes(model, source, size, recipe.model)
     for technique in recipe.technique:
         model = convert(model, technique, select=recipe.select)
     return model
 
 
-def _fitting_kwargs(recipe: Recipe, source: DataSource, size: Size) -> dict[str, Any]:
-    """The recipe's arguments for its network, with classes and channels of the data where it does not state them."""
-    kwargs = dict(recipe.model_kwargs)
-    origin, colon, _ = recipe.model.partition(":")
-    if normalize_name(recipe.model) in NAMES or (colon and origin in ("timm", "torchvision")):
-        kwargs.setdefault("num_classes", len(source.classes))
-    if size[0] != 3 and (normalize_name(recipe.model) in NAMES or origin == "timm"):
-        kwargs.setdefault("in_chans", size[0])
-    return kwargs
-
-
 @torch.no_grad()
 def check_classes(model: nn.Module, source: DataSource, size: Size, name: str) -> None:
-    """One image through the network.
+    """Run the network on one image.
 
     Raises:
-        ConfigError: It does not take such images, or has other classes than the data.
+        ConfigError: It does not take such images, or its outputs do not match the classes of the data.
     """
     like = next(model.parameters(), torch.zeros(()))
     training = model.training

@@ -1,8 +1,8 @@
-"""Recipes: everything that decides how a network is trained, as plain data.
+"""Recipes: how a network is trained, as plain data.
 
-A recipe is a YAML file of the fields below, in their groups. Those shipped with the package are in ``train/recipes``; the path of
-a file of your own works, too. Every field can be replaced, in Python (``load_recipe(name, lr=0.05)``) and on the command line
-(``--lr 0.05``), by its full name, ``optimizer.lr``, or by the last part of it where only one group has such a field.
+A recipe is a YAML file of the fields below, in their groups: one of ``train/recipes``, or your own. Each field can be replaced, in
+Python (``load_recipe(name, lr=0.05)``) and on the command line (``--lr 0.05``), by its full name, ``optimizer.lr``, or by the last
+part of it where only one group has such a field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from thriftnet.data.transforms import Augmentation
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.errors import ConfigError, unknown_name
 
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -28,7 +28,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
 }
-# fields that do not change what is computed: a resumed run may have others
+# fields that do not change the result: a resumed run may differ in them
 RESUMABLE_FIELDS = (
     "about",
     "needs",
@@ -40,13 +40,13 @@ RESUMABLE_FIELDS = (
     "run.on_nan",
     "run.trackers",
 )
-MAPPINGS = ("model_kwargs", "about", "stage.options")  # of any values, which are taken as they are
+MAPPINGS = ("model_kwargs", "about", "stage.options")  # of values of any type
 LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
 RECALIBRATION = ("widths", "indices", "momentum", "batches")
 
 
 def number(default: float | None, expected: str) -> Any:
-    """A field that holds a number in one of the `RANGES`, or its default None."""
+    """A field for a number in one of the `RANGES`, or its default None."""
     return field(default=default, metadata={"expected": expected})
 
 
@@ -67,9 +67,9 @@ class DataFields(Group):
 
     Args:
         batch_size: Images per optimizer step, over all processes and accumulated batches.
-        drop_last: Whether a last, smaller batch is left out; with mixup it always is.
+        drop_last: Whether to drop a last, smaller batch; mixup always does.
         workers: Processes that decode images, for data not held in memory.
-        resident: Whether all images are held on the device; left out, where they are of one size and small.
+        resident: Whether all images are held on the device; by default if they are small and of equal size.
         on_corrupt: Whether an image that cannot be decoded stops the training or is left out.
     """
 
@@ -86,16 +86,16 @@ class OptimizerFields(Group):
 
     Args:
         name: ``sgd``, ``adamw``, or another name of timm's.
-        lr: Learning rate, at the schedule's factor 1.
+        lr: Learning rate at factor 1 of the schedule.
         momentum: Of SGD.
-        nesterov: Whether SGD's momentum is Nesterov's.
-        weight_decay: For all parameters but those that ``no_decay`` names.
+        nesterov: Nesterov momentum for SGD.
+        weight_decay: For all parameters except those of ``no_decay``.
         no_decay: Parameters without weight decay: ``technique`` (what the technique lists, as coefficients), ``norm``, ``bias``.
         clip_grad: Largest L2 norm of the gradient.
         accumulate: Batches whose gradients are added up for one optimizer step.
         reset_momentum_every_epoch: Start each epoch with a new optimizer, as the ShiftResNet authors' script did.
-        ema_decay: Of an average of the weights over steps; 0 for none. What is evaluated and saved is the average.
-        ema_warmup: Let the average forget the beginning: in step n its decay is at most (1 + n) / (10 + n).
+        ema_decay: Decay of an average of the weights over steps, which is evaluated and saved; 0 for none.
+        ema_warmup: Forget the first weights sooner: in step n the decay is at most (1 + n) / (10 + n).
     """
 
     name: str = "sgd"
@@ -120,7 +120,7 @@ class ScheduleFields(Group):
         milestones: For ``multistep``: epoch (from 0) -> factor applied from then on.
         points: For ``piecewise``: epoch -> factor, straight lines between.
         per: Whether the learning rate changes each step or each epoch.
-        warmup_epochs: Epochs from ``warmup_lr`` up to the schedule; for ``cosine``.
+        warmup_epochs: Epochs from ``warmup_lr`` to the schedule; for ``cosine``.
         warmup_lr: Learning rate at the first step of the warm-up.
         min_lr: Learning rate at the end, for ``cosine``.
         cooldown_epochs: Epochs at the end, at ``min_lr``, among ``epochs``; for ``cosine``.
@@ -152,9 +152,9 @@ class LossFields(Group):
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of CutMix; 0 for none.
         mixup_switch: Probability of CutMix where both are on.
-        distill_weight: Share of the loss that compares with the teacher's outputs.
-        distill_temperature: Softens both outputs.
-        penalty: Factor on the technique's own penalty, which its config has scaled already.
+        distill_weight: Share of the loss on the teacher's outputs.
+        distill_temperature: Temperature of both outputs.
+        penalty: Factor on the technique's penalty, beside that of its config.
     """
 
     label_smoothing: float = number(0.0, "in [0, 1)")
@@ -172,7 +172,7 @@ class StageFields(Group):
 
     Args:
         name: ``auto`` (all widths of a slimmable network, else the plain step), or a name of `thriftnet.train.stages.STAGES`.
-        options: The stage's own.
+        options: Options of the stage.
     """
 
     name: str = "auto"
@@ -187,7 +187,7 @@ class RunFields(Group):
         precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
         memory_format: Of weights and images: ``contiguous`` or ``channels_last``.
         compile: Whether to compile the network with ``torch.compile``.
-        find_unused_parameters: For networks in which a step leaves parameters without a gradient, on several processes.
+        find_unused_parameters: DDP's option, for networks in which a step leaves parameters without a gradient.
         select_on: Which network is kept: the best on ``val``, the ``last``, or the best on ``test``, as some papers did (which
             flatters the result).
         validation: Share of the training images held out for ``select_on: val``.
@@ -195,7 +195,7 @@ class RunFields(Group):
         checkpoint_every: Optimizer steps between checkpoints; 0 for one at the end of each epoch only.
         keep_checkpoints: How many of the newest are kept.
         on_nan: Whether a loss that is not finite stops the training or skips the step.
-        trackers: Of Accelerate, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are left out.
+        trackers: Accelerate's trackers, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are skipped.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -218,17 +218,6 @@ class RunFields(Group):
             )
 
 
-GROUPS: dict[str, type] = {
-    "data": DataFields,
-    "augmentation": Augmentation,
-    "optimizer": OptimizerFields,
-    "schedule": ScheduleFields,
-    "loss": LossFields,
-    "stage": StageFields,
-    "run": RunFields,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Group):
     """How to train.
@@ -242,7 +231,7 @@ class Recipe(Group):
         max_steps: Instead: optimizer steps; the schedule spans them.
         seed: Of weights, order and augmentation.
         data: How images are read.
-        augmentation: What is done to them, as `thriftnet.data.transforms.Augmentation`; mean and std default to the data's.
+        augmentation: What is done to them, as `thriftnet.data.augmentation.Augmentation`; mean and std default to the data's.
         optimizer: The optimizer, and the average of the weights.
         schedule: The learning rate over the training.
         loss: The loss.
@@ -289,8 +278,11 @@ class Recipe(Group):
         return self.replace(stages=(), **{name: value for name, value in entry.items() if name != "recalibrate"})
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `recipe_from` reads it."""
+        """As JSON-ready dict; `recipe_from` reads it."""
         return asdict(self)
+
+
+GROUPS: dict[str, Any] = {each.name: each.default_factory for each in fields(Recipe) if is_dataclass(each.default_factory)}
 
 
 def list_recipes() -> list[str]:
@@ -349,7 +341,7 @@ def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = 
         place[last] = copy.deepcopy(value)
     stages = tuple(nested.pop("stages", ()))
     kwargs, about = nested.pop("model_kwargs", {}), nested.pop("about", {})
-    options = nested["stage"].pop("options", {}) if "stage" in nested else {}
+    options = nested.get("stage", {}).pop("options", {})
     for name, value in zip(MAPPINGS, (kwargs, about, options), strict=True):
         if not isinstance(value, dict):
             raise ConfigError(f"{name}={value!r}: expected a mapping")
@@ -361,7 +353,7 @@ def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = 
 
 
 def full_name(name: str) -> str | None:
-    """The full name of a field, of a group, or of an entry of a field that is a mapping; None where there is none.
+    """The full name of a field, of a group, or of an entry of a field that is a mapping; None if there is none.
 
     Example:
         >>> full_name("lr"), full_name("stage.options.drawn"), full_name("rate")
@@ -378,11 +370,13 @@ def full_name(name: str) -> str | None:
 
 def field_names() -> list[str]:
     """The full names of all fields."""
-    return [
-        path
-        for name in _names(Recipe)
-        for path in ([f"{name}.{leaf}" for leaf in _names(GROUPS[name])] if name in GROUPS else [name])
-    ]
+    groups = [[f"{name}.{leaf}" for leaf in _names(GROUPS[name])] if name in GROUPS else [name] for name in _names(Recipe)]
+    return [path for group in groups for path in group]
+
+
+def last_names() -> set[str]:
+    """The last parts of the fields' names."""
+    return {path.rpartition(".")[2] for path in field_names()} - {"name"}
 
 
 def _names(kind: type) -> list[str]:
@@ -398,9 +392,7 @@ def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
             head, _, leaf = name.partition(".")
             if head in GROUPS:
                 raise unknown_name(f"field of {head}", leaf, _names(GROUPS[head]))
-            raise unknown_name(
-                "recipe field", name, {path.rpartition(".")[2] for path in field_names()} - {"name"} | {*GROUPS}
-            )
+            raise unknown_name("recipe field", name, {*last_names(), *GROUPS})
         if path == "stages":
             flat[path] = [_flat_stage(entry) for entry in value]
         elif path in LISTS and isinstance(value, str) and not value.startswith("["):
@@ -432,7 +424,7 @@ def _flat_stage(entry: Any) -> dict[str, Any]:
 
 
 def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With fields replaced; they hold for stages that state others, too. ``stages.2.lr`` is that of the second only."""
+    """With fields replaced, in all stages; ``stages.2.lr`` is that of the second only."""
     for_all = _flat({name: value for name, value in fields.items() if not name.startswith("stages.")})
     stages = for_all.get("stages", stated.get("stages", ()))
     if stages and "stages" not in for_all:
@@ -476,7 +468,7 @@ def _parser() -> Any:
 
 
 def _in_one_line(message: str) -> str:
-    """jsonargparse's error in our words."""
+    """jsonargparse's error as one line."""
     text = " ".join(message.split())
     found = re.match(r'Parser key "([^"]+)": (.*)', text)
     if found is None:

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import locked, write_atomically
 from thriftnet.report.plots import run_curves
-from thriftnet.store.model_file import RUN, RUN_MODEL, save
+from thriftnet.store.model_file import RUN, RUN_MODEL, model_path, read_model, save
 from thriftnet.train.recipe import RESUMABLE_FIELDS
 
 LOCK, LINES, TABLE, CURVES = ".lock", "metrics.jsonl", "metrics.csv", "curves.svg"
@@ -32,8 +32,8 @@ class RunFolder:
     """One training's folder.
 
     Args:
-        path: Where it is.
-        is_main: Whether this process writes; the others only remember.
+        path: The folder.
+        is_main: Whether this process writes; the others keep the metrics in memory.
     """
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
@@ -43,7 +43,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one training.
+        """Lock the folder for one training.
 
         Raises:
             ConfigError: Another process trains there, or the folder cannot be written.
@@ -61,10 +61,10 @@ class RunFolder:
             yield
 
     def compare(self, run: Mapping[str, Any]) -> list[str]:
-        """Notes on harmless differences between the training that the folder holds and this one.
+        """Notes on harmless differences between the folder's training and this one.
 
         Raises:
-            ConfigError: They differ in what is computed, or run.json cannot be read.
+            ConfigError: A difference that changes the result, or run.json cannot be read.
         """
         stored = self._read()
         if stored is None:
@@ -112,17 +112,17 @@ class RunFolder:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from None
 
     def resume_metrics(self, step: int) -> None:
-        """Keep the rows until a step; later ones will be written again."""
+        """Drop the rows after a step, which will be written again."""
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         if self.is_main:
             write_atomically(self.path / LINES, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Write one row."""
+        """Add one row."""
         self.rows.append(dict(row))
         if self.is_main:
             with (self.path / LINES).open("a") as file:
-                file.write(json.dumps(dict(row)) + "\n")
+                file.write(json.dumps(self.rows[-1]) + "\n")
 
     def write_curves(self) -> None:
         """Write the rows as a table and as a picture."""
@@ -133,10 +133,8 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.path / TABLE, text.getvalue())
-        try:
+        with suppress(ImportError):  # matplotlib comes with another extra
             write_atomically(self.path / CURVES, run_curves(self.rows))
-        except ImportError:  # matplotlib comes with another extra
-            return
 
     def keep(self, model: nn.Module, metadata: Mapping[str, Any]) -> None:
         """Save the network, replacing the one kept before."""
@@ -144,31 +142,30 @@ class RunFolder:
             save(model, self.model, metadata=metadata)
 
     def load_kept(self, model: nn.Module) -> None:
-        """Load the weights of the network that was kept into one of the same architecture."""
-        from safetensors.torch import load_file
+        """Load the weights of the network that was kept into one of the same architecture.
 
-        stored = load_file(self.model / "model.safetensors")
+        Raises:
+            CheckpointError: The model file is missing, damaged, or of another network.
+        """
+        _, stored = read_model(model_path(self.model))
         if stored.keys() != unique_tensors(model).keys():
             raise CheckpointError(f"{self.model} does not fit the network that was trained")
         model.load_state_dict(stored, strict=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run's epochs, oldest first."""
+    """The metrics of a run's epochs, oldest first; a line that a kill cut short is left out."""
     try:
         lines = (folder / LINES).read_text().splitlines()
     except FileNotFoundError:
-        lines = []
-    return [row for row in map(_row, lines) if row is not None]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """One row; None for a line that a kill cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        return []
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Stages: what one training step does. The loop is given one and knows none.
 
-A stage yields one loss after the other; the loop computes the gradients of each before it asks for the next, adds them up, and
-takes one optimizer step.
+A stage yields its losses one by one; the loop adds up their gradients, each before it asks for the next loss, and takes one
+optimizer step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What a stage sees of the loop.
+    """What the loop passes to a stage.
 
     Args:
-        model: What `Stage.trained` gave, to be called; with several processes it sums gradients.
+        model: The module of `Stage.trained`, wrapped by DDP on several processes.
         plain: The unwrapped model (no DDP).
-        average: Average of its weights over steps, or None.
-        criterion: The loss of outputs and targets.
+        average: The average of its weights over steps, or None.
+        criterion: The loss.
         number: Of the optimizer step, from 0; the same on all processes.
         seed: Of the run.
     """
@@ -46,75 +46,59 @@ class Step:
     seed: int
 
 
-class Stage(Protocol):
-    """One kind of training step."""
+@dataclass(frozen=True)
+class Stage:
+    """One kind of training step; by itself the standard one, with the loss of one forward."""
+
+    partial: ClassVar[bool] = False  # whether a pass leaves parameters without a gradient
 
     @property
     def passes(self) -> int:
         """Losses of a step."""
-
-    @property
-    def partial(self) -> bool:
-        """Whether a pass leaves parameters without a gradient."""
+        return 1
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Choose what is trained, and give the module whose forward the losses call; before the optimizer is made."""
+        """The module whose forward the losses call; freezes what is not trained. Called before the optimizer is made."""
+        return model
 
     def train_mode(self, module: nn.Module) -> None:
         """Set the modes for training; at the start of each epoch."""
+        module.train()
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """The losses whose gradients are added up, one for each pass."""
+        yield step.criterion(step.model(images), targets, images)
 
     def saved(self, module: nn.Module) -> nn.Module:
         """The network to save."""
+        return module
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
         """The network to evaluate.
 
         Args:
-            images: Training batches without augmentation, for what has to be calibrated.
+            images: Training batches without augmentation, for calibration.
         """
+        return module
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
         """Further metrics of the network that was evaluated."""
-
-
-@dataclass(frozen=True)
-class Standard:
-    """The loss of one forward."""
-
-    passes: int = 1
-    partial: bool = False
-
-    def trained(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def train_mode(self, module: nn.Module) -> None:
-        module.train()
-
-    def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        yield step.criterion(step.model(images), targets, images)
-
-    def saved(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        return module
-
-    def facts(self, measured: nn.Module) -> dict[str, Any]:
         return {}
 
 
 @dataclass(frozen=True)
-class AllWidths(Standard):
+class AllWidths(Stage):
     """The mean loss over all widths of a slimmable network.
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, algorithm 1.
     """
 
-    widths: tuple[Width, ...] = ()
-    partial: bool = True
+    widths: tuple[Width, ...]
+    partial = True
+
+    @property
+    def passes(self) -> int:
+        return len(self.widths)
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         for width in self.widths:
@@ -122,7 +106,7 @@ class AllWidths(Standard):
             yield step.criterion(step.model(images), targets, images) / len(self.widths)
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        """At the widest."""
+        """At the largest width."""
         set_width(module, "largest")
         return module
 
@@ -132,7 +116,7 @@ TEACHERS = ("average", "largest", "labels")
 
 @dataclass(frozen=True)
 class Supernet(AllWidths):
-    """The sandwich rule: the largest width learns the labels, some between and the smallest learn from its outputs.
+    """The sandwich rule: the largest width learns the labels; some random widths and the smallest learn its outputs.
 
     Args:
         drawn: Widths between largest and smallest drawn for each step, the same on all processes.
@@ -147,6 +131,16 @@ class Supernet(AllWidths):
     drawn: int = 2
     teacher: str = "average"
     ensemble: bool = False
+
+    def __post_init__(self) -> None:
+        if self.teacher not in TEACHERS:
+            raise unknown_name("teacher", self.teacher, TEACHERS)
+        if type(self.drawn) is not int or self.drawn < 0:
+            raise ConfigError(f"drawn={self.drawn!r}: expected an integer >= 0")
+
+    @property
+    def passes(self) -> int:
+        return self.drawn + 2
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
         between = self.between(step.seed, step.number)
@@ -196,7 +190,7 @@ class Supernet(AllWidths):
 
 
 class GateTraining(nn.Module):
-    """A gate, and the network that it decides for, hidden from optimizers and checkpoints.
+    """A gate, with its network hidden from optimizers and checkpoints.
 
     Shape: (N, C, H, W) and (N,) -> a scalar, the loss.
     """
@@ -219,12 +213,12 @@ class GateTraining(nn.Module):
 
 
 @dataclass(frozen=True)
-class GateStage(Standard):
-    """Only the gate learns: right answers, from the narrowest width that gives them, within a budget.
+class GateStage(Stage):
+    """Only the gate learns: the narrowest width that is right, within a budget.
 
     Args:
         size: Channels, height and width of an image, for counting.
-        objective: What is asked of the gate.
+        objective: The gate's loss.
         temperature: Of the Gumbel-softmax.
 
     Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
@@ -245,7 +239,7 @@ class GateStage(Standard):
         return cast(GateTraining, module).hidden[0]
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        """Within the budget: the cost of decisions is calibrated on training images, and stays with the gate."""
+        """With the cost of decisions calibrated on training images to the budget; the gate keeps it."""
         dynamic = cast(GateTraining, module).hidden[1].eval()
         if self.objective.budget is not None:
             dynamic.set_budget(self.objective.budget, images)
@@ -257,20 +251,6 @@ class GateStage(Standard):
         counts = total(dynamic.counts)
         spent = float((counts * dynamic.macs).sum()) / max(int(counts.sum()), 1)
         return {"macs": round(spent), "decisions": dict(zip(map(str, dynamic.widths), counts.tolist(), strict=True))}
-
-
-def _all_widths(model: nn.Module, size: Size) -> Stage:
-    available = _widths(model, "widths")
-    return AllWidths(passes=len(available), widths=available)
-
-
-def _supernet(model: nn.Module, size: Size, drawn: int = 2, teacher: str = "average", ensemble: bool = False) -> Stage:
-    if teacher not in TEACHERS:
-        raise unknown_name("teacher", teacher, TEACHERS)
-    if type(drawn) is not int or drawn < 0:
-        raise ConfigError(f"drawn={drawn!r}: expected an integer >= 0")
-    available = _widths(model, "supernet")
-    return Supernet(passes=drawn + 2, widths=available, drawn=drawn, teacher=teacher, ensemble=ensemble)
 
 
 def _gate(model: nn.Module, size: Size, temperature: float = 1.0, **objective: Any) -> Stage:
@@ -289,9 +269,9 @@ def _widths(model: nn.Module, stage: str) -> tuple[Width, ...]:
 
 
 STAGES: dict[str, Callable[..., Stage]] = {
-    "standard": lambda model, size: Standard(),
-    "widths": _all_widths,
-    "supernet": _supernet,
+    "standard": lambda model, size: Stage(),
+    "widths": lambda model, size: AllWidths(_widths(model, "widths")),
+    "supernet": lambda model, size, **options: Supernet(_widths(model, "supernet"), **options),
     "gate": _gate,
 }
 

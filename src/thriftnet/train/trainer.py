@@ -1,4 +1,4 @@
-"""A whole training: from a recipe and a data set to a run folder that can be resumed, evaluated and loaded."""
+"""Training: from a recipe and a data set to a run folder that can be resumed, evaluated and loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
@@ -36,20 +37,20 @@ CALIBRATION = 2048  # training images on which a stage may calibrate what it nee
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training gave.
+    """The result of a training.
 
     Args:
         run: The run's folder; ``model`` in it is the network.
-        top1: Of the network that was kept, on the test images, in percent.
-        top5: The same, among the five most likely; None with five classes or fewer.
+        top1: Test accuracy of the network that was kept, in percent.
+        top5: Its top-5 accuracy; None with five classes or fewer.
         loss: Mean cross entropy on the test images.
         params: Stored parameters, shared ones once.
-        world_size: Processes that trained together.
+        world_size: Number of processes.
         steps: Optimizer steps in all.
         weights_sha256: Hash of the weights at the end of the training, to compare runs.
-        seconds: Of this start.
+        seconds: Of this call.
         resumed_from: The checkpoint it was resumed from, or None.
-        notes: What the user should know.
+        notes: For the user, as images that were left out.
         facts: Further metrics of the stage, as the mean multiply-accumulates of a gated network.
     """
 
@@ -86,16 +87,16 @@ def train(
 
     Args:
         recipe: What to train, and how.
-        data: A data set, or as `thriftnet.data.sources.open_data` takes it.
-        output: Folder of the run; of a recipe with several stages, each has a folder in it.
+        data: A data set, or its name as `thriftnet.data.sources.open_data` takes it.
+        output: Folder of the run, with one folder for each stage of a recipe that has several.
         model: Your own network instead of the recipe's; trained in place.
-        teacher: A network, or what ``--model`` takes: its outputs are imitated, see ``distill_weight``.
-        device: ``cpu`` or ``cuda``; left out, a GPU where there is one.
+        teacher: A network, or a name that ``--model`` takes: its outputs are imitated, see ``distill_weight``.
+        device: ``cpu`` or ``cuda``; by default a GPU if there is one.
         resume: ``auto`` resumes what the folder holds, ``none`` refuses to, otherwise the path of a checkpoint.
         on_progress: Called after each step.
 
     Returns:
-        The result; of several stages, that of the last.
+        The result of the last stage.
 
     Raises:
         ConfigError: Settings that do not fit each other, the folder or the data.
@@ -112,6 +113,8 @@ def train(
     source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
     described: dict[str, Any] = {"model": recipe.model if model is None else type(model).__name__, "data": source.spec}
     described |= {"teacher": teacher if isinstance(teacher, str) or teacher is None else type(teacher).__name__}
+    if isinstance(teacher, str):
+        teacher = open_model(teacher)
     seed_everything(recipe.seed)
     network = prepare_model(recipe, source, model)
     check_stages(parts, network, source)
@@ -127,7 +130,7 @@ def train(
                 notes.append(trainer.recalibrate(entry["recalibrate"]))
                 result = result and trainer.evaluated(result)
             else:
-                result = trainer.run(described, _open_teacher(teacher), resume, on_progress)
+                result = trainer.run(described, teacher, resume, on_progress)
                 notes += result.notes
     if result is None:
         raise ConfigError("none of the recipe's stages trains: one must have a field stage")
@@ -148,16 +151,12 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
                 stage.objective.check_budget(DynamicNetwork(model, input_size=input_size(part, source)).macs)
 
 
-def _open_teacher(teacher: str | nn.Module | None) -> nn.Module | None:
-    return open_model(teacher) if isinstance(teacher, str) else teacher
-
-
 class Trainer:
-    """One training of a network: what its recipe, the data and the processes make of each other.
+    """One stage of a training.
 
     Args:
-        recipe: Of one stage.
-        source: The data.
+        recipe: Of this stage.
+        source: The data, which the network gets to know.
         model: Trained in place.
         folder: Of the run.
         distributed: This process among the others.
@@ -168,6 +167,7 @@ class Trainer:
         self.folder = RunFolder(folder, is_main=distributed.is_main)
         self.augmentation, self.input_size = recipe.augmentation.for_source(source), input_size(recipe, source)
         self.model = model.to(distributed.device)
+        add_data_facts(model, self.data_facts())
         self.notes: list[str] = []
         if source.skipped:
             self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
@@ -179,7 +179,7 @@ class Trainer:
         resume: str,
         on_progress: Callable[[Progress], None],
     ) -> TrainResult:
-        """Train, and measure the network that was kept."""
+        """Train, keep the best network, and measure it."""
         start, recipe, distributed = time.perf_counter(), self.recipe, self.distributed
         seed_everything(recipe.seed)
         if teacher is not None:
@@ -193,11 +193,12 @@ class Trainer:
         few = torch.linspace(0, len(training) - 1, min(len(training), CALIBRATION)).long()
         self.calibration, self.held_out = self.eval_loader(Subset(training, few), shared=False), self.eval_loader(held_out)
         self.stage = make_stage(recipe.stage.name, self.model, recipe.stage.options, self.input_size)
+        drop_last = recipe.data.drop_last or bool(recipe.loss.mixup or recipe.loss.cutmix)
         self.loop = TrainLoop(
             self.model,
             self.stage,
             recipe,
-            self.train_loader(training, recipe.optimizer.accumulate, recipe.data.drop_last or self._mixes()),
+            self.train_loader(training, recipe.optimizer.accumulate, drop_last=drop_last),
             distributed,
             self.folder.checkpoints,
             classes=len(self.source.classes),
@@ -206,7 +207,8 @@ class Trainer:
         )
         seed_everything(recipe.seed + distributed.rank)
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
-        self.folder.write({**description, "device": distributed.device.type, "versions": _versions()})
+        versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
+        self.folder.write({**description, "device": distributed.device.type, "versions": versions})
         self._start_trackers()
         with Interrupts() as interrupts:
             while not self.loop.finished:
@@ -226,7 +228,7 @@ class Trainer:
         loader = self.train_loader(self.source.split("train"), 1, drop_last=True)  # every batch counts alike
         recalibrate(self.model, loader, **options)
         self.folder.write(description)
-        self.folder.keep(self.model, self.metadata({}))
+        self.folder.keep(self.model, {"data": self.source.spec})
         self.distributed.wait()
         return f"{name}: statistics recomputed on the training images"
 
@@ -235,64 +237,50 @@ class Trainer:
         found = evaluate(self.model.eval(), self.eval_loader(self.source.split("test")))
         return replace(result, run=str(self.folder.path), top1=found.top1, top5=found.top5, loss=found.loss)
 
-    def train_loader(self, images: ImageDataset, accumulate: int, drop_last: bool) -> Loader:
+    def train_loader(self, images: ImageDataset, accumulate: int, *, drop_last: bool) -> Loader:
         """Training batches of this process.
 
         Raises:
             ConfigError: A batch size that the processes cannot share.
         """
-        recipe, distributed = self.recipe, self.distributed
-        size, parts = recipe.data.batch_size, distributed.world_size * accumulate
-        if size % parts:
+        fields, world_size = self.recipe.data, self.distributed.world_size
+        parts = world_size * accumulate
+        if fields.batch_size % parts:
             raise ConfigError(
-                f"batch_size={size} cannot be divided among {distributed.world_size} processes with accumulate={accumulate}: "
+                f"batch_size={fields.batch_size} cannot be divided among {world_size} processes with accumulate={accumulate}: "
                 f"expected a multiple of {parts}"
             )
-        return make_loader(
-            images,
-            size // parts,
-            augmentation=self.augmentation,
-            train=True,
-            seed=recipe.seed,
-            device=distributed.device,
-            rank=distributed.rank,
-            world_size=distributed.world_size,
-            workers=recipe.data.workers,
-            resident=recipe.data.resident,
-            drop_last=drop_last,
-        )
+        more: Any = {"seed": self.recipe.seed, "resident": fields.resident, "drop_last": drop_last}
+        return self._loader(images, fields.batch_size // parts, train=True, **more)
 
     def eval_loader(self, images: ImageDataset, *, shared: bool = True) -> Loader:
-        """Images as they are evaluated, shared among the processes or all of them for each."""
+        """Batches of this process for evaluation; unless ``shared``, each process gets all images."""
+        size = min(max(2 * self.recipe.data.batch_size // self.distributed.world_size, 64), 512)
+        return self._loader(images, size, train=False, shared=shared)
+
+    def _loader(self, images: ImageDataset, size: int, *, train: bool, shared: bool = True, **more: Any) -> Loader:
         rank, world_size = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
-        fields = self.recipe.data
         return make_loader(
             images,
-            min(max(2 * fields.batch_size // self.distributed.world_size, 64), 512),
+            size,
             augmentation=self.augmentation,
-            train=False,
+            train=train,
             device=self.distributed.device,
             rank=rank,
             world_size=world_size,
-            workers=fields.workers,
+            workers=self.recipe.data.workers,
+            **more,
         )
 
-    def metadata(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """What the users of the network need to know."""
+    def data_facts(self) -> dict[str, Any]:
+        """How images become inputs of the network, and what its outputs mean."""
         mean, std = self.augmentation.normalisation()
         return {
-            "input_size": list(self.input_size),
-            "normalisation": {"mean": list(mean), "std": list(std)},
-            "class_names": list(self.source.classes),
-            "resize": self.augmentation.resize,
-            "crop_pct": self.augmentation.crop_pct,
-            "eval_interpolation": self.augmentation.eval_interpolation,
-            "data": self.source.spec,
-            "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
+            "input_size": self.input_size,
+            "normalisation": {"mean": mean, "std": std},
+            "class_names": self.source.classes,
+            **{name: getattr(self.augmentation, name) for name in ("resize", "crop_pct", "eval_interpolation")},
         }
-
-    def _mixes(self) -> bool:
-        return bool(self.recipe.loss.mixup or self.recipe.loss.cutmix)
 
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """Images to train on, and those by which the network is selected."""
@@ -336,7 +324,8 @@ class Trainer:
             row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
             if fields.select_on == "last" or found.top1 > loop.state.best:
                 loop.state.best = found.top1
-                self.folder.keep(self.stage.saved(loop.result), self.metadata(row))
+                metrics = {name: value for name, value in row.items() if isinstance(value, int | float)}
+                self.folder.keep(self.stage.saved(loop.result), {"data": self.source.spec, "metrics": metrics})
         self.folder.add_metrics(row)
         loop.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=loop.state.step)
         loop.end_epoch(row)
@@ -369,7 +358,3 @@ class Trainer:
             notes=tuple(self.notes),
             facts=facts,
         )
-
-
-def _versions() -> dict[str, str]:
-    return {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
