@@ -247,7 +247,7 @@ def test_wrong_use_of_bench(capsys: pytest.CaptureFixture[str]) -> None:
         ("resnet20", "--rounds", "0"): "--rounds 0: expected an integer >= 1",
         ("resnet20", "--threads", "1", "-2"): "--threads",
         ("resnet20", "--technique", "shfit()"): "did you mean 'shift'",
-        ("resnet20", "--input-size", "4,32,32"): "does not run on images (4, 32, 32)",
+        ("resnet20", "--input-size", "4,32,32"): "got (1, 4, 32, 32)",
     }.items():
         assert main(["bench", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -24,9 +24,9 @@ SPECS = [
 @pytest.mark.parametrize(
     ("technique", "message"),
     [
-        (None, "a config or its text"),
-        (5, "a config or its text"),
-        (nn.Linear(1, 1), "a config or its text"),
+        (None, "expected a technique's config or text"),
+        (5, "expected a technique's config or text"),
+        (nn.Linear(1, 1), "expected a technique's config or text"),
         (tn.SoftSharing, r"write SoftSharing\(\)"),
         ("slimmable(widths=(1.0,), widths=(0.5,))", "given twice"),
     ],

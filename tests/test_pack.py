@@ -219,7 +219,7 @@ def test_explains_what_runs() -> None:
     packed = tn.pack(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).eval(), input_size=(64, 32, 32))
     with torch.no_grad():
         assert tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32)).rows[0][1].implementation == "packed"
-        assert "longer than such little work" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 2, 2)))
+        assert "longer than so little work" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 2, 2)))
     assert "with gradients" in str(tn.kernels.explain(packed, torch.zeros(1, 64, 32, 32, requires_grad=True)))
 
 

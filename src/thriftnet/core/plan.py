@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from thriftnet.core.spec import to_dict
@@ -76,8 +76,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON-ready dict."""
         written = self.technique if isinstance(self.technique, str | Mapping) else to_dict(self.technique)
-        fields = {**asdict(self), "technique": written, "groups": self.groups}
-        return {"plan_format": PLAN_FORMAT, **json.loads(json.dumps(fields))}
+        fields = json.loads(json.dumps(asdict(replace(self, technique=""))))
+        return {"plan_format": PLAN_FORMAT, **fields, "technique": written, "groups": self.groups}
 
     def to_json(self) -> str:
         """The plan as JSON text."""
