@@ -108,7 +108,7 @@ MISTAKES = {
     "width": (["evaluate", "--mode", "width=0.3"], "no width 0.3"),
     "budget out of reach": (["evaluate", "--mode", "dynamic", "--budget", "9G"], "out of reach: expected"),
     "budget of a fixed width": (["evaluate", "--mode", "all", "--budget", "1M"], "--budget goes with --mode dynamic"),
-    "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: write a number"),
+    "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: expected a number > 0"),
     "picture": (["evaluate", "--mode", "all", "--plot", "x.png"], "ends in .svg"),
     "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: expected"),
     "width and index": (["evaluate", "--width", "0.5", "--width-index", "1"], "give one of them"),

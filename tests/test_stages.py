@@ -24,6 +24,7 @@ from thriftnet.cli import main
 from thriftnet.cli.train import make_recipe, with_budget
 from thriftnet.core.width import Width
 from thriftnet.data.sources import open_data
+from thriftnet.dynamic.gate import gate_of
 from thriftnet.errors import ConfigError
 from thriftnet.importing.layout import read
 from thriftnet.train import train
@@ -186,11 +187,11 @@ def test_one_gate_that_learns_losses_serves_every_budget(tmp_path: Path) -> None
         how = recipe(stage={"name": "gate", "options": options}, select_on="last", validation=0.0, epochs=4, lr=0.2)
         outcome = train(how, source(), tmp_path / str(share), model=(net := gated()), device="cpu")
         assert outcome.facts["macs"] == pytest.approx(budget, rel=0.1)
-        trained.append(tn.core.gate.gate_of(net)[1].state_dict())
+        trained.append(gate_of(net)[1].state_dict())
     frugal, lavish = trained
     assert frugal.pop("cost") > lavish.pop("cost")
     assert all(torch.equal(frugal[name], lavish[name]) for name in frugal)
-    start = tn.core.gate.gate_of(gated())[1].state_dict()
+    start = gate_of(gated())[1].state_dict()
     assert not any(torch.equal(frugal[name], start[name]) for name in frugal)
 
 

@@ -137,6 +137,10 @@ class ScheduleFields(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:  # JSON has text for keys
+            object.__setattr__(self, "points", {float(epoch): factor for epoch, factor in self.points.items()})
+        except ValueError:
+            raise ConfigError(f"points={self.points!r}: expected epoch -> factor, as {{0: 0, 5: 1, 30: 0}}") from None
         if self.name == "multistep" and not self.milestones:
             raise ConfigError("schedule='multistep' needs milestones, as {82: 0.1, 123: 0.1}")
         if self.name == "piecewise" and len(self.points) < 2:
