@@ -69,7 +69,7 @@ def judge(sample: Sample, data: bytes, folder: Path, sound: Bits | None, *, alar
         alarm: Whether the process is to be killed when it takes too long.
     """
     path = sample.put(data, folder)
-    bound = TIMES * max(len(data), len(sample.others.get("model.safetensors", b""))) + CONSTANT
+    bound = TIMES * len(data) + CONSTANT
     signal.setitimer(signal.ITIMER_REAL, LONGEST if alarm else 0)
     try:
         with _memory(bound) as used:

@@ -78,7 +78,7 @@ def raising(error: BaseException) -> Any:
         (raising(watch.CheckpointError("no reason")), "refused with 'no reason'"),
         (lambda path: raising(watch.CheckpointError(f"{path} is bad:\nvery"))(path), "refused with"),
         (lambda path: raising(watch.CheckpointError(f"{path}: there is not enough memory"))(path), "refused with"),
-        (lambda path: torch.nn.Linear(2, 2), "checksums should have told"),
+        (lambda path: torch.nn.Linear(2, 2), "a checksum should have failed"),
     ],
 )
 def test_what_should_not_happen_to_a_file_is_noticed(way: Any, said: str, tmp_path: Path) -> None:
