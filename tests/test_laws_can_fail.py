@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -378,7 +380,8 @@ def test_11_specs_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None
         def __post_init__(self) -> None:
             object.__setattr__(self, "factor", self.factor * 2)
 
-    monkeypatch.setitem(TECHNIQUES, "doubling", Doubling)  # type: ignore[misc]
+    monkeypatch.setitem(TECHNIQUES.public, "doubling", ("Doubling",))
+    monkeypatch.setitem(sys.modules, TECHNIQUES.file("doubling"), SimpleNamespace(Doubling=Doubling))  # type: ignore[misc]
     with broken:
         laws.law_spec(Doubling(factor=3.0))
 
