@@ -21,7 +21,8 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.store.model_file import FILES, read_config
+from thriftnet.store.config import FILES
+from thriftnet.store.model_file import read_config
 
 KIB = 1024
 NO_MOUNT = "File systems of their own were not tried: this user may not mount any."

@@ -15,7 +15,8 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, killed_after, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.store.model_file import FILES, MODEL, read_config
+from thriftnet.store.config import FILES, MODEL
+from thriftnet.store.model_file import read_config
 
 NOTHING = "nothing"
 VALUES = (1.0, 2.0)  # of all parameters of the old and the new network

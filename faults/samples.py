@@ -24,7 +24,7 @@ from thriftnet.importing.filter_basis import layout as resnet_layout
 from thriftnet.importing.shiftresnet import layout as shiftresnet_layout
 from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.importing.weight_sharing import layout as convmixer_layout
-from thriftnet.store.model_file import CONFIG, MODEL
+from thriftnet.store.config import CONFIG, MODEL
 
 SHARED = ROOT.parent / "shared" / "checkpoints"
 SHARED_FILES = (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from faults.samples import Sample, without_checksums
 from pickle_bytes import Entry, archive, saved
 from thriftnet.importing.files import read_file
-from thriftnet.store.model_file import CONFIG
+from thriftnet.store.config import CONFIG
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -8,7 +8,8 @@ import thriftnet as tn
 from faults.figure import Figure, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
-from thriftnet.store.model_file import FILES, read_config
+from thriftnet.store.config import FILES
+from thriftnet.store.model_file import read_config
 
 
 def measure(folder: Path, seed: int, quick: bool) -> Figure:

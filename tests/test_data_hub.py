@@ -55,7 +55,7 @@ def test_what_was_downloaded_is_there_without_the_hub(hub: hub_stub.Hub, tmp_pat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
     assert torch.equal(open_data("hf:someone/pets").split("train").resident(), online)
-    with pytest.raises(tn.DataError, match="hf:someone/other: the Hub cannot be reached"):
+    with pytest.raises(tn.DataError, match="hf:someone/other cannot be read: the Hub cannot be reached"):
         open_data("hf:someone/other")
     assert len(hub.requests) == asked
 
@@ -69,7 +69,7 @@ def test_configurations_and_revisions(hub: hub_stub.Hub, tmp_path: Path):
         open_data("hf:someone/pets")
     with pytest.raises(tn.ConfigError, match="did you mean 'large'"):
         open_data("hf:someone/pets:larg")
-    with pytest.raises(tn.DataError, match="hf:someone/pets@v2: no such revision"):
+    with pytest.raises(tn.DataError, match="hf:someone/pets@v2 cannot be read: no revision 'v2'"):
         open_data("hf:someone/pets@v2")
 
 

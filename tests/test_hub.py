@@ -161,6 +161,17 @@ def test_something_else_on_the_hub(hub: hub_stub.Hub):
         tn.from_pretrained("someone/empty")
 
 
+def test_a_trainings_folder_is_pushed_and_an_odd_file_is_not(hub: hub_stub.Hub, tmp_path: Path):
+    model = network()
+    folder = tn.save(model, tmp_path / "run" / "model")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    tn.push_to_hub(tmp_path / "run", "someone/trained")
+    assert same(tn.from_pretrained("someone/trained"), model)
+    odd = (folder / "model.safetensors").rename(tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"is not called model\.safetensors"):
+        tn.push_to_hub(odd, "someone/odd")
+
+
 def test_names():
     assert parse_name("hf-hub:a/b@c/d") == ("a/b", "c/d")
     assert parse_name("a/b") == ("a/b", None)

@@ -7,7 +7,8 @@ import torch
 
 import thriftnet as tn
 from thriftnet.errors import ConfigError
-from thriftnet.models import MODELS, register_timm
+from thriftnet.models import MODELS
+from thriftnet.models.timm_names import register_timm
 
 
 @pytest.fixture(scope="module")

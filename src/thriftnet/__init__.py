@@ -28,7 +28,7 @@ _PLACES = {
         "ThriftnetError",
     ),
     "thriftnet.store.model_file": ("load", "save"),
-    "thriftnet.store.hub": ("from_pretrained", "push_to_hub"),
+    "thriftnet.store.pretrained": ("from_pretrained", "push_to_hub"),
     "thriftnet.importing.importer": ("ImportedCheckpoint", "import_checkpoint"),
     "thriftnet.kernels.pack": ("pack",),
     "thriftnet.measure": ("Report", "inspect"),
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
     from thriftnet.resolve import open_model
-    from thriftnet.store.hub import from_pretrained, push_to_hub
     from thriftnet.store.model_file import load, save
+    from thriftnet.store.pretrained import from_pretrained, push_to_hub
     from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
     from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
     from thriftnet.techniques.slimmable import Slimmable

@@ -10,7 +10,8 @@ from torch import nn
 from thriftnet.errors import ConfigError
 from thriftnet.importing.importer import import_checkpoint
 from thriftnet.store.builders import build
-from thriftnet.store.model_file import HUB, is_model_file, load
+from thriftnet.store.hub import HUB
+from thriftnet.store.model_file import is_model_file, load
 
 
 def open_model(source: str, **kwargs: Any) -> nn.Module:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.parquet import files_by_split, read_parquet, require_pyarrow
 from thriftnet.errors import ConfigError, DataError, unknown_name
+from thriftnet.hub_errors import hub_errors
 
 SPEC = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([^:@]+))?(?:@([^:@]+))?")
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps data sets of other formats, as CONFIG/SPLIT/0000.parquet
@@ -34,7 +33,8 @@ def open_hub(name: str) -> DataSource:
         raise ConfigError(f"data 'hf:{name}': write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or hf:OWNER/NAME@REVISION")
     require_pyarrow()
     repo, config, revision = match.groups()
-    with _one_line(name):
+    subject, hint = f"hf:{name} cannot be read", ", and the data set was not downloaded before"
+    with hub_errors(subject, DataError, kind="data set", revision=revision, hint=hint):
         from huggingface_hub import snapshot_download
 
         configs = _configs(repo, revision)
@@ -90,27 +90,3 @@ def _chosen(repo: str, config: str | None, configs: Configs) -> dict[str, list[s
     if config not in configs:
         raise ConfigError(f"{unknown_name(f'configuration of {repo}', config, configs)}. Write hf:{repo}:CONFIG")
     return configs[config]
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Errors of huggingface_hub as one line that says what to do."""
-    from huggingface_hub import errors
-
-    http: Any = errors.HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise DataError(f"hf:{name} is gated: ask for access on its page, then log in with `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise DataError(
-            f"hf:{name}: no such data set, or it is private: check the name, or log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise DataError(f"hf:{name}: no such revision: give a branch, tag or commit of the data set") from None
-    except errors.LocalEntryNotFoundError:
-        raise DataError(f"hf:{name}: the Hub cannot be reached, and the data set was not downloaded before") from None
-    except (http, OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise DataError(f"hf:{name} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from error

@@ -14,7 +14,7 @@ from thriftnet.models.table import MODELS, NAMES, normalize_name
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs", "register_timm"]
+__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -50,20 +50,6 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     setattr(model, IDENTITY, {"name": NAMES[normalize_name(name)], "kwargs": kwargs})
     built: nn.Module = model
     return built
-
-
-def register_timm() -> list[str]:
-    """Make the zoo's networks known to ``timm.create_model``; names that timm has already keep timm's meaning.
-
-    Returns:
-        The names registered, by this or an earlier call.
-
-    Raises:
-        ConfigError: timm is not installed.
-    """
-    from thriftnet.models import timm_names
-
-    return timm_names.register_timm()
 
 
 def model_kwargs(name: str) -> dict[str, Any]:

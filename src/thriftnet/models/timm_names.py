@@ -16,7 +16,14 @@ TIMM_ONLY = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_di
 
 
 def register_timm() -> list[str]:
-    """See `thriftnet.models.register_timm`."""
+    """Make the zoo's networks known to ``timm.create_model``; names that timm has already keep timm's meaning.
+
+    Returns:
+        The names registered, by this or an earlier call.
+
+    Raises:
+        ConfigError: timm is not installed.
+    """
     try:
         import timm
         from timm.models import register_model

@@ -18,6 +18,7 @@ from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.models.entry import IDENTITY
 
+MODEL, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md")
 FORMAT = 1
 NO_CHECKSUM = "0" * 64  # while it is computed
 MOST_STEPS = 1000

@@ -33,14 +33,23 @@ from thriftnet.store import shapes
 from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
 from thriftnet.store.card import steps as steps
-from thriftnet.store.config import FORMAT, NO_CHECKSUM, Config, check_sizes, describe, identity_of, parse_config
+from thriftnet.store.config import (
+    CARD,
+    CONFIG,
+    FORMAT,
+    MODEL,
+    NO_CHECKSUM,
+    Config,
+    check_sizes,
+    describe,
+    identity_of,
+    parse_config,
+)
+from thriftnet.store.hub import HUB, download
 from thriftnet.techniques import convert
 
 __all__ = ["FORMAT", "load", "read_config", "replay", "save", "steps"]
 
-MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-FILES = (MODEL, CONFIG, CARD)
-HUB = "hf-hub:"
 RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
 ENTRY = "thriftnet"  # the config among the header's metadata
 START = b'{"__metadata__":{"%s":"{\\"sha256\\":\\"' % ENTRY.encode()  # of the header; the checksum follows
@@ -98,9 +107,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         CheckpointError: No model, damaged, of a newer format, or not fitting the network.
     """
     if isinstance(source, str) and source.startswith(HUB):
-        from thriftnet.store.hub import from_pretrained
-
-        return from_pretrained(source, model=model)
+        source = download(source)
     if not (model is None or isinstance(model, nn.Module)):
         raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
     path = model_path(source)
