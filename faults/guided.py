@@ -56,9 +56,8 @@ def fuzz(results: Path, arguments: list[str]) -> None:
         import thriftnet.importing.importer
     import torch
 
-    from faults.mutants import return_memory
     from faults.samples import Sample
-    from faults.watch import in_this_process, judge
+    from faults.watch import in_this_process, judge, return_memory
 
     return_memory()
     torch.set_num_threads(1)

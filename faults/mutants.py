@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +24,7 @@ from faults.watch import (
     in_this_process,
     in_workers,
     judge,
+    return_memory,
 )
 from test_torchfile_hostile import mutant
 
@@ -65,12 +64,6 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
         "checksums cover them.",
     ]
     return figure
-
-
-def return_memory() -> None:
-    """Have glibc give large blocks back at once, so that a process's size tells what each file takes."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD, which else grows
 
 
 class Changed:

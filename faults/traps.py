@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import thriftnet as tn
-from faults.hostile import LIBRARIES
 from faults.samples import Sample, make_samples, python2_file
 from model_files import config_text, with_config
 from pickle_bytes import Entry, dict_of, legacy, storage, tensor, zipped
@@ -18,6 +17,7 @@ from test_torchfile_hostile import FLOATS, payloads
 
 Change = Callable[[dict[str, Any]], object]
 HUGE = 10**12
+LIBRARIES = ("timm", "torchvision")
 
 
 def write_traps(folder: Path, quick: bool) -> None:
