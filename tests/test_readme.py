@@ -23,9 +23,13 @@ def blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("code", [code for _, code in blocks()], ids=[place for place, _ in blocks()])
-def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """An error fails the test; figures in the comments of a block are those that it prints."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "block", "exec"), {})  # the project's own pages; an error fails the test
+    exec(compile(code, "block", "exec"), {})  # the project's own pages
+    stated = {figure for comment in re.findall(r"#(.*)", code) for figure in re.findall(r"\d+(?:,\d{3})+", comment)}
+    printed = capsys.readouterr().out
+    assert [figure for figure in sorted(stated) if figure not in printed] == []
 
 
 def test_there_are_blocks_on_the_pages():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-# Okabe & Ito: told apart by colour-blind readers, too
+# Okabe & Ito: distinguishable for colour-blind readers
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("*", "o", "s", "^", "D", "v", "P")
 

@@ -79,7 +79,7 @@ def _or_null(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or check(value)
 
 
-# What each field must be, and the same in words.
+# Each field: its check, and what the message says is expected.
 FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "thriftnet_version": (_is_text, "text"),
     "model": (_or_null(_is_identity), "null or {name: text, kwargs: object}"),

@@ -32,7 +32,7 @@ def from_pretrained(
         revision: Branch, tag or commit.
         token: For private and gated repositories; left out, the one that ``hf auth login`` stored.
         cache_dir: Where downloads are kept; left out, where huggingface_hub keeps them.
-        local_files_only: Take what was downloaded before, and ask nobody.
+        local_files_only: Use the cache only, without network access.
         model: The plain network, for one that is not in the zoo.
 
     Raises:
@@ -68,7 +68,7 @@ def push_to_hub(
         private: Whether a new repository is private; left out, as its owner's default.
         revision: Branch to commit to, created if it does not exist.
         commit_message: First line of the commit.
-        create_pr: Open a pull request and leave the branch as it is.
+        create_pr: Open a pull request instead of committing to the branch.
 
     Returns:
         Address of the commit.
