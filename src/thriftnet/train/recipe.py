@@ -2,14 +2,13 @@
 
 A recipe is a YAML file of the fields below, in their groups: one of ``train/recipes``, or your own. Each field can be replaced, in
 Python (``load_recipe(name, lr=0.05)``) and on the command line (``--lr 0.05``), by its full name, ``optimizer.lr``, or by the last
-part of it where only one group has such a field.
+part of it where only one group has such a field. docs/training.md lists all of them.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib.resources
 import math
 import re
 from argparse import ArgumentError
@@ -42,6 +41,7 @@ RESUMABLE_FIELDS = (
 )
 MAPPINGS = ("model_kwargs", "about", "stage.options")  # of values of any type
 LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
+SHIPPED = Path(__file__).parent / "recipes"
 RECALIBRATION = ("widths", "indices", "momentum", "batches")
 
 
@@ -63,77 +63,44 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class DataFields(Group):
-    """How images are read.
+    """How images are read."""
 
-    Args:
-        batch_size: Images per optimizer step, over all processes and accumulated batches.
-        drop_last: Whether to drop a last, smaller batch; mixup always does.
-        workers: Processes that decode images, for data not held in memory.
-        resident: Whether all images are held on the device; by default if they are small and of equal size.
-        on_corrupt: Whether an image that cannot be decoded stops the training or is left out.
-    """
-
-    batch_size: int = number(128, ">= 1")
-    drop_last: bool = False
-    workers: int = number(2, ">= 0")
-    resident: bool | None = None
-    on_corrupt: Literal["error", "skip"] = "error"
+    batch_size: int = number(128, ">= 1")  # images per optimizer step, over all processes and accumulated batches
+    drop_last: bool = False  # whether to drop a last, smaller batch; mixup always does
+    workers: int = number(2, ">= 0")  # processes that decode images, for data not held in memory
+    resident: bool | None = None  # whether all images are held on the device; default: if small and of equal size
+    on_corrupt: Literal["error", "skip"] = "error"  # whether an undecodable image stops the training or is left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFields(Group):
-    """The optimizer, and the average of the weights.
+    """The optimizer, and the average of the weights."""
 
-    Args:
-        name: ``sgd``, ``adamw``, or another name of timm's.
-        lr: Learning rate at factor 1 of the schedule.
-        momentum: Of SGD.
-        nesterov: Nesterov momentum for SGD.
-        weight_decay: For all parameters except those of ``no_decay``.
-        no_decay: Parameters without weight decay: ``technique`` (what the technique lists, as coefficients), ``norm``, ``bias``.
-        clip_grad: Largest L2 norm of the gradient.
-        accumulate: Batches whose gradients are added up for one optimizer step.
-        reset_momentum_every_epoch: Start each epoch with a new optimizer, as the ShiftResNet authors' script did.
-        ema_decay: Decay of an average of the weights over steps, which is evaluated and saved; 0 for none.
-        ema_warmup: Forget the first weights sooner: in step n the decay is at most (1 + n) / (10 + n).
-    """
-
-    name: str = "sgd"
-    lr: float = number(0.1, "> 0")
-    momentum: float = number(0.9, "in [0, 1)")
-    nesterov: bool = True
-    weight_decay: float = number(5e-4, ">= 0")
-    no_decay: tuple[Literal["technique", "norm", "bias"], ...] = ("technique",)
-    clip_grad: float | None = number(None, "> 0")
-    accumulate: int = number(1, ">= 1")
-    reset_momentum_every_epoch: bool = False
-    ema_decay: float = number(0.0, "in [0, 1)")
-    ema_warmup: bool = False
+    name: str = "sgd"  # or adamw, or another name of timm's
+    lr: float = number(0.1, "> 0")  # learning rate at factor 1 of the schedule
+    momentum: float = number(0.9, "in [0, 1)")  # of SGD
+    nesterov: bool = True  # Nesterov momentum for SGD
+    weight_decay: float = number(5e-4, ">= 0")  # for all parameters except those of no_decay
+    no_decay: tuple[Literal["technique", "norm", "bias"], ...] = ("technique",)  # technique: what it lists, as coefficients
+    clip_grad: float | None = number(None, "> 0")  # largest L2 norm of the gradient
+    accumulate: int = number(1, ">= 1")  # batches whose gradients are added up for one optimizer step
+    reset_momentum_every_epoch: bool = False  # a new optimizer in each epoch, as in the ShiftResNet authors' script
+    ema_decay: float = number(0.0, "in [0, 1)")  # of an average of the weights over steps, which is evaluated and saved
+    ema_warmup: bool = False  # forget the first weights sooner: in step n the decay is at most (1 + n) / (10 + n)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFields(Group):
-    """The learning rate over the training.
-
-    Args:
-        name: ``constant``, ``multistep``, ``cosine`` or ``piecewise``.
-        milestones: For ``multistep``: epoch (from 0) -> factor applied from then on.
-        points: For ``piecewise``: epoch -> factor, straight lines between.
-        per: Whether the learning rate changes each step or each epoch.
-        warmup_epochs: Epochs from ``warmup_lr`` to the schedule; for ``cosine``.
-        warmup_lr: Learning rate at the first step of the warm-up.
-        min_lr: Learning rate at the end, for ``cosine``.
-        cooldown_epochs: Epochs at the end, at ``min_lr``, among ``epochs``; for ``cosine``.
-    """
+    """The learning rate over the training; warm-up, minimum and cool-down are for the cosine."""
 
     name: Literal["constant", "multistep", "cosine", "piecewise"] = "cosine"
-    milestones: dict[int, float] = field(default_factory=dict)
-    points: dict[float, float] = field(default_factory=dict)
-    per: Literal["step", "epoch"] = "step"
-    warmup_epochs: float = number(0.0, ">= 0")
-    warmup_lr: float = number(0.0, ">= 0")
-    min_lr: float = number(0.0, ">= 0")
-    cooldown_epochs: float = number(0.0, ">= 0")
+    milestones: dict[int, float] = field(default_factory=dict)  # for multistep: epoch (from 0) -> factor from then on
+    points: dict[float, float] = field(default_factory=dict)  # for piecewise: epoch -> factor, straight lines between
+    per: Literal["step", "epoch"] = "step"  # whether the learning rate changes each step or each epoch
+    warmup_epochs: float = number(0.0, ">= 0")  # epochs from warmup_lr to the schedule
+    warmup_lr: float = number(0.0, ">= 0")  # learning rate at the first step of the warm-up
+    min_lr: float = number(0.0, ">= 0")  # learning rate at the end
+    cooldown_epochs: float = number(0.0, ">= 0")  # epochs at the end, at min_lr, among the training's epochs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,70 +116,40 @@ class ScheduleFields(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class LossFields(Group):
-    """The loss.
+    """The loss."""
 
-    Args:
-        label_smoothing: Share of the target spread over all classes.
-        mixup: Alpha of mixup; 0 for none.
-        cutmix: Alpha of CutMix; 0 for none.
-        mixup_switch: Probability of CutMix where both are on.
-        distill_weight: Share of the loss on the teacher's outputs.
-        distill_temperature: Temperature of both outputs.
-        penalty: Factor on the technique's penalty, beside that of its config.
-    """
-
-    label_smoothing: float = number(0.0, "in [0, 1)")
-    mixup: float = number(0.0, ">= 0")
-    cutmix: float = number(0.0, ">= 0")
-    mixup_switch: float = number(0.5, "in [0, 1]")
-    distill_weight: float = number(0.5, "in [0, 1]")
-    distill_temperature: float = number(4.0, "> 0")
-    penalty: float = number(1.0, ">= 0")
+    label_smoothing: float = number(0.0, "in [0, 1)")  # share of the target spread over all classes
+    mixup: float = number(0.0, ">= 0")  # alpha of mixup; 0 for none
+    cutmix: float = number(0.0, ">= 0")  # alpha of CutMix; 0 for none
+    mixup_switch: float = number(0.5, "in [0, 1]")  # probability of CutMix where both are on
+    distill_weight: float = number(0.5, "in [0, 1]")  # share of the loss on the teacher's outputs
+    distill_temperature: float = number(4.0, "> 0")  # of both outputs
+    penalty: float = number(1.0, ">= 0")  # factor on the technique's penalty, beside that of its config
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageFields(Group):
-    """What one optimizer step does.
+    """What one optimizer step does."""
 
-    Args:
-        name: ``auto`` (all widths of a slimmable network, else the plain step), or a name of `thriftnet.train.stages.STAGES`.
-        options: Options of the stage.
-    """
-
-    name: str = "auto"
+    name: str = "auto"  # all widths of a slimmable network, else the plain step; or a name of stages.STAGES
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFields(Group):
-    """How the training runs, which network it keeps, and what it writes.
+    """How the training runs, which network it keeps, and what it writes."""
 
-    Args:
-        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
-        memory_format: Of weights and images: ``contiguous`` or ``channels_last``.
-        compile: Whether to compile the network with ``torch.compile``.
-        find_unused_parameters: DDP's option, for networks in which a step leaves parameters without a gradient.
-        select_on: Which network is kept: the best on ``val``, the ``last``, or the best on ``test``, as some papers did (which
-            flatters the result).
-        validation: Share of the training images held out for ``select_on: val``.
-        evaluate_every: Epochs between evaluations.
-        checkpoint_every: Optimizer steps between checkpoints; 0 for one at the end of each epoch only.
-        keep_checkpoints: How many of the newest are kept.
-        on_nan: Whether a loss that is not finite stops the training or skips the step.
-        trackers: Accelerate's trackers, as ``tensorboard``, ``wandb``, ``mlflow``; those not installed are skipped.
-    """
-
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    compile: bool = False
-    find_unused_parameters: bool = False
-    select_on: Literal["val", "test", "last"] = "val"
-    validation: float = number(0.1, "in [0, 1)")
-    evaluate_every: int = number(1, ">= 1")
-    checkpoint_every: int = number(0, ">= 0")
-    keep_checkpoints: int = number(2, ">= 1")
-    on_nan: Literal["stop", "skip"] = "stop"
-    trackers: tuple[str, ...] = ("tensorboard",)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"  # of weights and images
+    compile: bool = False  # the network, with torch.compile
+    find_unused_parameters: bool = False  # DDP's option, for networks in which a step leaves parameters without a gradient
+    select_on: Literal["val", "test", "last"] = "val"  # keep the best on val, or on test as some papers (it flatters), or the last
+    validation: float = number(0.1, "in [0, 1)")  # share of the training images held out for select_on: val
+    evaluate_every: int = number(1, ">= 1")  # epochs between evaluations
+    checkpoint_every: int = number(0, ">= 0")  # optimizer steps between checkpoints; 0: at the end of each epoch only
+    keep_checkpoints: int = number(2, ">= 1")  # how many of the newest are kept
+    on_nan: Literal["stop", "skip"] = "stop"  # whether a loss that is not finite stops the training or skips the step
+    trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's, as wandb or mlflow; those not installed are skipped
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -291,8 +228,7 @@ GROUPS: dict[str, Any] = {each.name: each.default_factory for each in fields(Rec
 
 def list_recipes() -> list[str]:
     """Names of the recipes shipped with the package."""
-    folder = importlib.resources.files("thriftnet.train") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_recipe(name: str, /, **fields: Any) -> Recipe:
@@ -314,14 +250,12 @@ def read_recipe(name: str) -> dict[str, Any]:
     import yaml
 
     path = Path(name)
-    try:
-        if path.suffix in (".yaml", ".yml"):
-            text = path.read_text()
-        elif name in list_recipes():
-            text = (importlib.resources.files("thriftnet.train") / "recipes" / f"{name}.yaml").read_text()
-        else:
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in list_recipes():
             raise unknown_name("recipe", name, list_recipes())
-        stated = yaml.safe_load(text)
+        path = SHIPPED / f"{name}.yaml"
+    try:
+        stated = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {name}: {' '.join(str(error).split())}") from None
     if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
