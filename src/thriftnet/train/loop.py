@@ -62,36 +62,20 @@ class Interrupts:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a training after a step.
+    """Progress of a training after a step."""
 
-    Args:
-        step: Optimizer steps taken.
-        steps: Of the whole training.
-        epochs: Epochs completed, as a fraction.
-        images: In this step, over all processes.
-        row: Metrics of the epoch, if it ends with this step.
-    """
-
-    step: int
-    steps: int
-    epochs: float
-    images: int
-    row: Mapping[str, Any] | None = None
+    step: int  # optimizer steps taken
+    steps: int  # of the whole training
+    epochs: float  # completed, as a fraction
+    images: int  # in this step, over all processes
+    row: Mapping[str, Any] | None = None  # metrics of the epoch, if it ends with this step
 
 
 class TrainLoop:
     """The steps of a training, which can be interrupted and resumed.
 
-    Args:
-        model: Trained in place; on its device.
-        stage: What one step does.
-        recipe: All other settings.
-        loader: Training batches of this process.
-        distributed: This process among the others.
-        folder: Of the checkpoints.
-        classes: Number of classes, for mixup.
-        teacher: For distillation.
-        on_progress: Called after each step.
+    The network is trained in place, and is on its device; the loader gives the training batches of this process; checkpoints
+    are written to the folder. Mixup needs the number of classes, distillation a teacher.
     """
 
     def __init__(
@@ -135,20 +119,12 @@ class TrainLoop:
         self.eager_checks = alone_on_cpu or recipe.run.on_nan == "skip"
 
     def resume(self, place: Path | None = None) -> tuple[Path | None, list[str]]:
-        """Resume from the newest intact checkpoint, or a given one; returns its path, and notes on the corrupt ones.
-
-        Raises:
-            CheckpointError: All are corrupt, or it does not fit.
-        """
-        problems: list[str] = []
-        if place is None:
-            place, problems = self.checkpoints.load_newest()
-        else:
-            self.checkpoints.load(place)
+        """Resume from a checkpoint, as `Checkpoints.load`."""
+        found = self.checkpoints.load(place)
         self.loss_sum.fill_(self.state.loss_sum)
         if self.state.loader is not None:
             self.loader.load_state_dict(self.state.loader)
-        return place, problems
+        return found
 
     @property
     def finished(self) -> bool:
@@ -283,10 +259,9 @@ class TrainLoop:
             self._diverged(int(bad) if math.isfinite(bad) else self.state.step)
 
     def _diverged(self, step: int) -> None:
-        saved = sorted(place.name for place in self.checkpoints.folder.glob("step-*"))
         raise DivergedError(
             f"the loss is not finite at step {step} (learning rate {self.schedule.get_last_lr()[0]:.3g}). Last good checkpoint: "
-            f"{saved[-1] if saved else 'none'}. Lower lr, set clip_grad, or skip such steps with on_nan='skip'"
+            f"{self.checkpoints.newest}. Lower lr, set clip_grad, or skip such steps with on_nan='skip'"
         )
 
     def _stop_asked(self, interrupts: Interrupts) -> bool:

@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 
 class Criterion:
-    """Cross entropy, and the distance to a teacher where there is one.
-
-    Args:
-        fields: Smoothing, and weight and temperature of the distillation.
-        teacher: The network to imitate, in eval mode.
-    """
+    """Cross entropy, and the distance to a teacher (in eval mode) where there is one."""
 
     def __init__(self, fields: LossFields, teacher: nn.Module | None = None) -> None:
         self.smoothing, self.temperature = fields.label_smoothing, fields.distill_temperature
