@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,11 +47,7 @@ def make_optimizer(model: nn.Module, fields: OptimizerFields) -> torch.optim.Opt
 
 
 def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str]) -> list[dict[str, Any]]:
-    """Parameter groups with and without weight decay; each parameter once, frozen ones not at all.
-
-    Args:
-        no_decay: Parameters without weight decay, as in `OptimizerFields`.
-    """
+    """Parameter groups with and without weight decay; each parameter once, frozen ones not at all."""
     spared: list[nn.Parameter] = []
     if "technique" in no_decay:
         spared += [p for group in param_groups(model, 1.0) if not group["weight_decay"] for p in group["params"]]
@@ -70,13 +66,7 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str])
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, epochs: float) -> LambdaLR:
-    """torch's scheduler, to be stepped after each optimizer step.
-
-    Args:
-        optimizer: Has the learning rates at factor 1.
-        recipe: Has the schedule.
-        steps_per_epoch: Optimizer steps.
-        epochs: Length of the training.
+    """torch's scheduler over a number of epochs, to be stepped after each optimizer step.
 
     Raises:
         ConfigError: A cool-down longer than the training.
@@ -96,21 +86,12 @@ def _multistep(recipe: Recipe, epochs: float) -> Shape:
 
 
 def _piecewise(recipe: Recipe, epochs: float) -> Shape:
-    """Straight lines between points; constant after the last.
+    """Straight lines between points; constant before the first and after the last.
 
     Source: the "onecycle" of SPIN's recipes (PySlowFast).
     """
-    points = sorted(recipe.schedule.points.items())
-    starts = [start for start, _ in points]
-
-    def shape(epoch: float) -> float:
-        after = bisect_right(starts, epoch)
-        if after in (0, len(points)):
-            return points[max(after - 1, 0)][1]
-        (x0, y0), (x1, y1) = points[after - 1], points[after]
-        return y0 + (y1 - y0) * (epoch - x0) / (x1 - x0)
-
-    return shape
+    epochs_of, factors = zip(*sorted(recipe.schedule.points.items()), strict=True)
+    return lambda epoch: float(np.interp(epoch, epochs_of, factors))
 
 
 def _cosine(recipe: Recipe, epochs: float) -> Shape:
