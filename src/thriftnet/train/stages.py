@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.probe import Size
+from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.core.width import Width, set_width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of
@@ -27,23 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What the loop passes to a stage.
+    """What the loop passes to a stage."""
 
-    Args:
-        model: The module of `Stage.trained`, wrapped by DDP on several processes.
-        plain: The unwrapped model (no DDP).
-        average: The average of its weights over steps, or None.
-        criterion: The loss.
-        number: Of the optimizer step, from 0; the same on all processes.
-        seed: Of the run.
-    """
-
-    model: nn.Module
-    plain: nn.Module
-    average: nn.Module | None
+    model: nn.Module  # the module of Stage.trained, wrapped by DDP on several processes
+    plain: nn.Module  # the same without DDP
+    average: nn.Module | None  # of its weights over steps
     criterion: Criterion
-    number: int
-    seed: int
+    number: int  # of the optimizer step, from 0; the same on all processes
+    seed: int  # of the run
 
 
 @dataclass(frozen=True)
@@ -133,29 +125,25 @@ class Supernet(AllWidths):
     ensemble: bool = False
 
     def __post_init__(self) -> None:
-        if self.teacher not in TEACHERS:
-            raise unknown_name("teacher", self.teacher, TEACHERS)
-        if type(self.drawn) is not int or self.drawn < 0:
-            raise ConfigError(f"drawn={self.drawn!r}: expected an integer >= 0")
+        check_choice("teacher", self.teacher, TEACHERS)
+        check_whole_number("drawn", self.drawn, 0)
 
     @property
     def passes(self) -> int:
         return self.drawn + 2
 
     def losses(self, step: Step, images: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        between = self.between(step.seed, step.number)
         outputs = self._outputs(step, "largest", images)
         yield step.criterion(outputs, targets, images)
-        soft = self._soft_targets(step, "largest", images, outputs)
-        ensemble = [soft]
-        for width in between:
+        teachers = self._soft_targets(step, "largest", images, outputs)
+        ensemble = [*teachers]
+        for width in self.between(step.seed, step.number):
             outputs = self._outputs(step, width, images)
-            yield self._narrow_loss(step, outputs, targets, images, soft)
+            yield self._narrow_loss(step, outputs, targets, images, teachers)
             if self.ensemble:
-                ensemble.append(self._soft_targets(step, width, images, outputs))
+                ensemble += self._soft_targets(step, width, images, outputs)
         outputs = self._outputs(step, "smallest", images)
-        mean = None if soft is None else torch.stack([each for each in ensemble if each is not None]).mean(0)
-        yield self._narrow_loss(step, outputs, targets, images, mean)
+        yield self._narrow_loss(step, outputs, targets, images, ensemble)
 
     def between(self, seed: int, number: int) -> list[Width]:
         """The widths drawn for a step; with two widths, any."""
@@ -170,23 +158,23 @@ class Supernet(AllWidths):
         return out
 
     @torch.no_grad()
-    def _soft_targets(self, step: Step, width: Width, images: Tensor, outputs: Tensor) -> Tensor | None:
-        """The teacher's probabilities at a width; None where labels are learned."""
+    def _soft_targets(self, step: Step, width: Width, images: Tensor, outputs: Tensor) -> list[Tensor]:
+        """The teacher's probabilities at a width; none where labels are learned."""
         if self.teacher == "labels":
-            return None
+            return []
         if self.teacher == "largest":
-            return outputs.detach().double().softmax(1).to(outputs.dtype)
+            return [outputs.detach().double().softmax(1).to(outputs.dtype)]
         if step.average is None:
             raise ConfigError("teacher='average' needs an average of the weights: set ema_decay, as 0.997")
         set_width(step.average, width)
         logits: Tensor = step.average(images)
-        return logits.softmax(1)
+        return [logits.softmax(1)]
 
     @staticmethod
-    def _narrow_loss(step: Step, outputs: Tensor, targets: Tensor, images: Tensor, soft: Tensor | None) -> Tensor:
-        if soft is None:
+    def _narrow_loss(step: Step, outputs: Tensor, targets: Tensor, images: Tensor, soft: list[Tensor]) -> Tensor:
+        if not soft:
             return step.criterion(outputs, targets, images)
-        return F.cross_entropy(outputs, soft.to(outputs.dtype))
+        return F.cross_entropy(outputs, torch.stack(soft).mean(0).to(outputs.dtype))
 
 
 class GateTraining(nn.Module):
