@@ -5,14 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_PLACES = {
-    "Recipe": "thriftnet.train.recipe",
-    "TrainResult": "thriftnet.train.trainer",
-    "list_recipes": "thriftnet.train.recipe",
-    "load_recipe": "thriftnet.train.recipe",
-    "train": "thriftnet.train.trainer",
-}
-
 __all__ = ["Recipe", "TrainResult", "list_recipes", "load_recipe", "train"]
 
 if TYPE_CHECKING:
@@ -21,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module 'thriftnet.train' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'thriftnet.train' has no attribute {name!r}")
+    module = "trainer" if name in ("TrainResult", "train") else "recipe"
+    return getattr(importlib.import_module(f"thriftnet.train.{module}"), name)

@@ -111,11 +111,7 @@ class Distributed:
             )
 
     def prepare(self, model: nn.Module, *others: Any, find_unused_parameters: bool) -> Any:
-        """Accelerate's wrapping of a network, an optimizer and a schedule.
-
-        Args:
-            find_unused_parameters: Whether a step may leave parameters without a gradient.
-        """
+        """Accelerate's wrapping of a network, an optimizer and a schedule; a step may leave some parameters without a gradient."""
         self._ddp.find_unused_parameters = find_unused_parameters
         return self.accelerator.prepare(model, *others)
 
@@ -128,7 +124,3 @@ class Distributed:
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def wait(self) -> None:
-        """Wait for all processes."""
-        self.accelerator.wait_for_everyone()

@@ -102,11 +102,10 @@ def evaluate(
     start = time.perf_counter()
     counts = _Counts(sorted({1, *topk}), confusion, None if classes is None else len(classes), _device(network, loader))
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    with torch.no_grad(), _eval_mode(network):
+    with torch.no_grad(), eval_mode(network):
         for images, labels in loader:
             counts.add(network(images.to(dtype)), labels)
             on_batch(counts.seen)
-    counts.gather()
     return counts.result(classes, time.perf_counter() - start)
 
 
@@ -118,7 +117,7 @@ def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Put all modules into eval mode, and restore their modes afterwards."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -130,14 +129,7 @@ def _eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 class _Counts:
-    """Sums over images, kept on the device until the end.
-
-    Args:
-        ks: The k of top-k accuracies.
-        confusion: Whether to count all pairs of classes.
-        classes: Number of classes of the data, if known.
-        device: Device of the sums.
-    """
+    """Sums over images, kept on the device until the end."""
 
     def __init__(self, ks: list[int], confusion: bool, classes: int | None, device: torch.device) -> None:
         self.ks, self.confusion, self.classes, self.device = ks, confusion, classes, device
@@ -150,7 +142,6 @@ class _Counts:
         self.highest = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch."""
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
             got = f"outputs {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise IncompatibleModelError(
@@ -181,8 +172,8 @@ class _Counts:
         self.outputs = outputs
         self.pairs = torch.zeros(outputs * (outputs if self.confusion else 2), dtype=torch.int64, device=self.device)
 
-    def gather(self) -> None:
-        """Sum over processes."""
+    def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
+        """Sums over processes, checked, as the evaluation."""
         if joined()[1] > 1:
             outputs = int(largest(torch.tensor(self.outputs, device=self.device)))
             if self.outputs == 0 and outputs:  # this process had no images
@@ -197,9 +188,6 @@ class _Counts:
                 f"an image has the label {int(self.highest)}, the network has {self.outputs} classes (0 to {self.outputs - 1}): "
                 "evaluate on the data that it was trained for"
             )
-
-    def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
-        """The evaluation."""
         seconds = float(largest(torch.tensor(seconds, device=self.device)))
         pairs = self.pairs.view(self.outputs, -1).cpu()
         right = pairs.diagonal() if self.confusion else pairs[:, 1]

@@ -15,6 +15,7 @@ from thriftnet.errors import ConfigError
 from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.resolve import open_model
 from thriftnet.techniques import convert
+from thriftnet.train.evaluate import eval_mode
 from thriftnet.train.recipe import Recipe
 
 
@@ -60,14 +61,12 @@ def check_classes(model: nn.Module, source: DataSource, size: Size, name: str) -
         ConfigError: It does not take such images, or its outputs do not match the classes of the data.
     """
     like = next(model.parameters(), torch.zeros(()))
-    training = model.training
     try:
-        outputs = model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+        with eval_mode(model):
+            outputs = model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name} does not take images of {size[0]} x {size[1]} x {size[2]}: {problem}") from None
-    finally:
-        model.train(training)
     if not isinstance(outputs, torch.Tensor) or outputs.shape != (1, len(source.classes)):
         found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise ConfigError(

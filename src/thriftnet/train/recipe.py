@@ -143,7 +143,7 @@ class RunFields(Group):
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"  # of weights and images
     compile: bool = False  # the network, with torch.compile
     find_unused_parameters: bool = False  # DDP's option, for networks in which a step leaves parameters without a gradient
-    select_on: Literal["val", "test", "last"] = "val"  # keep the best on val, or on test as some papers (it flatters), or the last
+    select_on: Literal["val", "test", "last"] = "val"  # keep the best on val, on test (flattering) or the last
     validation: float = number(0.1, "in [0, 1)")  # share of the training images held out for select_on: val
     evaluate_every: int = number(1, ">= 1")  # epochs between evaluations
     checkpoint_every: int = number(0, ">= 0")  # optimizer steps between checkpoints; 0: at the end of each epoch only

@@ -23,7 +23,7 @@ from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import locked, write_atomically
 from thriftnet.report.plots import run_curves
 from thriftnet.store.model_file import RUN, RUN_MODEL, model_path, read_model, save
-from thriftnet.train.recipe import RESUMABLE_FIELDS
+from thriftnet.train.recipe import GROUPS, RESUMABLE_FIELDS
 
 LOCK, LINES, TABLE, CURVES = ".lock", "metrics.jsonl", "metrics.csv", "curves.svg"
 
@@ -172,6 +172,6 @@ def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
     """run.json with the recipe's fields by their full names."""
     flat = {name: value for name, value in run.items() if name != "recipe"}
     for name, value in run["recipe"].items():
-        group = isinstance(value, dict) and name not in ("model_kwargs", "about")
-        flat |= {f"recipe.{name}.{leaf}": item for leaf, item in value.items()} if group else {f"recipe.{name}": value}
+        leaves = {f"{name}.{leaf}": item for leaf, item in value.items()} if name in GROUPS else {name: value}
+        flat |= {f"recipe.{path}": item for path, item in leaves.items()}
     return flat

@@ -111,14 +111,17 @@ def train(
     parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [(recipe, {"stage.name": recipe.stage.name})]
     distributed = Distributed(device, parts[0][0].run.precision)
     source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
-    described: dict[str, Any] = {"model": recipe.model if model is None else type(model).__name__, "data": source.spec}
-    described |= {"teacher": teacher if isinstance(teacher, str) or teacher is None else type(teacher).__name__}
+    described = {
+        "model": recipe.model if model is None else type(model).__name__,
+        "data": source.spec,
+        "teacher": type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher,
+    }
     if isinstance(teacher, str):
         teacher = open_model(teacher)
     seed_everything(recipe.seed)
     network = prepare_model(recipe, source, model)
     check_stages(parts, network, source)
-    result: TrainResult | None = None
+    results: list[TrainResult] = []
     notes: list[str] = []
     with RunFolder(Path(output), is_main=distributed.is_main).locked():
         for number, (part, entry) in enumerate(parts, 1):
@@ -128,13 +131,11 @@ def train(
             trainer = Trainer(part, source, network, Path(output) / name, distributed)
             if "recalibrate" in entry:
                 notes.append(trainer.recalibrate(entry["recalibrate"]))
-                result = result and trainer.evaluated(result)
+                results = [trainer.evaluated(result) for result in results[-1:]]
             else:
-                result = trainer.run(described, teacher, resume, on_progress)
-                notes += result.notes
-    if result is None:
-        raise ConfigError("none of the recipe's stages trains: one must have a field stage")
-    return replace(result, notes=tuple(dict.fromkeys(notes)), seconds=round(time.perf_counter() - start, 3))
+                results.append(trainer.run(described, teacher, resume, on_progress))
+                notes += results[-1].notes
+    return replace(results[-1], notes=tuple(dict.fromkeys(notes)), seconds=round(time.perf_counter() - start, 3))
 
 
 def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, source: DataSource) -> None:
@@ -144,30 +145,32 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
         ConfigError: No stage trains, unknown options, or a budget out of reach.
         IncompatibleModelError: A network that a stage cannot train.
     """
-    for part, entry in parts:
-        if "recalibrate" not in entry:
-            stage = make_stage(part.stage.name, model, part.stage.options, input_size(part, source))
-            if isinstance(stage, GateStage):
-                stage.objective.check_budget(DynamicNetwork(model, input_size=input_size(part, source)).macs)
+    trained = [part for part, entry in parts if "recalibrate" not in entry]
+    if not trained:
+        raise ConfigError("none of the recipe's stages trains: one must have a field stage")
+    for part in trained:
+        size = input_size(part, source)
+        stage = make_stage(part.stage.name, model, part.stage.options, size)
+        if isinstance(stage, GateStage):
+            stage.objective.check_budget(DynamicNetwork(model, input_size=size).macs)
 
 
 class Trainer:
-    """One stage of a training.
-
-    Args:
-        recipe: Of this stage.
-        source: The data, which the network gets to know.
-        model: Trained in place.
-        folder: Of the run.
-        distributed: This process among the others.
-    """
+    """One stage of a training: trains ``model`` in place, which gets to know the data."""
 
     def __init__(self, recipe: Recipe, source: DataSource, model: nn.Module, folder: Path, distributed: Distributed) -> None:
         self.recipe, self.source, self.distributed = recipe, source, distributed
         self.folder = RunFolder(folder, is_main=distributed.is_main)
         self.augmentation, self.input_size = recipe.augmentation.for_source(source), input_size(recipe, source)
         self.model = model.to(distributed.device)
-        add_data_facts(model, self.data_facts())
+        mean, std = self.augmentation.normalisation()
+        facts: dict[str, Any] = {
+            "input_size": self.input_size,
+            "normalisation": {"mean": mean, "std": std},
+            "class_names": source.classes,
+            **{name: getattr(self.augmentation, name) for name in ("resize", "crop_pct", "eval_interpolation")},
+        }
+        add_data_facts(model, facts)
         self.notes: list[str] = []
         if source.skipped:
             self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
@@ -229,7 +232,7 @@ class Trainer:
         recalibrate(self.model, loader, **options)
         self.folder.write(description)
         self.folder.keep(self.model, {"data": self.source.spec})
-        self.distributed.wait()
+        self.distributed.accelerator.wait_for_everyone()
         return f"{name}: statistics recomputed on the training images"
 
     def evaluated(self, result: TrainResult) -> TrainResult:
@@ -256,31 +259,17 @@ class Trainer:
     def eval_loader(self, images: ImageDataset, *, shared: bool = True) -> Loader:
         """Batches of this process for evaluation; unless ``shared``, each process gets all images."""
         size = min(max(2 * self.recipe.data.batch_size // self.distributed.world_size, 64), 512)
-        return self._loader(images, size, train=False, shared=shared)
+        return self._loader(images, size, train=False, **({} if shared else {"rank": 0, "world_size": 1}))
 
-    def _loader(self, images: ImageDataset, size: int, *, train: bool, shared: bool = True, **more: Any) -> Loader:
-        rank, world_size = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
-        return make_loader(
-            images,
-            size,
-            augmentation=self.augmentation,
-            train=train,
-            device=self.distributed.device,
-            rank=rank,
-            world_size=world_size,
-            workers=self.recipe.data.workers,
-            **more,
-        )
-
-    def data_facts(self) -> dict[str, Any]:
-        """How images become inputs of the network, and what its outputs mean."""
-        mean, std = self.augmentation.normalisation()
-        return {
-            "input_size": self.input_size,
-            "normalisation": {"mean": mean, "std": std},
-            "class_names": self.source.classes,
-            **{name: getattr(self.augmentation, name) for name in ("resize", "crop_pct", "eval_interpolation")},
+    def _loader(self, images: ImageDataset, size: int, **options: Any) -> Loader:
+        common: Any = {
+            "augmentation": self.augmentation,
+            "device": self.distributed.device,
+            "rank": self.distributed.rank,
+            "world_size": self.distributed.world_size,
+            "workers": self.recipe.data.workers,
         }
+        return make_loader(images, size, **{**common, **options})
 
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """Images to train on, and those by which the network is selected."""
@@ -336,7 +325,7 @@ class Trainer:
         digest = weights_hash(stage.saved(loop.result))
         if loop.state.skipped:
             self.notes.append(f"{loop.state.skipped} of {loop.state.step} steps were skipped: their loss was not finite")
-        self.distributed.wait()
+        self.distributed.accelerator.wait_for_everyone()
         self.folder.load_kept(stage.saved(loop.plain))
         network = stage.measured(loop.plain, self.calibration)
         test = self.eval_loader(self.source.split("test"))
