@@ -18,7 +18,7 @@ from PIL import Image
 import thriftnet as tn
 from images import arrays, class_folders, parquet_files, picture, png
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages
-from thriftnet.data.decode import decode
+from thriftnet.data.folder import FolderImages
 from thriftnet.data.parquet import ParquetImages
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
@@ -161,7 +161,7 @@ def test_every_kind_of_image_becomes_what_torchvision_makes_of_it(tmp_path: Path
     path = tmp_path / f"image.{ending}"
     image = picture(1).convert("L").convert("I").convert("I;16") if mode == "I;16" else picture(1).convert(mode)
     image.save(path, **({"compression": "tiff_lzw"} if ending == "tif" else {}))
-    got = decode(path, "it")
+    got = FolderImages(tmp_path, [path.name], [0]).image(0)
     assert got.mode == "RGB"
     assert got.tobytes() == pil_loader(path).tobytes()
 
@@ -170,7 +170,7 @@ def test_notes_about_rotation_are_ignored_as_torchvision_does(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     picture(0, width=12, height=8).save(tmp_path / "image.jpg", exif=exif)
-    assert decode(tmp_path / "image.jpg", "it").size == (12, 8)
+    assert FolderImages(tmp_path, ["image.jpg"], [0]).image(0).size == (12, 8)
 
 
 def test_parquet_tables_in_several_row_groups(tmp_path: Path):

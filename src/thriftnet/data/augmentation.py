@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.core.spec import check_choice
+from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource, ImageDataset
@@ -66,8 +67,7 @@ class Augmentation:
             if isinstance(value, list):  # YAML has no tuples
                 object.__setattr__(self, field.name, tuple(value))
         for name, known in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
+            check_choice(name, getattr(self, name), known)
         for name, holds, expected in self._conditions():
             if not holds:
                 raise ConfigError(f"augmentation {name}={getattr(self, name)!r}: expected {expected}")

@@ -14,17 +14,11 @@ from thriftnet.data.transforms import generator
 
 
 class Draws(NamedTuple):
-    """Random choices for some images; None for an augmentation that is off.
+    """Random choices for some images; None for an augmentation that is off."""
 
-    Args:
-        crop: Row and column of the crop in the padded image (N, 2).
-        flip: Whether to mirror (N,).
-        cutout: Row and column of the square's centre (N, 2).
-    """
-
-    crop: Tensor | None = None
-    flip: Tensor | None = None
-    cutout: Tensor | None = None
+    crop: Tensor | None = None  # row and column of the crop in the padded image (N, 2)
+    flip: Tensor | None = None  # whether to mirror (N,)
+    cutout: Tensor | None = None  # row and column of the square's centre (N, 2)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Draws:
         """The draws with a function applied to each tensor."""
@@ -47,16 +41,9 @@ def draw(augmentation: Augmentation, count: int, height: int, width: int, seed: 
 
 
 def crop_and_flip(padded: Tensor, indices: Tensor, draws: Draws, height: int, width: int) -> Tensor:
-    """Pick images, each cropped and mirrored as drawn.
+    """Pick images, each cropped and mirrored as drawn, in their dtype.
 
-    Args:
-        padded: All images with their border, (N, C, H + 2p, W + 2p).
-        indices: The images to pick, (B,).
-        draws: Of these images.
-        height, width: Size of the crop.
-
-    Returns:
-        (B, C, height, width), in the dtype of the images.
+    Shape: all images with their border (N, C, H + 2p, W + 2p), indices (B,) -> (B, C, height, width).
     """
     if draws.crop is None and draws.flip is None:
         return padded[indices]

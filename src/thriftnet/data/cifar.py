@@ -22,14 +22,9 @@ CIFAR = {  # mean and standard deviation of the training pixels
 
 
 def open_cifar(kind: str, folder: Path) -> DataSource:
-    """Both splits; torchvision downloads missing files.
+    """Both splits of ``cifar10`` or ``cifar100``; torchvision downloads missing files.
 
-    Args:
-        kind: ``cifar10`` or ``cifar100``.
-        folder: ``cifar-10-batches-py`` or ``cifar-100-python``, or its parent.
-
-    Raises:
-        DataError: The files are missing or damaged and cannot be downloaded.
+    The folder is ``cifar-10-batches-py`` or ``cifar-100-python``, or its parent.
     """
     try:
         from torchvision import datasets

@@ -46,22 +46,10 @@ class EncodedImages(ImageDataset):
         return common
 
     def image(self, index: int) -> Image:
-        return decode(*self.encoded(index))
-
-
-def decode(source: str | os.PathLike[str] | bytes, name: str) -> Image:
-    """An image in mode RGB, whatever its stored mode; EXIF orientation is ignored, as by torchvision.
-
-    Args:
-        source: A file, or its content.
-        name: Its name in error messages.
-
-    Raises:
-        DataError: It cannot be read, or is no image.
-    """
-    with opened(source, name) as image:
-        rgb: Image = image.convert("RGB")
-        return rgb
+        """In mode RGB, whatever is stored; EXIF orientation is ignored, as by torchvision."""
+        with opened(*self.encoded(index)) as image:
+            rgb: Image = image.convert("RGB")
+            return rgb
 
 
 @contextmanager

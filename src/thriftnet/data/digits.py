@@ -16,11 +16,7 @@ CLASSES = tuple("0123456789")
 
 
 def digits_source() -> DataSource:
-    """The digits, split with equal class shares; mean and std are those of the training images.
-
-    Raises:
-        DataError: scikit-learn, which brings the images, is not installed.
-    """
+    """The digits, split with equal class shares; mean and std are those of the training images."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -21,13 +21,7 @@ TEST_FRACTION = 0.2  # of class folders without splits
 
 
 class FolderImages(EncodedImages):
-    """Image files; only their names are kept in memory.
-
-    Args:
-        root: The folder they are in.
-        files: Paths below it.
-        labels: Class of each.
-    """
+    """Image files below a folder; only their names are kept in memory."""
 
     def __init__(self, root: Path, files: list[str], labels: list[int]) -> None:
         self.labels = torch.tensor(labels, dtype=torch.int64)
@@ -44,9 +38,6 @@ def open_folder(folder: Path) -> DataSource:
 
     ``train``, ``val`` and ``test`` folders are splits. Without any, the folders are classes, and a seeded fifth of each
     class is the test split. The classes are those of ``train``, sorted by name.
-
-    Raises:
-        DataError: No such folder, no images, fewer than two classes, or splits whose classes differ.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}. folder:DIR needs class folders in DIR/train and DIR/val, or in DIR")

@@ -18,15 +18,9 @@ Configs = dict[str, dict[str, list[str]]]  # name -> split -> files
 
 
 def open_hub(name: str) -> DataSource:
-    """All splits of a data set on the Hub; files are downloaded once, to huggingface_hub's cache.
+    """All splits of ``OWNER/NAME[:CONFIG][@REVISION]``; files are downloaded once, to huggingface_hub's cache.
 
-    Args:
-        name: ``OWNER/NAME[:CONFIG][@REVISION]``. Left out, the revision is the main branch, or the Hub's conversion to
-            parquet if that branch has no parquet files.
-
-    Raises:
-        ConfigError: Not such a name, or a configuration that the data set does not have.
-        DataError: No such data set, no access, no connection, or no parquet files of images and labels.
+    Left out, the revision is the main branch, or the Hub's conversion to parquet if that branch has no parquet files.
     """
     match = SPEC.fullmatch(name)
     if not match:

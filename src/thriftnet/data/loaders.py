@@ -28,14 +28,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Loader(ABC):
-    """Batches of ``(images, labels)`` on the device: float32 (B, C, H, W) and int64 (B,).
-
-    Args:
-        dataset: The images.
-        augmentation: With mean and std.
-        order: Of the images, and the share of this process.
-        device: Of the batches.
-    """
+    """Batches of ``(images, labels)`` on the device: float32 (B, C, H, W) and int64 (B,)."""
 
     def __init__(self, dataset: ImageDataset, augmentation: Augmentation, order: Order, device: str | torch.device) -> None:
         self.dataset = dataset
@@ -134,11 +127,7 @@ class ResidentLoader(Loader):
 
 
 class ImageLoader(Loader):
-    """Images decoded and augmented one by one, in torch's DataLoader.
-
-    Args:
-        workers: Processes that decode; 0: this one.
-    """
+    """Images decoded and augmented one by one, in torch's DataLoader with so many worker processes (0: in this one)."""
 
     def __init__(
         self,
@@ -178,13 +167,7 @@ class ImageLoader(Loader):
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
-    """Augmented images with labels, by epoch and index, so that persistent workers know the epoch.
-
-    Args:
-        dataset: The images.
-        transform: Of each image.
-        seed: Of the augmentation; None if nothing is random.
-    """
+    """Augmented images with labels, by epoch and index, so that persistent workers know the epoch; no seed: nothing is random."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, seed: int | None) -> None:
         self.dataset = dataset
@@ -203,13 +186,11 @@ class _Samples(torch.utils.data.Dataset[Any]):
         return self.transform(image), self.labels[index]
 
 
-def _collate(samples: list[tuple[Tensor, Tensor] | DataError]) -> Batch | DataError:
-    pairs = []
+def _collate(samples: list[Any]) -> Batch | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-        pairs.append(sample)
-    images, labels = zip(*pairs, strict=True)
+    images, labels = zip(*samples, strict=True)
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
         return DataError(f"images of one batch differ in size, as {sizes[0]} and {sizes[1]}: set an image_size")

@@ -19,26 +19,17 @@ class Order:
     last batch differ by one image at most (fewer images than processes are dropped). In evaluation, each process has one
     consecutive part of all positions.
 
-    Args:
-        images: Number of images.
-        batch_size: Images per step and process.
-        train: Whether all processes need the same number of batches.
-        shuffle: Whether to permute the images in each epoch.
-        drop_last: Whether to drop a smaller last batch.
-        seed: Of the permutations.
-        rank, world_size: Of this process, and the number of processes.
-
     Raises:
         ConfigError: An invalid number.
         DataError: In training, fewer images than one batch.
     """
 
     images: int
-    batch_size: int
-    train: bool
-    shuffle: bool
-    drop_last: bool
-    seed: int
+    batch_size: int  # images per step and process
+    train: bool  # whether all processes need the same number of batches
+    shuffle: bool  # whether to permute the images in each epoch
+    drop_last: bool  # whether to drop a smaller last batch
+    seed: int  # of the permutations
     rank: int
     world_size: int
 
@@ -64,13 +55,12 @@ class Order:
             start, stop = self.images * rank // world, self.images * (rank + 1) // world
             stop -= (stop - start) % size if self.drop_last else 0
             return [(low, min(low + size, stop)) for low in range(start, stop, size)]
-        whole, rest = divmod(self.images, self.global_batch)
-        spans = [
-            (low + rank * size, low + (rank + 1) * size) for low in range(0, whole * self.global_batch, self.global_batch)
-        ]
+        batch = self.global_batch
+        rest = self.images % batch
+        last = self.images - rest
+        spans = [(low + rank * size, low + (rank + 1) * size) for low in range(0, last, batch)]
         if rest >= world and not self.drop_last:
-            low = whole * self.global_batch
-            spans.append((low + rest * rank // world, low + rest * (rank + 1) // world))
+            spans.append((last + rest * rank // world, last + rest * (rank + 1) // world))
         return spans
 
     def indices(self, epoch: int) -> Tensor:

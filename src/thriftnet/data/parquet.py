@@ -28,10 +28,7 @@ CACHE_BYTES = 1 << 30  # of encoded images, in each process
 class ParquetImages(EncodedImages):
     """Rows of parquet files; a row group is read when one of its rows is asked for, and kept up to `CACHE_BYTES`.
 
-    Args:
-        files: In order.
-        image: Name of the column of images, a struct with ``bytes``.
-        label: Name of the column of labels.
+    ``image`` names the column of images, a struct with ``bytes``, ``label`` that of labels.
     """
 
     def __init__(self, files: list[Path], image: str, label: str) -> None:
@@ -81,11 +78,7 @@ class ParquetImages(EncodedImages):
 
 
 def open_parquet(folder: Path) -> DataSource:
-    """All splits of a folder of parquet files, named ``train-*``, ``validation-*`` and ``test-*``, there or in ``data``.
-
-    Raises:
-        DataError: No such folder, no such files, unreadable files, or columns that are no images and labels.
-    """
+    """All splits of a folder of parquet files, named ``train-*``, ``validation-*`` and ``test-*``, there or in ``data``."""
     require_pyarrow()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}. parquet:DIR needs files train-*.parquet and test-*.parquet in DIR")
@@ -120,15 +113,7 @@ def files_by_split(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
-    """A data set of parquet files.
-
-    Args:
-        spec: Name of the data.
-        files: Of each split, in order.
-
-    Raises:
-        DataError: Missing or unreadable files, or columns that are no images and labels.
-    """
+    """A data set of parquet files: split -> files, in order."""
     import pyarrow
 
     splits: dict[str, ImageDataset] = {}
