@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from thriftnet.data.dataset import ArrayImages, DataSource
+from thriftnet.data.dataset import ArrayImages, DataSource, ImageDataset
 from thriftnet.errors import DataError
 
 CIFAR = {  # mean and standard deviation of the training pixels
@@ -32,9 +32,12 @@ def open_cifar(kind: str, folder: Path) -> DataSource:
         raise DataError(f"{kind} is read by torchvision, which is missing: pip install 'thriftnet[train]'") from None
     dataset: Any = getattr(datasets, kind.upper())
     root = folder.parent if folder.name == dataset.base_folder else folder
-    train, test = (_open(dataset, root, train=train) for train in (True, False))
-    splits = {"train": _images(train), "test": _images(test)}
-    return DataSource(f"{kind}:{folder}", tuple(train.classes), dict(splits), *CIFAR[kind])
+    splits: dict[str, ImageDataset] = {}
+    for name in ("train", "test"):
+        split = _open(dataset, root, train=name == "train")
+        pixels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
+        splits[name] = ArrayImages(pixels, torch.tensor(split.targets, dtype=torch.int64))
+    return DataSource(f"{kind}:{folder}", tuple(split.classes), splits, *CIFAR[kind])
 
 
 def _open(dataset: Any, root: Path, *, train: bool) -> Any:
@@ -53,8 +56,3 @@ def _open(dataset: Any, root: Path, *, train: bool) -> Any:
                 f"{root} holds no complete {dataset.__name__} ({root / dataset.base_folder}: missing, or md5 sums differ), and "
                 f"it could not be downloaded: {error}. Put the files of {dataset.filename} there, unpacked"
             ) from None
-
-
-def _images(dataset: Any) -> ArrayImages:
-    pixels = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return ArrayImages(pixels, torch.tensor(dataset.targets, dtype=torch.int64))

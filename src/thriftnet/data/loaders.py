@@ -72,11 +72,7 @@ class Loader(ABC):
         return {"epoch": self.epoch, "step": self._given, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume from another loader's state: the next pass gives the remaining batches of its epoch.
-
-        Raises:
-            ConfigError: The state is of other data, another seed, or another batch size over all processes.
-        """
+        """Resume from another loader's state: the next pass gives the remaining batches of its epoch."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ConfigError(

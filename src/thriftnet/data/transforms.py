@@ -55,11 +55,7 @@ def train_transform(augmentation: Augmentation) -> Transform:
 
 
 def eval_transform(augmentation: Augmentation) -> Transform:
-    """PIL image -> float tensor (C, H, W): resize, centre crop and normalise.
-
-    Raises:
-        ConfigError: Mean and std are not set.
-    """
+    """PIL image -> float tensor (C, H, W): resize, centre crop and normalise."""
     from torchvision import transforms
 
     mean, std = augmentation.normalisation()

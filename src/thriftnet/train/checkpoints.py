@@ -43,14 +43,9 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, of which the newest are kept; all processes must call each method.
 
-    Args:
-        folder: Their folder.
-        accelerator: Holds network and optimizer; all processes must call each method.
-        state: The loop's.
-        average: The averaged network, or None.
-        keep: How many of the newest are kept.
+    The accelerator holds network and optimizer, ``average`` is the averaged network.
     """
 
     def __init__(

@@ -72,9 +72,7 @@ def process_group(device: str | None) -> Iterator[torch.device]:
 class Distributed:
     """The processes that train together, by Accelerate.
 
-    Args:
-        device: ``cpu``, ``cuda``, or None for a GPU if there is one.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+    ``device`` is ``cpu``, ``cuda``, or None for a GPU if there is one; ``precision`` ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
         ConfigError: No such device, or not as many processes as were started.

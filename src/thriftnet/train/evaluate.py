@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from thriftnet.data.loaders import Batch, Loader
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
-from thriftnet.train.distributed import joined, largest, total
+from thriftnet.train.distributed import largest, total
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,11 @@ class _Counts:
 
     def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
         """Sums over processes, checked, as the evaluation."""
-        if joined()[1] > 1:
-            outputs = int(largest(torch.tensor(self.outputs, device=self.device)))
-            if self.outputs == 0 and outputs:  # this process had no images
-                self._open(outputs)
-            self.highest = largest(self.highest)
-            self.loss, self.right, self.pairs = total(self.loss), total(self.right), total(self.pairs)
+        outputs = int(largest(torch.tensor(self.outputs, device=self.device)))
+        if not self.outputs:  # this process had no images
+            self._open(outputs)
+        self.highest = largest(self.highest)
+        self.loss, self.right, self.pairs = total(self.loss), total(self.right), total(self.pairs)
         self.seen = int(total(torch.tensor(self.seen, device=self.device)))
         if self.seen == 0:
             raise DataError("there are no images to evaluate on")

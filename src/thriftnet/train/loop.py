@@ -108,7 +108,7 @@ class TrainLoop:
         optimizer = make_optimizer(self.plain, recipe.optimizer)
         schedule = make_schedule(optimizer, recipe, self.steps_per_epoch, self.steps / self.steps_per_epoch)
         self.model, self.optimizer, self.schedule = distributed.prepare(
-            self.plain, optimizer, schedule, find_unused_parameters=recipe.run.find_unused_parameters or stage.partial
+            self.plain, optimizer, schedule, find_unused_parameters=recipe.run.find_unused_parameters or stage.passes > 1
         )
         self.state, self.images = TrainState(), 0
         self.checkpoints = Checkpoints(folder, self.accelerator, self.state, self.average, recipe.run.keep_checkpoints)

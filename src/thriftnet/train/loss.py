@@ -20,12 +20,9 @@ class Criterion:
         self.teacher, self.share = teacher, fields.distill_weight if teacher is not None else 0.0
 
     def __call__(self, outputs: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        """The loss, in float32 or wider.
+        """The loss, in float32 or wider; the teacher gets the images.
 
-        Args:
-            outputs: Logits, (N, classes).
-            targets: Labels (N,) or probabilities (N, classes), already smoothed.
-            images: The inputs, for the teacher.
+        Shape: logits (N, classes); labels (N,), or probabilities (N, classes) that are smoothed already.
         """
         outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
         smoothing = self.smoothing if targets.ndim == 1 else 0.0

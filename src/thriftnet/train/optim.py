@@ -22,11 +22,7 @@ Shape = Callable[[float], float]  # epochs passed -> factor on the learning rate
 
 
 def make_optimizer(model: nn.Module, fields: OptimizerFields) -> torch.optim.Optimizer:
-    """torch's SGD or AdamW, or one of timm's by name, over the trainable parameters.
-
-    Raises:
-        ConfigError: No optimizer of that name, or nothing to train.
-    """
+    """torch's SGD or AdamW, or one of timm's by name, over the trainable parameters."""
     groups = decay_groups(model, fields.weight_decay, fields.no_decay)
     if not groups:
         raise ConfigError("there is nothing to train: no parameter of the network requires a gradient")
@@ -66,11 +62,7 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str])
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, epochs: float) -> LambdaLR:
-    """torch's scheduler over a number of epochs, to be stepped after each optimizer step.
-
-    Raises:
-        ConfigError: A cool-down longer than the training.
-    """
+    """torch's scheduler over a number of epochs, to be stepped after each optimizer step."""
     shape = SHAPES[recipe.schedule.name](recipe, epochs)
 
     def factor(step: int) -> float:

@@ -20,11 +20,7 @@ from thriftnet.train.recipe import Recipe
 
 
 def input_size(recipe: Recipe, source: DataSource) -> Size:
-    """Channels, height and width of the network's input.
-
-    Raises:
-        ConfigError: The images differ in size, and the augmentation does not resize them.
-    """
+    """Channels, height and width of the network's input."""
     stored, wanted = source.input_size, recipe.augmentation.image_size
     if wanted is not None:
         return len(recipe.augmentation.for_source(source).normalisation()[0]), wanted, wanted
@@ -55,11 +51,7 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
 
 @torch.no_grad()
 def check_classes(model: nn.Module, source: DataSource, size: Size, name: str) -> None:
-    """Run the network on one image.
-
-    Raises:
-        ConfigError: It does not take such images, or its outputs do not match the classes of the data.
-    """
+    """Run the network on one image; refuse one that does not take it, or has other classes than the data."""
     like = next(model.parameters(), torch.zeros(()))
     try:
         with eval_mode(model):

@@ -171,13 +171,8 @@ class Recipe(Group):
         epochs: Passes over the training images.
         max_steps: Instead: optimizer steps; the schedule spans them.
         seed: Of weights, order and augmentation.
-        data: How images are read.
-        augmentation: What is done to them, as `thriftnet.data.augmentation.Augmentation`; mean and std default to the data's.
-        optimizer: The optimizer, and the average of the weights.
-        schedule: The learning rate over the training.
-        loss: The loss.
-        stage: What one optimizer step does.
-        run: How the training runs, which network it keeps, and what it writes.
+        data, augmentation, optimizer, schedule, loss, stage, run: Groups of fields; the augmentation's mean and std default to the
+            data's.
         stages: Instead of one training, several of the same network: for each the fields in which it differs, with ``stage``, or with
             ``recalibrate`` (arguments of `thriftnet.recalibrate`) to recompute norm statistics.
         needs: Options that must be given on the command line, as ``model`` for a recipe that starts from a trained network.
@@ -387,12 +382,11 @@ def _with_stage_field(stages: list[dict[str, Any]], name: str, value: Any) -> li
             else f"{name}: the recipe has no stages to number; give the field itself, as lr=0.05 or --lr 0.05"
         )
     entry = stages[int(number) - 1]
-    head, _, option = path.partition(".")
-    own = {"recalibrate": {**entry.get("recalibrate", {}), option: value}} if head == "recalibrate" else {}
-    for leaf, item in ({} if own else _flat({path: value})).items():
+    changed = dict(entry)
+    for leaf, item in ({path: value} if path.startswith("recalibrate.") else _flat({path: value})).items():
         mapping, _, key = leaf.rpartition(".")
-        own |= {leaf: item} if leaf in field_names() else {mapping: {**entry.get(mapping, {}), key: item}}
-    return [_flat_stage({**entry, **own}) if each is entry else each for each in stages]
+        changed |= {leaf: item} if leaf in field_names() else {mapping: {**entry.get(mapping, {}), key: item}}
+    return [_flat_stage(changed) if each is entry else each for each in stages]
 
 
 @functools.cache

@@ -29,12 +29,7 @@ LOCK, LINES, TABLE, CURVES = ".lock", "metrics.jsonl", "metrics.csv", "curves.sv
 
 
 class RunFolder:
-    """One training's folder.
-
-    Args:
-        path: The folder.
-        is_main: Whether this process writes; the others keep the metrics in memory.
-    """
+    """One training's folder; only the main process writes, the others keep the metrics in memory."""
 
     def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
@@ -43,11 +38,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for one training.
-
-        Raises:
-            ConfigError: Another process trains there, or the folder cannot be written.
-        """
+        """Lock the folder for one training."""
         with ExitStack() as held:
             if self.is_main:
                 try:
@@ -99,11 +90,7 @@ class RunFolder:
         return stored
 
     def write(self, run: Mapping[str, Any]) -> None:
-        """Write run.json.
-
-        Raises:
-            ConfigError: The folder cannot be written.
-        """
+        """Write run.json."""
         if not self.is_main:
             return
         try:
@@ -142,11 +129,7 @@ class RunFolder:
             save(model, self.model, metadata=metadata)
 
     def load_kept(self, model: nn.Module) -> None:
-        """Load the weights of the network that was kept into one of the same architecture.
-
-        Raises:
-            CheckpointError: The model file is missing, damaged, or of another network.
-        """
+        """Load the weights of the network that was kept into one of the same architecture."""
         _, stored = read_model(model_path(self.model))
         if stored.keys() != unique_tensors(model).keys():
             raise CheckpointError(f"{self.model} does not fit the network that was trained")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,9 @@ class Step:
 class Stage:
     """One kind of training step; by itself the standard one, with the loss of one forward."""
 
-    partial: ClassVar[bool] = False  # whether a pass leaves parameters without a gradient
-
     @property
     def passes(self) -> int:
-        """Losses of a step."""
+        """Losses of a step; where there are several, each may leave parameters without a gradient."""
         return 1
 
     def trained(self, model: nn.Module) -> nn.Module:
@@ -66,11 +64,7 @@ class Stage:
         return module
 
     def measured(self, module: nn.Module, images: Iterable[Any]) -> nn.Module:
-        """The network to evaluate.
-
-        Args:
-            images: Training batches without augmentation, for calibration.
-        """
+        """The network to evaluate, calibrated on training images without augmentation."""
         return module
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
@@ -86,7 +80,6 @@ class AllWidths(Stage):
     """
 
     widths: tuple[Width, ...]
-    partial = True
 
     @property
     def passes(self) -> int:

@@ -241,11 +241,7 @@ class Trainer:
         return replace(result, run=str(self.folder.path), top1=found.top1, top5=found.top5, loss=found.loss)
 
     def train_loader(self, images: ImageDataset, accumulate: int, *, drop_last: bool) -> Loader:
-        """Training batches of this process.
-
-        Raises:
-            ConfigError: A batch size that the processes cannot share.
-        """
+        """Training batches of this process."""
         fields, world_size = self.recipe.data, self.distributed.world_size
         parts = world_size * accumulate
         if fields.batch_size % parts:
