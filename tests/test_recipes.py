@@ -426,6 +426,9 @@ def test_one_thing_has_one_name_in_python_and_on_the_command_line():
         ({"schedule": "cosin"}, "schedule.name='cosin': expected .*'cosine'"),
         ({"no_decay": ["nrm"]}, "optimizer.no_decay='nrm': expected 'technique', 'norm', 'bias'"),
         ({"augmentation": 3}, "augmentation=3: expected a mapping"),
+        ({"model_kwargs": 5, "model_kwargs.depth": 3}, "model_kwargs=5: expected a mapping"),
+        ({"stages": 3}, "stages: expected a list of mappings, got 3"),
+        ({"stages": [{"recalibrate": None}]}, "recalibrate=None: expected a mapping"),
     ],
 )
 def test_a_value_that_a_field_cannot_have_is_refused_in_one_line(fields: dict[str, Any], message: str):

@@ -275,9 +275,6 @@ def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = 
     stages = tuple(nested.pop("stages", ()))
     kwargs, about = nested.pop("model_kwargs", {}), nested.pop("about", {})
     options = nested.get("stage", {}).pop("options", {})
-    for name, value in zip(MAPPINGS, (kwargs, about, options), strict=True):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name}={value!r}: expected a mapping")
     try:
         recipe = Recipe(**vars(_parser().instantiate(_parser().parse_object(nested))))
     except ArgumentError as error:
@@ -326,8 +323,10 @@ def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
             if head in GROUPS:
                 raise unknown_name(f"field of {head}", leaf, _names(GROUPS[head]))
             raise unknown_name("recipe field", name, {*last_names(), *GROUPS})
+        if path in MAPPINGS and not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r}: expected a mapping")
         if path == "stages":
-            flat[path] = [_flat_stage(entry) for entry in value]
+            flat[path] = [_flat_stage(entry) for entry in (value if isinstance(value, list | tuple) else [value])]
         elif path in LISTS and isinstance(value, str) and not value.startswith("["):
             flat[path] = [value]
         elif path not in GROUPS:
@@ -350,10 +349,13 @@ def _flat_stage(entry: Any) -> dict[str, Any]:
         raise ConfigError(f"a stage of a recipe has either a field stage or a field recalibrate, got {sorted(entry)}")
     if "recalibrate" not in entry:
         return flat
-    for name in entry["recalibrate"]:
+    options = entry["recalibrate"]
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"recalibrate={options!r}: expected a mapping, as {{batches: 100}} or {{}}")
+    for name in options:
         if name not in RECALIBRATION:
             raise unknown_name("option of recalibrate", name, RECALIBRATION)
-    return {"recalibrate": dict(entry["recalibrate"]), **flat}
+    return {"recalibrate": dict(options), **flat}
 
 
 def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,11 +176,7 @@ class Trainer:
             self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
 
     def run(
-        self,
-        described: Mapping[str, Any],
-        teacher: nn.Module | None,
-        resume: str,
-        on_progress: Callable[[Progress], None],
+        self, described: Mapping[str, Any], teacher: nn.Module | None, resume: str, on_progress: Callable[[Progress], None]
     ) -> TrainResult:
         """Train, keep the best network, and measure it."""
         start, recipe, distributed = time.perf_counter(), self.recipe, self.distributed
