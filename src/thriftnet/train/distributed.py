@@ -109,7 +109,7 @@ class Distributed:
             )
 
     def prepare(self, model: nn.Module, *others: Any, find_unused_parameters: bool) -> Any:
-        """Accelerate's wrapping of a network, an optimizer and a schedule; a step may leave some parameters without a gradient."""
+        """Accelerate's wrapping of a network, an optimizer and a schedule; DDP may search for parameters without a gradient."""
         self._ddp.find_unused_parameters = find_unused_parameters
         return self.accelerator.prepare(model, *others)
 
