@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.layout import Layout
+from thriftnet.importing.layout import Layout, Rules, rename
 from thriftnet.models.table import MODELS
 
 Colors: TypeAlias = tuple[float, float, float]
@@ -33,37 +33,20 @@ UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Recognised:
-    """A network of the zoo, and which stored tensors go where in it.
-
-    Args:
-        name: The network's name in the zoo.
-        kwargs: Its arguments.
-        layout: Gives the layout of the network, once it is built.
-        tensors: What to place: each tensor once, without those that the authors' network does not use.
-        notes: What was left out or assumed, a sentence each.
-        preprocessing: How the authors prepare images in evaluation, as far as it is known.
-        absent: Keys that the network needs and the file lacks: they start at zero.
-        adapt: Adds to the network what the zoo's lacks; such a network cannot be rebuilt by its name.
-    """
+    """A network of the zoo, and which stored tensors go where in it."""
 
     name: str
     kwargs: Mapping[str, Any]
-    layout: Callable[[Any], Layout]
-    tensors: Mapping[str, Tensor]
-    notes: Sequence[str]
-    preprocessing: Mapping[str, Any]
-    absent: tuple[str, ...] = ()
-    adapt: Callable[[nn.Module], None] | None = None
+    layout: Callable[[Any], Layout]  # of the network, once it is built
+    tensors: Mapping[str, Tensor]  # each once, without those that the authors' network does not use
+    notes: Sequence[str]  # what was left out or assumed, a sentence each
+    preprocessing: Mapping[str, Any]  # how the authors prepare images in evaluation, as far as it is known
+    absent: tuple[str, ...] = ()  # keys that the network needs and the file lacks: they start at zero
+    adapt: Callable[[nn.Module], None] | None = None  # adds what the zoo's network lacks, which its name cannot rebuild
 
 
 class Evidence:
-    """What a file shows of its network; one system's recogniser reads it and adds notes.
-
-    Args:
-        tensors: By the authors' names, without the prefixes of wrappers.
-        metadata: What the file says of itself.
-        hints: What the user says.
-    """
+    """What a file shows of its network, says of itself, and what the user says; one system's recogniser reads it and adds notes."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         self.tensors, self.metadata, self.hints = dict(tensors), metadata, hints
@@ -74,11 +57,7 @@ class Evidence:
         return all(key in self.tensors for key in keys)
 
     def shape(self, key: str, dims: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor that must be there.
-
-        Args:
-            key: Its name.
-            dims: How many dimensions it must have; None for any number above 0.
+        """The shape of a tensor that must be there, with so many dimensions; None for any number above 0.
 
         Raises:
             CheckpointError: It is missing or has another number of dimensions.
@@ -91,10 +70,7 @@ class Evidence:
         return found
 
     def count(self, pattern: str) -> int:
-        """How many parts of one kind the keys name, numbered from 0 without gaps.
-
-        Args:
-            pattern: Regular expression that matches the start of a key; its group is the number.
+        """How many parts of one kind the keys name, numbered from 0 without gaps; the pattern's group is the number.
 
         Raises:
             CheckpointError: A number is skipped.
@@ -127,13 +103,7 @@ class Evidence:
         return {"num_classes": classes, **({} if channels == 3 else {"in_chans": channels})}
 
     def hint(self, name: str, stated: Any, default: Any) -> Any:
-        """What tensors do not tell: from the user's hint, else from the file, else the default; notes say which.
-
-        Args:
-            name: The hint.
-            stated: What the file says, None for nothing.
-            default: Taken when neither says anything.
-        """
+        """What tensors do not tell: from the user's hint, else what the file states, else the default; notes say which."""
         if name in self.hints:
             if stated is not None and stated != self.hints[name]:
                 self.notes.append(f"The file states {name}={stated!r}; {name}={self.hints[name]!r} was taken, as asked.")
@@ -143,33 +113,29 @@ class Evidence:
             return default
         return stated
 
-    def deduplicate(self, rules: Sequence[tuple[str, str]]) -> None:
-        """Keep a shared tensor once, where the authors repeat it under the name of each user.
-
-        Args:
-            rules: Regular expression of a repeated key, and the key that it repeats.
+    def deduplicate(self, rules: Rules) -> None:
+        """Keep a shared tensor once, where the authors repeat it under the name of each user; rules are as in `rename`.
 
         Raises:
             CheckpointError: Repetitions differ.
         """
-        kept: dict[str, Tensor] = {}
-        origin: dict[str, str] = {}
+        first: dict[str, str] = {}
         for key, tensor in self.tensors.items():
-            matches = ((re.fullmatch(pattern, key), replacement) for pattern, replacement in rules)
-            name = next((match.expand(replacement) for match, replacement in matches if match), key)
-            if name not in kept:
-                kept[name], origin[name] = tensor, key
-            elif not same(kept[name], tensor):
-                raise CheckpointError(
-                    f"{origin[name]} and {key} are one tensor in the authors' network, but they differ here"
-                )
-        self.tensors = kept
+            kept = first.setdefault(rename(key, rules), key)
+            if not same(self.tensors[kept], tensor):
+                raise CheckpointError(f"{kept} and {key} are one tensor in the authors' network, but they differ here")
+        self.tensors = {name: self.tensors[key] for name, key in first.items()}
 
     def network(
-        self, name: str, kwargs: Mapping[str, Any], layout: Callable[[Any], Layout], preprocessing: Mapping[str, Any]
+        self,
+        name: str,
+        kwargs: Mapping[str, Any],
+        layout: Callable[[Any], Layout],
+        preprocessing: Mapping[str, Any] = UNKNOWN,
+        **more: Any,
     ) -> Recognised:
         """The network that the tensors show."""
-        return Recognised(name, kwargs, layout, self.tensors, self.notes, preprocessing)
+        return Recognised(name, kwargs, layout, self.tensors, self.notes, preprocessing, **more)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

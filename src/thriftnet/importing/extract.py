@@ -113,9 +113,7 @@ def module_tensors(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
     skipped = module.state.get("_non_persistent_buffers_set")
     names = set(map(str, skipped)) if isinstance(skipped, list) else set()
     owned = {**_entries(module, "_parameters"), **_entries(module, "_buffers")}
-    found = {
-        f"{prefix}{name}": tensor for name, tensor in owned.items() if isinstance(tensor, Tensor) and name not in names
-    }
+    found = {f"{prefix}{name}": tensor for name, tensor in owned.items() if isinstance(tensor, Tensor) and name not in names}
     for name, child in _entries(module, "_modules").items():
         if _is_module(child):
             found |= module_tensors(child, f"{prefix}{name}.")

@@ -29,14 +29,8 @@ from thriftnet.models import create_model
 from thriftnet.models.entry import IDENTITY
 
 SLACK = 1 << 20  # numbers that a network may have beyond those stored, as counters that were left out
-SHOWN_BY_TENSORS = (
-    "mapping",
-    "rate",
-    "fusion",
-    "expansion",
-    "reduction",
-    "original_sharing",
-)  # hints that may contradict them
+# hints that the tensors may contradict
+SHOWN_BY_TENSORS = ("mapping", "rate", "fusion", "expansion", "reduction", "original_sharing")
 LONG = 1000  # characters, from which metadata is not saved with the network
 
 
@@ -105,10 +99,10 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
         ConfigError: An unknown hint, or one that does not go with this file.
     """
     check_hints(hints)
-    stored = read_file(path)
+    content, format = read_file(path)
     about_network = {name: value for name, value in hints.items() if name != "ema" and value is not None}
     try:
-        found = contents(stored.content, hints)
+        found = contents(content, hints)
         system, recognised = recognise(found.tensors, found.metadata, about_network)
         if "model" not in hints:
             _check_used(about_network, recognised)
@@ -120,7 +114,7 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
     add_data_facts(model, preprocessing)
     return ImportedCheckpoint(
         model=model,
-        source=Source(system, stored.format, os.fspath(path)),
+        source=Source(system, format, os.fspath(path)),
         metadata=found.metadata,
         notes=(*found.notes, *recognised.notes, *notes),
         preprocessing=preprocessing,

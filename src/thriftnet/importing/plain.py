@@ -70,7 +70,7 @@ def recognise_own(evidence: Evidence) -> Recognised | None:
         weight = evidence.tensors.get(f"{default_cfg.get(layer)}.weight")
         if argument in arguments and argument not in given and weight is not None and weight.ndim > dim:
             given[argument] = int(weight.shape[dim])
-    return evidence.network(name, given, own_layout, UNKNOWN)
+    return evidence.network(name, given, own_layout)
 
 
 def own_layout(model: nn.Module) -> Layout:
