@@ -65,7 +65,7 @@ class Evidence:
         if key not in self.tensors:
             raise CheckpointError(f"{key} is missing")
         found = tuple(self.tensors[key].shape)
-        if len(found) != (len(found) or 1 if dims is None else dims) or 0 in found:
+        if dims not in (None, len(found)) or not found or 0 in found:
             raise CheckpointError(f"{key} has shape {found}: expected {dims or 'some'} dimensions, none of size 0")
         return found
 
@@ -75,8 +75,8 @@ class Evidence:
         Raises:
             CheckpointError: A number is skipped.
         """
-        compiled = re.compile(pattern)
-        numbers = sorted({int(match[1]) for match in map(compiled.match, self.tensors) if match and len(match[1]) < 10})
+        matches = (re.match(pattern, key) for key in self.tensors)
+        numbers = sorted({int(match[1]) for match in matches if match and len(match[1]) < 10})
         if numbers != list(range(len(numbers))):
             gap = next(number for number, found in enumerate(numbers) if number != found)
             raise CheckpointError(f"keys like {pattern.lstrip('^')} go up to {numbers[-1]}, but number {gap} is missing")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.provenance import add_data_facts, stated_input_size
-from thriftnet.core.tied import unique_tensors
+from thriftnet.core.tied import count_params, unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import sha256_of
 from thriftnet.importing.evidence import Recognised
@@ -81,8 +80,7 @@ class ImportedCheckpoint:
         return f"create_model({identity['name']!r}{arguments})"
 
     def __str__(self) -> str:
-        params = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = [f"from    {self.source}", f"network {self.architecture}", f"params  {params:,}"]
+        lines = [f"from    {self.source}", f"network {self.architecture}", f"params  {count_params(self.model):,}"]
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
 
 
@@ -123,16 +121,11 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
 
 def folder_facts(imported: ImportedCheckpoint) -> dict[str, Any]:
     """What `save` keeps with an imported network: preprocessing, classes, the file and its hash, notes, short metadata."""
-    source = imported.source
+    file = imported.source.file
     return {
         **imported.preprocessing,
         "num_classes": getattr(imported.model, "num_classes", None),
-        "source": {
-            "system": source.system,
-            "format": source.format,
-            "file": Path(source.file).name,
-            "sha256": sha256_of(source.file),
-        },
+        "source": {**asdict(imported.source), "file": Path(file).name, "sha256": sha256_of(file)},
         "notes": list(imported.notes),
         "checkpoint": {key: value for key, value in imported.metadata.items() if len(str(value)) <= LONG},
     }
@@ -154,10 +147,8 @@ def build(recognised: Recognised) -> tuple[nn.Module, list[str]]:
     if needed > stored + SLACK:
         raise CheckpointError(f"its tensors state {needed:,} numbers, but the file stores {stored:,}: it is damaged")
     persistent = set(empty.state_dict(keep_vars=True))
-    if all(name in persistent for name, _ in chain(empty.named_parameters(), empty.named_buffers())):
-        model = empty.to_empty(device="cpu")
-    else:
-        model = _make(recognised)
+    computed = any(name not in persistent for name, _ in empty.named_buffers())
+    model = _make(recognised) if computed else empty.to_empty(device="cpu")
     fill(model, tensors, recognised.layout(model))
     kinds = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()} - {"torch.float32"})
     if kinds:
