@@ -46,7 +46,10 @@ class Recognised:
 
 
 class Evidence:
-    """What a file shows of its network, says of itself, and what the user says; one system's recogniser reads it and adds notes."""
+    """What a file shows of its network, says of itself, and what the user says; one system's recogniser reads it and adds notes.
+
+    Where a method finds what no network of the authors' has, it raises a `CheckpointError`.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         self.tensors, self.metadata, self.hints = dict(tensors), metadata, hints
@@ -57,11 +60,7 @@ class Evidence:
         return all(key in self.tensors for key in keys)
 
     def shape(self, key: str, dims: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor that must be there, with so many dimensions; None for any number above 0.
-
-        Raises:
-            CheckpointError: It is missing or has another number of dimensions.
-        """
+        """The shape of a tensor that must be there, with so many dimensions; None for any number above 0."""
         if key not in self.tensors:
             raise CheckpointError(f"{key} is missing")
         found = tuple(self.tensors[key].shape)
@@ -70,11 +69,7 @@ class Evidence:
         return found
 
     def count(self, pattern: str) -> int:
-        """How many parts of one kind the keys name, numbered from 0 without gaps; the pattern's group is the number.
-
-        Raises:
-            CheckpointError: A number is skipped.
-        """
+        """How many parts of one kind the keys name, numbered from 0 without gaps; the pattern's group is the number."""
         matches = (re.match(pattern, key) for key in self.tensors)
         numbers = sorted({int(match[1]) for match in matches if match and len(match[1]) < 10})
         if numbers != list(range(len(numbers))):
@@ -87,11 +82,7 @@ class Evidence:
         return tuple(self.count(pattern.format(stage)) for stage in stages)
 
     def blocks_per_stage(self, pattern: str = r"^layer{}\.(\d+)\.") -> int:
-        """The blocks in each of three stages.
-
-        Raises:
-            CheckpointError: The stages differ.
-        """
+        """The blocks in each of three stages, which must be equally many."""
         blocks = self.counts(pattern, (1, 2, 3))
         if len(set(blocks)) != 1:
             raise CheckpointError(f"its stages have {blocks} blocks: expected the same number in all three")
@@ -114,11 +105,7 @@ class Evidence:
         return stated
 
     def deduplicate(self, rules: Rules) -> None:
-        """Keep a shared tensor once, where the authors repeat it under the name of each user; rules are as in `rename`.
-
-        Raises:
-            CheckpointError: Repetitions differ.
-        """
+        """Keep a shared tensor once, where the authors repeat it under the name of each user; the rules rename these."""
         first: dict[str, str] = {}
         for key, tensor in self.tensors.items():
             kept = first.setdefault(rename(key, rules), key)
@@ -162,11 +149,7 @@ def simplest_ratio(low: float, high: float, fits: Callable[[float], bool], state
 
 
 def in_zoo(name: str, what: str) -> str:
-    """The name, if the zoo has it.
-
-    Raises:
-        CheckpointError: It has not; the message lists what it has of this kind.
-    """
+    """The name, if the zoo has it; else a `CheckpointError` lists what it has of this kind."""
     if name not in MODELS:
         like = [known for known in MODELS if re.sub(r"\d+", "", known) == re.sub(r"\d+", "", name)]
         raise CheckpointError(f"it is {what}, which the zoo does not have; of this kind it has {', '.join(sorted(like))}")

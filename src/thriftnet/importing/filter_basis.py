@@ -182,11 +182,7 @@ def resnet_place(evidence: Evidence) -> str:
 
 
 def resnet_depth(evidence: Evidence) -> int:
-    """The depth of a ResNet of four stages.
-
-    Raises:
-        CheckpointError: There is none with these blocks.
-    """
+    """The depth of a ResNet of four stages with these blocks."""
     blocks = evidence.counts(r"^layer{}\.(\d+)\.", range(1, 5))
     bottleneck = evidence.has("layer1.0.conv3.weight")
     known = {depth: blocks_of for depth, (blocks_of, kind) in RESNETS.items() if kind == bottleneck}

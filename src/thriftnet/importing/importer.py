@@ -132,11 +132,7 @@ def folder_facts(imported: ImportedCheckpoint) -> dict[str, Any]:
 
 
 def build(recognised: Recognised) -> tuple[nn.Module, list[str]]:
-    """The recognised network, filled with the stored tensors, and notes about them.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected, or of another shape or kind.
-    """
+    """The recognised network, filled with the stored tensors if all of them fit, and notes about them."""
     with torch.device("meta"):
         empty = _make(recognised)
     layout, ours = recognised.layout(empty), unique_tensors(empty)
@@ -186,11 +182,7 @@ def _stored_numbers(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _check_used(hints: Mapping[str, Any], recognised: Recognised) -> None:
-    """Raise for a hint that the tensors contradict, or that plays no part in their network.
-
-    Raises:
-        ConfigError: With what the tensors show.
-    """
+    """Raise a `ConfigError` for a hint that the tensors contradict, or that plays no part in their network."""
     for name in (name for name in SHOWN_BY_TENSORS if name in hints):
         shown, value = recognised.kwargs.get(name), hints[name]
         if shown != value:

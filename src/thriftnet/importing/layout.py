@@ -53,12 +53,9 @@ def ours_alone(model: nn.Module) -> set[str]:
 
 
 def check(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
-    """Raise unless every tensor has its place and every place its tensor; nothing is allocated.
+    """Raise a `CheckpointError` unless every tensor has its place and every place its tensor; nothing is allocated.
 
     Shapes may differ by dimensions of size 1, as (T, 1, 1, 1, 1) coefficients do.
-
-    Raises:
-        CheckpointError: Which do not fit, with both shapes.
     """
     ours, own = unique_tensors(model), ours_alone(model)
     placed = Counter[str]()
@@ -83,11 +80,7 @@ def check(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> Non
 
 @torch.no_grad()
 def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
-    """Copy the authors' tensors into our network; what a gate's decisions cost is ours alone, and starts at 0.
-
-    Raises:
-        CheckpointError: See `check`.
-    """
+    """`check` the authors' tensors and copy them into our network; what a gate's decisions cost is ours alone, and starts at 0."""
     check(model, theirs, layout)
     ours = unique_tensors(model)
     for key in ours_alone(model):

@@ -36,11 +36,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def check_hints(hints: Mapping[str, Any]) -> None:
-    """Raise for a hint that no system takes; with ``model``, all others are arguments of that network.
-
-    Raises:
-        ConfigError: An unknown hint or system, with the known ones.
-    """
+    """Raise a `ConfigError` for an unknown system or hint; with ``model``, all others are arguments of that network."""
     known = [*GENERAL, *(name for system in SYSTEMS.values() for name in system.hints)]
     for name in hints if "model" not in hints else ():
         if name not in known:

@@ -32,23 +32,9 @@ from thriftnet.models.entry import IDENTITY
 from thriftnet.store import shapes
 from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
-from thriftnet.store.card import steps as steps
-from thriftnet.store.config import (
-    CARD,
-    CONFIG,
-    FORMAT,
-    MODEL,
-    NO_CHECKSUM,
-    Config,
-    check_sizes,
-    describe,
-    identity_of,
-    parse_config,
-)
+from thriftnet.store.config import CARD, CONFIG, MODEL, NO_CHECKSUM, Config, check_sizes, describe, identity_of, parse_config
 from thriftnet.store.hub import HUB, download
 from thriftnet.techniques import convert
-
-__all__ = ["FORMAT", "load", "read_config", "replay", "save", "steps"]
 
 RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
 ENTRY = "thriftnet"  # the config among the header's metadata
@@ -156,21 +142,13 @@ def model_path(source: str | os.PathLike[str]) -> Path:
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a file begins as `save` writes it.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Whether a file begins as `save` writes it; an `OSError` if it cannot be read."""
     with open_regular(path) as file:
         return file.read(8 + len(START)).startswith(START, 8)
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
-    """Do to a plain network what was done to another.
-
-    Raises:
-        ConfigError: An unknown step, or one that does not fit the network.
-    """
+    """Do to a plain network what was done to another."""
     model = model.eval()
     for step in history:
         verb = step.get("verb")
