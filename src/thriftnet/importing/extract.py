@@ -20,6 +20,7 @@ WEIGHTS = ("state_dict", "net_state_dict", "model_state", "model_state_dict", "n
 AVERAGED = "state_dict_ema"
 TRAINING = ("optim", "sched", "scaler", "recorder")  # in the names of training state
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and training frameworks
+MAX_NAME = 1000  # of a module, which is repeated in front of the name of every tensor in it
 
 
 @dataclass
@@ -110,6 +111,8 @@ def _tensors(weights: Any) -> dict[str, Tensor]:
 
 def module_tensors(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
     """Parameters and buffers of a pickled network under the names of its state dict."""
+    if len(prefix) > MAX_NAME:
+        raise CheckpointError(f"a module in it has a name of {len(prefix)} characters: it is damaged, or made to do harm")
     skipped = module.state.get("_non_persistent_buffers_set")
     names = set(map(str, skipped)) if isinstance(skipped, list) else set()
     owned = {**_entries(module, "_parameters"), **_entries(module, "_buffers")}
