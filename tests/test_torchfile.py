@@ -35,26 +35,12 @@ from pickle_bytes import (
     tuple_of,
     zipped,
 )
-from thriftnet.importing import inert, torchfile
 from thriftnet.importing.files import read_file
 from thriftnet.importing.inert import StandIn
 
 SHARED = Path(__file__).parents[2] / "shared"
 FOUR = struct.pack("<4f", 1, 2, 3, 4)
 LAYOUTS = [pytest.param(True, id="zip"), pytest.param(False, id="legacy")]
-
-
-@pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Reads bytes as a file, without the process around the reader."""
-    monkeypatch.setattr(torchfile, "describe", lambda file: inert.describe(file).encode())
-
-    def read_bytes(data: bytes) -> Any:
-        path = tmp_path / "file.pt"
-        path.write_bytes(data)
-        return torchfile.read_torch(path)[0]
-
-    return read_bytes
 
 
 def tensors(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -46,8 +46,8 @@ def _is_identity(value: object) -> bool:
     return isinstance(value, dict) and _is_text(value.get("name")) and _is_object(value.get("kwargs"))
 
 
-def _is_width(value: object) -> bool:
-    return _is_text(value) or (_is_number(value) and math.isfinite(value))  # type: ignore[arg-type]
+def _is_width(value: Any) -> bool:
+    return _is_text(value) or (_is_number(value) and math.isfinite(value))
 
 
 # What steps need, by their verb. Others need nothing; one that is not known is refused when it is repeated.
@@ -70,8 +70,8 @@ def _is_history(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MOST_STEPS and all(map(_is_step, value))
 
 
-def _is_metrics(value: object) -> bool:
-    return _is_object(value) and all(entry is None or _is_number(entry) for entry in value.values())  # type: ignore[attr-defined]
+def _is_metrics(value: Any) -> bool:
+    return _is_object(value) and all(entry is None or _is_number(entry) for entry in value.values())
 
 
 def _or_null(check: Callable[[object], bool]) -> Callable[[object], bool]:
