@@ -48,7 +48,7 @@ def states_of(samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     """The state dict in each sample that has one, as it is stored."""
     found = []
     for sample in samples:
-        content = read_file(sample.put(sample.data, folder)).content if sample.part is None else None
+        content = read_file(sample.put(sample.data, folder))[0] if sample.part is None else None
         inner = [content, *content.values()] if isinstance(content, dict) else []
         found.append(next((value for value in inner if isinstance(value, dict) and _is_state(value)), {}))
     return found

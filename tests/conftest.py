@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +24,18 @@ def seeded() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() is torch.float32, "a test left another default dtype behind"
     assert torch.is_grad_enabled(), "a test left gradients switched off"
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Reads bytes as a file of torch.save, without the process around the reader."""
+    from thriftnet.importing import inert, torchfile
+
+    monkeypatch.setattr(torchfile, "describe", lambda file: inert.describe(file).encode())
+
+    def read_bytes(data: bytes) -> Any:
+        path = tmp_path / "file.pt"
+        path.write_bytes(data)
+        return torchfile.read_torch(path)[0]
+
+    return read_bytes

@@ -19,7 +19,6 @@ from thriftnet.core.tied import unique_tensors
 from thriftnet.data.transforms import eval_transform
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.importing import dsnet, filter_basis, shiftresnet, soft_sharing, weight_sharing
-from thriftnet.importing.extract import contents
 from thriftnet.importing.importer import build, folder_facts, import_checkpoint
 from thriftnet.importing.layout import read
 from thriftnet.importing.systems import recognise
@@ -198,15 +197,6 @@ def test_evaluation_prepares_images_as_the_authors_do(
         known = imported.preprocessing.get("normalisation", {"mean": (0.1,) * 3})
         assert augmentation.mean == tuple(known["mean"])
         assert (augmentation.mean == (0.485, 0.456, 0.406)) == (size == 224)
-
-
-def test_metadata_that_unfolds_without_end_is_left_out() -> None:
-    nested: list[Any] = []
-    for _ in range(60):
-        nested = [nested, nested]
-    found = contents({"state_dict": {"weight": torch.zeros(2)}, "epoch": 3, "args": nested}, {})
-    assert found.metadata == {"epoch": 3}
-    assert "args" in found.notes[0]
 
 
 # -- plain networks and our own keys

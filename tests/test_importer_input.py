@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import thriftnet as tn
+from pickle_bytes import call, dict_of, legacy, storage, tensor
 from test_importer import SMALL, stirred, theirs
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.importing.importer import build, import_checkpoint
@@ -189,14 +190,20 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["metadata"] == {"epoch": 7}
 
 
-def test_modules_that_hold_themselves_end() -> None:
-    from thriftnet.importing.extract import contents
-    from thriftnet.importing.inert import StandIn
+def test_modules_that_hold_themselves_end(tmp_path: Path) -> None:
+    inside = dict_of(_modules=dict_of(a=b"h\x01", b=b"h\x01"), _parameters=dict_of(), _buffers=dict_of())
+    (tmp_path / "c.pth").write_bytes(legacy(call("models.resnet.ResNet") + b"q\x01" + inside + b"b"))
+    with pytest.raises(CheckpointError, match="the pickled network has no parameters"):
+        import_checkpoint(tmp_path / "c.pth")
 
-    module = StandIn("models.resnet.ResNet")
-    module.state = {"_modules": {"a": module, "b": module}, "_parameters": {}, "_buffers": {}}
-    with pytest.raises(CheckpointError, match="without end"):
-        contents({"net": module}, {})
+
+def test_long_names_are_not_multiplied(tmp_path: Path) -> None:
+    weights = dict_of(**{f"p{i}": tensor(storage(1), [1], [1]) for i in range(2)})
+    block = call("Block") + dict_of(_modules=dict_of(), _parameters=weights) + b"b"
+    net = call("Net") + dict_of(_modules=dict_of(**{"x" * 3000: block})) + b"b"
+    (tmp_path / "c.pth").write_bytes(legacy(net, {"0": bytes(4)}))
+    with pytest.raises(CheckpointError, match="a name of 3001 characters"):
+        import_checkpoint(tmp_path / "c.pth")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

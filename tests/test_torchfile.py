@@ -35,26 +35,12 @@ from pickle_bytes import (
     tuple_of,
     zipped,
 )
-from thriftnet.importing import inert, torchfile
 from thriftnet.importing.files import read_file
 from thriftnet.importing.inert import StandIn
 
 SHARED = Path(__file__).parents[2] / "shared"
 FOUR = struct.pack("<4f", 1, 2, 3, 4)
 LAYOUTS = [pytest.param(True, id="zip"), pytest.param(False, id="legacy")]
-
-
-@pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Reads bytes as a file, without the process around the reader."""
-    monkeypatch.setattr(torchfile, "describe", lambda file: inert.describe(file).encode())
-
-    def read_bytes(data: bytes) -> Any:
-        path = tmp_path / "file.pt"
-        path.write_bytes(data)
-        return torchfile.read_torch(path)[0]
-
-    return read_bytes
 
 
 def tensors(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -228,6 +214,6 @@ def test_authors_files_read_as_torch_reads_them() -> None:
     files = [path for path in sorted((SHARED / "checkpoints").glob("*/*")) if path.suffix != ".json"]
     assert len(files) > 30
     for path in files:
-        stored = read_file(path)
-        assert stored.format == ("torch zip" if path.read_bytes().startswith(b"PK") else "torch legacy")
-        assert_same_tensors(stored.content, prototype.read(path))
+        content, format = read_file(path)
+        assert format == ("torch zip" if path.read_bytes().startswith(b"PK") else "torch legacy")
+        assert_same_tensors(content, prototype.read(path))

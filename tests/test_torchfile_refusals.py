@@ -36,19 +36,6 @@ from thriftnet.importing.inert import StandIn
 FOUR = struct.pack("<4f", 1, 2, 3, 4)
 
 
-@pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Reads bytes as a file, without the process around the reader."""
-    monkeypatch.setattr(torchfile, "describe", lambda file: inert.describe(file).encode())
-
-    def read_bytes(data: bytes) -> Any:
-        path = tmp_path / "file.pt"
-        path.write_bytes(data)
-        return torchfile.read_torch(path)[0]
-
-    return read_bytes
-
-
 def deep(count: int) -> bytes:
     return NONE + b"\x85" * count
 

@@ -11,24 +11,15 @@ from thriftnet.errors import ThriftnetError
 
 @contextmanager
 def hub_errors(
-    subject: str,
+    subject: str,  # how the messages begin, as "owner/name cannot be read"
     error_type: type[ThriftnetError],
     *,
-    kind: str,
-    revision: str | None = None,
-    hint: str = "",
-    token: str = "",
+    kind: str,  # "repository" or "data set"
+    revision: str | None = None,  # the one that was asked for
+    hint: str = "",  # what to do where the Hub cannot be reached
+    token: str = "",  # how else a token can be given than by logging in
 ) -> Iterator[None]:
-    """Raise ``error_type`` for what huggingface_hub raises within the block; errors of thriftnet pass through.
-
-    Args:
-        subject: How the messages begin, as "owner/name cannot be read".
-        error_type: What to raise.
-        kind: "repository" or "data set".
-        revision: The one that was asked for.
-        hint: What to do where the Hub cannot be reached.
-        token: How else a token can be given than by logging in.
-    """
+    """Raise ``error_type`` for what huggingface_hub raises within the block; errors of thriftnet pass through."""
     from huggingface_hub import errors
 
     unreachable: Any = errors.HfHubHTTPError.__bases__[0]  # of the HTTP client, which differs by version

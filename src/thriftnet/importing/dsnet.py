@@ -8,7 +8,6 @@ hold the weights twice: as trained, and their moving average.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from itertools import chain
 
 from thriftnet.core.norm import PlainBatchNorm2d
@@ -92,7 +91,7 @@ def recognise(evidence: Evidence) -> Recognised | None:
         evidence.notes.append(
             f"The file has no gate: that of stage {gate} starts at zero. Sub-networks of a fixed width do not use it."
         )
-    return replace(evidence.network(name, kwargs, layout, IMAGENET_BICUBIC), absent=absent)
+    return evidence.network(name, kwargs, layout, IMAGENET_BICUBIC, absent=absent)
 
 
 def _stage(evidence: Evidence, stage: int, stride: int) -> tuple[tuple[int, ...], int, int, int, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.errors import CheckpointError
-from thriftnet.importing.layout import Layout
+from thriftnet.importing.layout import Layout, Rules, rename
 from thriftnet.models.table import MODELS
 
 Colors: TypeAlias = tuple[float, float, float]
@@ -33,36 +33,22 @@ UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Recognised:
-    """A network of the zoo, and which stored tensors go where in it.
-
-    Args:
-        name: The network's name in the zoo.
-        kwargs: Its arguments.
-        layout: Gives the layout of the network, once it is built.
-        tensors: What to place: each tensor once, without those that the authors' network does not use.
-        notes: What was left out or assumed, a sentence each.
-        preprocessing: How the authors prepare images in evaluation, as far as it is known.
-        absent: Keys that the network needs and the file lacks: they start at zero.
-        adapt: Adds to the network what the zoo's lacks; such a network cannot be rebuilt by its name.
-    """
+    """A network of the zoo, and which stored tensors go where in it."""
 
     name: str
     kwargs: Mapping[str, Any]
-    layout: Callable[[Any], Layout]
-    tensors: Mapping[str, Tensor]
-    notes: Sequence[str]
-    preprocessing: Mapping[str, Any]
-    absent: tuple[str, ...] = ()
-    adapt: Callable[[nn.Module], None] | None = None
+    layout: Callable[[Any], Layout]  # of the network, once it is built
+    tensors: Mapping[str, Tensor]  # each once, without those that the authors' network does not use
+    notes: Sequence[str]  # what was left out or assumed, a sentence each
+    preprocessing: Mapping[str, Any]  # how the authors prepare images in evaluation, as far as it is known
+    absent: tuple[str, ...] = ()  # keys that the network needs and the file lacks: they start at zero
+    adapt: Callable[[nn.Module], None] | None = None  # adds what the zoo's network lacks, which its name cannot rebuild
 
 
 class Evidence:
-    """What a file shows of its network; one system's recogniser reads it and adds notes.
+    """What a file shows of its network, says of itself, and what the user says; one system's recogniser reads it and adds notes.
 
-    Args:
-        tensors: By the authors' names, without the prefixes of wrappers.
-        metadata: What the file says of itself.
-        hints: What the user says.
+    Where a method finds what no network of the authors' has, it raises a `CheckpointError`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
@@ -74,33 +60,18 @@ class Evidence:
         return all(key in self.tensors for key in keys)
 
     def shape(self, key: str, dims: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor that must be there.
-
-        Args:
-            key: Its name.
-            dims: How many dimensions it must have; None for any number above 0.
-
-        Raises:
-            CheckpointError: It is missing or has another number of dimensions.
-        """
+        """The shape of a tensor that must be there, with so many dimensions; None for any number above 0."""
         if key not in self.tensors:
             raise CheckpointError(f"{key} is missing")
         found = tuple(self.tensors[key].shape)
-        if len(found) != (len(found) or 1 if dims is None else dims) or 0 in found:
+        if dims not in (None, len(found)) or not found or 0 in found:
             raise CheckpointError(f"{key} has shape {found}: expected {dims or 'some'} dimensions, none of size 0")
         return found
 
     def count(self, pattern: str) -> int:
-        """How many parts of one kind the keys name, numbered from 0 without gaps.
-
-        Args:
-            pattern: Regular expression that matches the start of a key; its group is the number.
-
-        Raises:
-            CheckpointError: A number is skipped.
-        """
-        compiled = re.compile(pattern)
-        numbers = sorted({int(match[1]) for match in map(compiled.match, self.tensors) if match and len(match[1]) < 10})
+        """How many parts of one kind the keys name, numbered from 0 without gaps; the pattern's group is the number."""
+        matches = (re.match(pattern, key) for key in self.tensors)
+        numbers = sorted({int(match[1]) for match in matches if match and len(match[1]) < 10})
         if numbers != list(range(len(numbers))):
             gap = next(number for number, found in enumerate(numbers) if number != found)
             raise CheckpointError(f"keys like {pattern.lstrip('^')} go up to {numbers[-1]}, but number {gap} is missing")
@@ -111,11 +82,7 @@ class Evidence:
         return tuple(self.count(pattern.format(stage)) for stage in stages)
 
     def blocks_per_stage(self, pattern: str = r"^layer{}\.(\d+)\.") -> int:
-        """The blocks in each of three stages.
-
-        Raises:
-            CheckpointError: The stages differ.
-        """
+        """The blocks in each of three stages, which must be equally many."""
         blocks = self.counts(pattern, (1, 2, 3))
         if len(set(blocks)) != 1:
             raise CheckpointError(f"its stages have {blocks} blocks: expected the same number in all three")
@@ -127,13 +94,7 @@ class Evidence:
         return {"num_classes": classes, **({} if channels == 3 else {"in_chans": channels})}
 
     def hint(self, name: str, stated: Any, default: Any) -> Any:
-        """What tensors do not tell: from the user's hint, else from the file, else the default; notes say which.
-
-        Args:
-            name: The hint.
-            stated: What the file says, None for nothing.
-            default: Taken when neither says anything.
-        """
+        """What tensors do not tell: from the user's hint, else what the file states, else the default; notes say which."""
         if name in self.hints:
             if stated is not None and stated != self.hints[name]:
                 self.notes.append(f"The file states {name}={stated!r}; {name}={self.hints[name]!r} was taken, as asked.")
@@ -143,33 +104,25 @@ class Evidence:
             return default
         return stated
 
-    def deduplicate(self, rules: Sequence[tuple[str, str]]) -> None:
-        """Keep a shared tensor once, where the authors repeat it under the name of each user.
-
-        Args:
-            rules: Regular expression of a repeated key, and the key that it repeats.
-
-        Raises:
-            CheckpointError: Repetitions differ.
-        """
-        kept: dict[str, Tensor] = {}
-        origin: dict[str, str] = {}
+    def deduplicate(self, rules: Rules) -> None:
+        """Keep a shared tensor once, where the authors repeat it under the name of each user; the rules rename these."""
+        first: dict[str, str] = {}
         for key, tensor in self.tensors.items():
-            matches = ((re.fullmatch(pattern, key), replacement) for pattern, replacement in rules)
-            name = next((match.expand(replacement) for match, replacement in matches if match), key)
-            if name not in kept:
-                kept[name], origin[name] = tensor, key
-            elif not same(kept[name], tensor):
-                raise CheckpointError(
-                    f"{origin[name]} and {key} are one tensor in the authors' network, but they differ here"
-                )
-        self.tensors = kept
+            kept = first.setdefault(rename(key, rules), key)
+            if not same(self.tensors[kept], tensor):
+                raise CheckpointError(f"{kept} and {key} are one tensor in the authors' network, but they differ here")
+        self.tensors = {name: self.tensors[key] for name, key in first.items()}
 
     def network(
-        self, name: str, kwargs: Mapping[str, Any], layout: Callable[[Any], Layout], preprocessing: Mapping[str, Any]
+        self,
+        name: str,
+        kwargs: Mapping[str, Any],
+        layout: Callable[[Any], Layout],
+        preprocessing: Mapping[str, Any] = UNKNOWN,
+        **more: Any,
     ) -> Recognised:
         """The network that the tensors show."""
-        return Recognised(name, kwargs, layout, self.tensors, self.notes, preprocessing)
+        return Recognised(name, kwargs, layout, self.tensors, self.notes, preprocessing, **more)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -196,11 +149,7 @@ def simplest_ratio(low: float, high: float, fits: Callable[[float], bool], state
 
 
 def in_zoo(name: str, what: str) -> str:
-    """The name, if the zoo has it.
-
-    Raises:
-        CheckpointError: It has not; the message lists what it has of this kind.
-    """
+    """The name, if the zoo has it; else a `CheckpointError` lists what it has of this kind."""
     if name not in MODELS:
         like = [known for known in MODELS if re.sub(r"\d+", "", known) == re.sub(r"\d+", "", name)]
         raise CheckpointError(f"it is {what}, which the zoo does not have; of this kind it has {', '.join(sorted(like))}")

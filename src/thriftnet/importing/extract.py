@@ -1,7 +1,7 @@
 """What a stored file holds: its tensors by name, and what it says of itself.
 
-Authors write state dicts, dicts around state dicts, and whole pickled networks. The last arrive as inert stand-ins, whose
-parameters are collected by walking them as data.
+Authors write state dicts, dicts around state dicts, and whole pickled networks, which arrive as inert stand-ins. The reader has
+bounded how much there is and how deep it goes, and what it gives is a tree: a walk over it comes to an end.
 """
 
 from __future__ import annotations
@@ -20,20 +20,12 @@ WEIGHTS = ("state_dict", "net_state_dict", "model_state", "model_state_dict", "n
 AVERAGED = "state_dict_ema"
 TRAINING = ("optim", "sched", "scaler", "recorder")  # in the names of training state
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and training frameworks
-MAX_MODULES = 100_000  # in a pickled network; more is a trap
-MAX_DEPTH = 100  # of nested metadata and modules
-MAX_PARTS = 1_000_000  # of one entry of metadata
+MAX_NAME = 1000  # of a module, which is repeated in front of the name of every tensor in it
 
 
 @dataclass
 class Contents:
-    """Tensors and metadata of a file.
-
-    Args:
-        tensors: By the authors' names, without the prefixes of wrappers.
-        metadata: Everything plain beside them, JSON-ready.
-        notes: What was chosen or left out, a sentence each.
-    """
+    """Tensors of a file by the authors' names, without the prefixes of wrappers; plain metadata, and notes for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -41,19 +33,15 @@ class Contents:
 
 
 def contents(stored: Any, hints: Mapping[str, Any]) -> Contents:
-    """Find the tensors in what a file holds.
-
-    Args:
-        stored: A state dict, a dict around one, or a stand-in for a pickled network.
-        hints: The user's: ``ema`` chooses between weights and their moving average.
+    """Find the tensors in what `read_file <thriftnet.importing.files.read_file>` gives.
 
     Raises:
         CheckpointError: There are no weights in it.
-        ConfigError: ``ema`` is no boolean, or asks for an average that the file lacks.
+        ConfigError: The hint ``ema`` is no boolean, or asks for an average that the file lacks.
     """
     if _has_weights(stored):
-        found = Contents(_tensors(stored), _attributes(stored) if isinstance(stored, StandIn) else {})
-    elif isinstance(stored, Mapping) and (name := _choose(stored, hints)):
+        found = Contents(_tensors(stored), _attributes(stored, "net"))
+    elif isinstance(stored, dict) and (name := _choose(stored, hints)):
         found = _around(stored, name)
     else:
         raise CheckpointError(
@@ -66,18 +54,18 @@ def contents(stored: Any, hints: Mapping[str, Any]) -> Contents:
     return found
 
 
-def _choose(stored: Mapping[Any, Any], hints: Mapping[str, Any]) -> str | None:
+def _choose(stored: dict[str, Any], hints: Mapping[str, Any]) -> str | None:
     """The entry that holds the weights."""
     ema = hints.get("ema")
     if ema not in (None, True, False):
         raise ConfigError(f"ema={ema!r}: expected True or False")
     if ema and AVERAGED not in stored:
-        raise ConfigError(f"ema=True: the file has no {AVERAGED}, only {', '.join(map(str, stored))}")
+        raise ConfigError(f"ema=True: the file has no {AVERAGED}, only {', '.join(stored)}")
     names = [*WEIGHTS, AVERAGED] if ema is False else [AVERAGED, *WEIGHTS]
     return next((name for name in names if _has_weights(stored.get(name))), None)
 
 
-def _around(stored: Mapping[Any, Any], chosen: str) -> Contents:
+def _around(stored: dict[str, Any], chosen: str) -> Contents:
     """A dict with the weights in one of its entries."""
     found = Contents(_tensors(stored[chosen]))
     if chosen == AVERAGED:
@@ -89,14 +77,14 @@ def _around(stored: Mapping[Any, Any], chosen: str) -> Contents:
     left_out = []
     for key, value in stored.items():
         if key in (*WEIGHTS, AVERAGED) and _has_weights(value):
-            found.metadata |= _attributes(value, str(key)) if isinstance(value, StandIn) else {}
+            found.metadata |= _attributes(value, key)
             continue
-        training = any(word in str(key) for word in TRAINING)
+        training = any(word in key for word in TRAINING)
         plain = None if training else jsonable(value)
         if training or (plain is None and value is not None):
-            left_out.append(str(key))
+            left_out.append(key)
         else:
-            found.metadata[str(key)] = plain
+            found.metadata[key] = plain
     if left_out:
         found.notes.append(f"Left out, as it belongs to training: {', '.join(sorted(left_out))}.")
     return found
@@ -104,124 +92,76 @@ def _around(stored: Mapping[Any, Any], chosen: str) -> Contents:
 
 def _has_weights(value: object) -> bool:
     """Whether it is a dict of tensors by name, or a pickled network."""
-    if _is_module(value):
-        return True
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(key, str) and _as_tensor(tensor) is not None for key, tensor in value.items())
+    if isinstance(value, dict) and value:
+        return all(isinstance(tensor, Tensor) for tensor in value.values())
+    return _is_module(value)
 
 
 def _is_module(value: object) -> bool:
-    return isinstance(value, StandIn) and isinstance(value.state, Mapping) and "_modules" in value.state
+    return isinstance(value, StandIn) and isinstance(value.state, dict) and "_modules" in value.state
 
 
 def _tensors(weights: Any) -> dict[str, Tensor]:
     """The tensors of a state dict or pickled network."""
-    if isinstance(weights, StandIn):
-        return module_tensors(weights)
-    return {key: tensor for key, value in weights.items() if (tensor := _as_tensor(value)) is not None}
-
-
-def _as_tensor(value: object) -> Tensor | None:
-    """A tensor; a parameter of an old torch may be a stand-in around one."""
-    if isinstance(value, StandIn) and value.origin.rpartition(".")[2] in ("Parameter", "Variable"):
-        value = next((part for part in value.args if isinstance(part, Tensor)), None)
-    return value.detach() if isinstance(value, Tensor) else None
-
-
-def module_tensors(network: StandIn) -> dict[str, Tensor]:
-    """Parameters and buffers of a pickled network under the names of its state dict.
-
-    Raises:
-        CheckpointError: Modules that contain themselves, or more of them than any network has.
-    """
-    found: dict[str, Tensor] = {}
-    waiting: list[tuple[str, StandIn, int]] = [("", network, 0)]
-    seen = 0
-    while waiting:
-        prefix, module, depth = waiting.pop()
-        seen += 1
-        if seen > MAX_MODULES or depth > MAX_DEPTH:
-            raise CheckpointError("the pickled network nests modules without end: it is damaged, or made to do harm")
-        skipped = _names(module.state.get("_non_persistent_buffers_set"))
-        buffers = {name: value for name, value in _entries(module, "_buffers") if name not in skipped}
-        for name, value in (*_entries(module, "_parameters"), *buffers.items()):
-            tensor = _as_tensor(value)
-            if tensor is not None:
-                found[f"{prefix}{name}"] = tensor
-        inside = [
-            (f"{prefix}{name}.", child, depth + 1) for name, child in _entries(module, "_modules") if _is_module(child)
-        ]
-        waiting.extend(reversed(inside))
+    found = module_tensors(weights) if isinstance(weights, StandIn) else dict(weights)
     if not found:
         raise CheckpointError("the pickled network has no parameters")
     return found
 
 
-def _entries(module: StandIn, part: str) -> list[tuple[str, Any]]:
-    """The items of one of a module's dicts, which may be a stand-in itself."""
+def module_tensors(module: StandIn, prefix: str = "") -> dict[str, Tensor]:
+    """Parameters and buffers of a pickled network under the names of its state dict."""
+    if len(prefix) > MAX_NAME:
+        raise CheckpointError(f"a module in it has a name of {len(prefix)} characters: it is damaged, or made to do harm")
+    skipped = module.state.get("_non_persistent_buffers_set")
+    names = set(map(str, skipped)) if isinstance(skipped, list) else set()
+    owned = {**_entries(module, "_parameters"), **_entries(module, "_buffers")}
+    found = {f"{prefix}{name}": tensor for name, tensor in owned.items() if isinstance(tensor, Tensor) and name not in names}
+    for name, child in _entries(module, "_modules").items():
+        if _is_module(child):
+            found |= module_tensors(child, f"{prefix}{name}.")
+    return found
+
+
+def _entries(module: StandIn, part: str) -> dict[str, Any]:
+    """One of a module's dicts, which may be a stand-in itself."""
     table = module.state.get(part)
-    if isinstance(table, StandIn):
-        table = table.items
-    return [(str(name), value) for name, value in table.items()] if isinstance(table, Mapping) else []
+    table = table.items if isinstance(table, StandIn) else table
+    return table if isinstance(table, dict) else {}
 
 
-def _names(values: object) -> set[str]:
-    """The elements of a set of names, which may be a stand-in."""
-    if isinstance(values, StandIn):
-        values = [*values.elements, *(name for part in values.args if isinstance(part, list | tuple | set) for name in part)]
-    return {str(value) for value in values} if isinstance(values, list | tuple | set | frozenset) else set()
+def _attributes(weights: StandIn | dict[str, Any], key: str) -> dict[str, Any]:
+    """Class and plain attributes of a pickled network, as metadata under this key."""
+    if not isinstance(weights, StandIn):
+        return {}
+    names = [name for name in weights.state if not name.startswith("_") and name != "training"]
+    plain = {name: value for name in names if (value := jsonable(weights.state[name])) is not None}
+    return {key: {"class": weights.origin, **plain}}
 
 
-def _attributes(network: StandIn, key: str = "net") -> dict[str, Any]:
-    """Class and plain attributes of a pickled network, as metadata."""
-    names = [name for name in network.state if not str(name).startswith("_") and name != "training"]
-    plain = {str(name): value for name in names if (value := jsonable(network.state[name])) is not None}
-    return {key: {"class": network.origin, **plain}}
-
-
-def jsonable(value: Any, depth: int = 0) -> Any:
+def jsonable(value: Any) -> Any:
     """The value as JSON has it; None for what is not plain: tensors of more than one number, and objects but namespaces."""
-    if depth > MAX_DEPTH or (depth == 0 and not _is_small(value)):
-        return None
-    if isinstance(value, bool | int | str):
+    if isinstance(value, int | str):
         return value
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, Tensor):
-        return jsonable(value.item()) if value.numel() == 1 and not value.is_complex() else None
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return jsonable(value.item(), depth + 1)
+        return jsonable(value.item()) if value.numel() == 1 else None
     if isinstance(value, StandIn) and value.origin == "argparse.Namespace":
-        return jsonable(value.state or {}, depth + 1)
-    if isinstance(value, Mapping):
-        parts = [(str(key), jsonable(part, depth + 1), part) for key, part in value.items()]
-        plain = {key: new for key, new, old in parts if new is not None or old is None}
+        return jsonable(value.state or {})
+    if isinstance(value, dict):
+        plain = {key: new for key, part in value.items() if (new := jsonable(part)) is not None or part is None}
         return plain if plain or not value else None
-    if isinstance(value, list | tuple):
-        items = [jsonable(part, depth + 1) for part in value]
+    if isinstance(value, list):
+        items = [jsonable(part) for part in value]
         return None if any(new is None and old is not None for new, old in zip(items, value, strict=True)) else items
     return None
 
 
-def _is_small(value: object) -> bool:
-    """Whether it has at most `MAX_PARTS` parts: lists that hold one list twice have exponentially many."""
-    waiting, seen = [value], 0
-    while waiting and seen <= MAX_PARTS:
-        part = waiting.pop()
-        seen += 1
-        if isinstance(part, StandIn):
-            part = part.state
-        if isinstance(part, Mapping | list | tuple):
-            waiting.extend(part.values() if isinstance(part, Mapping) else part)
-    return not waiting
-
-
 def _seen(stored: object) -> str:
     """What was found instead of weights."""
-    if isinstance(stored, Mapping):
-        names = [str(name) for name in stored]
-        return f"a dict with {', '.join(names[:8]) or 'nothing in it'}{', ...' if len(names) > 8 else ''}"
+    if isinstance(stored, dict):
+        return f"a dict with {', '.join([*stored][:8]) or 'nothing in it'}{', ...' if len(stored) > 8 else ''}"
     if isinstance(stored, StandIn):
         return f"a {stored.origin}"
     if isinstance(stored, Tensor):

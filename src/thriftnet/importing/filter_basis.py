@@ -60,7 +60,6 @@ DENSENET: Rules = (
     (r"(layer_\d+)\.conv2\.", r"\1.residual_function.5."),
 )
 DENSENET_SHARED: Rules = (*DENSE_ENDS, *DENSE_BLOCKS, *DECOMPOSED, (r"\.bn1\.", ".bn0."), (r"\.bn2\.", ".bn1."))
-RESNEXT_BLOCK = ("conv1", "bn1", "", "conv2", "bn2", "", "conv3", "bn3")  # with ReLUs between
 MOBILENET: Rules = (
     (r"^conv1\.", "pre.0."),
     (r"^bn1\.", "pre.1."),
@@ -76,9 +75,6 @@ def layout(model: nn.Module) -> Layout:
 
     In the authors' shared DenseNet ``shared_basis_4`` is used nowhere, and the last dense block uses ``shared_basis_3``. A
     network made with ``original_sharing`` has no place for the former; one with a basis per block takes all four.
-
-    Args:
-        model: A ResNet, DenseNet, ResNeXt or MobileNetV2 of the zoo, plain or with shared filters.
     """
     rules = _rules(model)
     shared = {name: conv for name, conv in model.named_modules() if isinstance(conv, SharedBasisConv2d)}
@@ -111,11 +107,8 @@ def _rules(model: nn.Module) -> Rules:
     if isinstance(model, ResNeXt):
         sharing = any(isinstance(module, PartlySharedConv2d) for module in model.modules())
         plain = "0" if sharing else "[0-9]+"
-        blocks = [
-            (rf"^(layer\d\.{plain})\.{part}\.", rf"\1.residual_function.{index}.")
-            for index, part in enumerate(RESNEXT_BLOCK)
-            if part
-        ]
+        indices = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4, "conv3": 6, "bn3": 7}  # with ReLUs between
+        blocks = [(rf"^(layer\d\.{plain})\.{part}\.", rf"\1.residual_function.{n}.") for part, n in indices.items()]
         return (*blocks, *DECOMPOSED, (r"^fc\.", "linear."))
     if isinstance(model, MobileNetV2):
         return (*MOBILENET, (r"^fc\.", "conv2." if model.conv1.kernel_size == (1, 1) else "classifier.1."))
@@ -148,7 +141,7 @@ def is_resnet(evidence: Evidence) -> bool:
 
 
 def _resnet(evidence: Evidence) -> Recognised:
-    evidence.deduplicate(((r"layer(\d)\.\d+\.shared_basis((?:_\d)?)\.weight", r"shared_basis_\1\2.weight"),))
+    evidence.deduplicate([(r"^layer(\d)\.\d+\.shared_basis((?:_\d)?)\.weight$", r"shared_basis_\1\2.weight")])
     ends = evidence.classes_and_channels("fc.weight", "conv1.weight")
     bases = 2 if evidence.has("shared_basis_1_1.weight") else int(evidence.has("shared_basis_1.weight"))
     if evidence.has("layer4.0.conv1.weight"):
@@ -189,11 +182,7 @@ def resnet_place(evidence: Evidence) -> str:
 
 
 def resnet_depth(evidence: Evidence) -> int:
-    """The depth of a ResNet of four stages.
-
-    Raises:
-        CheckpointError: There is none with these blocks.
-    """
+    """The depth of a ResNet of four stages with these blocks."""
     blocks = evidence.counts(r"^layer{}\.(\d+)\.", range(1, 5))
     bottleneck = evidence.has("layer1.0.conv3.weight")
     known = {depth: blocks_of for depth, (blocks_of, kind) in RESNETS.items() if kind == bottleneck}
@@ -223,26 +212,29 @@ def _form(evidence: Evidence, bases: int) -> tuple[str, dict[str, Any]]:
 
 
 def _densenet(evidence: Evidence) -> Recognised:
-    block = r"features\.dense_block_layer_{}\..*\.shared_basis\.weight"
     last = "features.dense_block_layer_3.bottle_neck_layer_0"
+    kept = [*(f"shared_basis_{n + 1}.weight" for n in range(3)), f"{last}.shared_basis.weight"]
     evidence.deduplicate(
-        (
-            *((block.format(n), f"shared_basis_{n + 1}.weight") for n in range(3)),
-            (block.format(3), f"{last}.shared_basis.weight"),
-        )
+        [(rf"^features\.dense_block_layer_{n}\..*\.shared_basis\.weight$", name) for n, name in enumerate(kept)]
     )
     blocks = evidence.counts(r"^features\.dense_block(?:_layer_)?{}\.bottle_neck_layer_(\d+)\.", range(4))
     growth = evidence.shape("conv1.weight", 4)[0] // 2
     depth = _depth(DENSENETS, (blocks, growth), "layers per dense block and growth")
-    name, kwargs = f"cifar_densenet{depth}", evidence.classes_and_channels("linear.weight", "conv1.weight")
-    preprocessing = _cifar100(kwargs)
-    if evidence.has("shared_basis_1.weight"):
-        name += "_single_shared"
-        kwargs["shared_rank"] = evidence.shape("shared_basis_1.weight", 4)[0]
-        unique = f"{last}.basis_conv2.weight"
-        kwargs["unique_rank"] = evidence.shape(unique, 4)[0] if evidence.has(unique) else 0
+    unique = f"{last}.basis_conv2.weight"
+    name, kwargs = _single_shared(evidence, f"cifar_densenet{depth}", unique if evidence.has(unique) else None)
+    if "shared_rank" in kwargs:
         kwargs["original_sharing"] = _original_sharing(evidence, f"{last}.shared_basis.weight")
-    return evidence.network(name, kwargs, layout, preprocessing)
+    return evidence.network(name, kwargs, layout, _cifar100(kwargs))
+
+
+def _single_shared(evidence: Evidence, name: str, unique: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a DenseNet or ResNeXt, with shared filters or without; ``unique`` is the key of a layer's own."""
+    kwargs = evidence.classes_and_channels("linear.weight", "conv1.weight")
+    if not evidence.has("shared_basis_1.weight"):
+        return name, kwargs
+    kwargs["shared_rank"] = evidence.shape("shared_basis_1.weight", 4)[0]
+    kwargs["unique_rank"] = evidence.shape(unique, 4)[0] if unique else 0
+    return f"{name}_single_shared", kwargs
 
 
 def _original_sharing(evidence: Evidence, last: str) -> bool:
@@ -266,27 +258,19 @@ def _original_sharing(evidence: Evidence, last: str) -> bool:
 
 
 def _resnext(evidence: Evidence) -> Recognised:
-    evidence.deduplicate(((r"layer(\d)\.\d+\.shared_basis\.weight", r"shared_basis_\1.weight"),))
+    evidence.deduplicate([(r"^layer(\d)\.\d+\.shared_basis\.weight$", r"shared_basis_\1.weight")])
     blocks = evidence.counts(r"^layer{}\.(\d+)\.", range(1, 5))
     per_group = evidence.shape("layer1.0.residual_function.3.weight", 4)[1]
     depth = _depth(RESNEXTS, (blocks, per_group), "blocks per stage and channels per group")
-    name, kwargs = f"cifar_resnext{depth}", evidence.classes_and_channels("linear.weight", "conv1.weight")
-    preprocessing = _cifar100(kwargs)
-    if evidence.has("shared_basis_1.weight"):
-        name += "_single_shared"
-        kwargs["shared_rank"] = evidence.shape("shared_basis_1.weight", 4)[0]
-        kwargs["unique_rank"] = evidence.shape("layer1.1.basis_conv2.weight", 4)[0]
-    return evidence.network(name, kwargs, layout, preprocessing)
+    name, kwargs = _single_shared(evidence, f"cifar_resnext{depth}", "layer1.1.basis_conv2.weight")
+    return evidence.network(name, kwargs, layout, _cifar100(kwargs))
 
 
 def _mobilenetv2(evidence: Evidence) -> Recognised:
     double = any(".shared_basis2." in key or key == "shared_basis_1_2.weight" for key in evidence.tensors)
     conv = r"_\1" if double else ""
     evidence.deduplicate(
-        [
-            (rf"stage{stage}\.\d+\.shared_basis(\d)\.weight", f"shared_basis_{stage - 2}{conv}.weight")
-            for stage in (3, 4, 5, 6)
-        ]
+        [(rf"^stage{n + 2}\.\d+\.shared_basis(\d)\.weight$", f"shared_basis_{n}{conv}.weight") for n in range(1, 5)]
     )
     cifar = evidence.shape("pre.0.weight", 4)[2] == 1
     kwargs = evidence.classes_and_channels("conv2.weight" if cifar else "classifier.1.weight", "pre.0.weight")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.provenance import add_data_facts, stated_input_size
-from thriftnet.core.tied import unique_tensors
+from thriftnet.core.tied import count_params, unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import sha256_of
 from thriftnet.importing.evidence import Recognised
@@ -29,14 +28,8 @@ from thriftnet.models import create_model
 from thriftnet.models.entry import IDENTITY
 
 SLACK = 1 << 20  # numbers that a network may have beyond those stored, as counters that were left out
-SHOWN_BY_TENSORS = (
-    "mapping",
-    "rate",
-    "fusion",
-    "expansion",
-    "reduction",
-    "original_sharing",
-)  # hints that may contradict them
+# hints that the tensors may contradict
+SHOWN_BY_TENSORS = ("mapping", "rate", "fusion", "expansion", "reduction", "original_sharing")
 LONG = 1000  # characters, from which metadata is not saved with the network
 
 
@@ -87,8 +80,7 @@ class ImportedCheckpoint:
         return f"create_model({identity['name']!r}{arguments})"
 
     def __str__(self) -> str:
-        params = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = [f"from    {self.source}", f"network {self.architecture}", f"params  {params:,}"]
+        lines = [f"from    {self.source}", f"network {self.architecture}", f"params  {count_params(self.model):,}"]
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
 
 
@@ -105,10 +97,10 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
         ConfigError: An unknown hint, or one that does not go with this file.
     """
     check_hints(hints)
-    stored = read_file(path)
+    content, format = read_file(path)
     about_network = {name: value for name, value in hints.items() if name != "ema" and value is not None}
     try:
-        found = contents(stored.content, hints)
+        found = contents(content, hints)
         system, recognised = recognise(found.tensors, found.metadata, about_network)
         if "model" not in hints:
             _check_used(about_network, recognised)
@@ -120,7 +112,7 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
     add_data_facts(model, preprocessing)
     return ImportedCheckpoint(
         model=model,
-        source=Source(system, stored.format, os.fspath(path)),
+        source=Source(system, format, os.fspath(path)),
         metadata=found.metadata,
         notes=(*found.notes, *recognised.notes, *notes),
         preprocessing=preprocessing,
@@ -129,27 +121,18 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
 
 def folder_facts(imported: ImportedCheckpoint) -> dict[str, Any]:
     """What `save` keeps with an imported network: preprocessing, classes, the file and its hash, notes, short metadata."""
-    source = imported.source
+    file = imported.source.file
     return {
         **imported.preprocessing,
         "num_classes": getattr(imported.model, "num_classes", None),
-        "source": {
-            "system": source.system,
-            "format": source.format,
-            "file": Path(source.file).name,
-            "sha256": sha256_of(source.file),
-        },
+        "source": {**asdict(imported.source), "file": Path(file).name, "sha256": sha256_of(file)},
         "notes": list(imported.notes),
         "checkpoint": {key: value for key, value in imported.metadata.items() if len(str(value)) <= LONG},
     }
 
 
 def build(recognised: Recognised) -> tuple[nn.Module, list[str]]:
-    """The recognised network, filled with the stored tensors, and notes about them.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected, or of another shape or kind.
-    """
+    """The recognised network, filled with the stored tensors if all of them fit, and notes about them."""
     with torch.device("meta"):
         empty = _make(recognised)
     layout, ours = recognised.layout(empty), unique_tensors(empty)
@@ -160,10 +143,8 @@ def build(recognised: Recognised) -> tuple[nn.Module, list[str]]:
     if needed > stored + SLACK:
         raise CheckpointError(f"its tensors state {needed:,} numbers, but the file stores {stored:,}: it is damaged")
     persistent = set(empty.state_dict(keep_vars=True))
-    if all(name in persistent for name, _ in chain(empty.named_parameters(), empty.named_buffers())):
-        model = empty.to_empty(device="cpu")
-    else:
-        model = _make(recognised)
+    computed = any(name not in persistent for name, _ in empty.named_buffers())
+    model = _make(recognised) if computed else empty.to_empty(device="cpu")
     fill(model, tensors, recognised.layout(model))
     kinds = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()} - {"torch.float32"})
     if kinds:
@@ -201,11 +182,7 @@ def _stored_numbers(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _check_used(hints: Mapping[str, Any], recognised: Recognised) -> None:
-    """Raise for a hint that the tensors contradict, or that plays no part in their network.
-
-    Raises:
-        ConfigError: With what the tensors show.
-    """
+    """Raise a `ConfigError` for a hint that the tensors contradict, or that plays no part in their network."""
     for name in (name for name in SHOWN_BY_TENSORS if name in hints):
         shown, value = recognised.kwargs.get(name), hints[name]
         if shown != value:

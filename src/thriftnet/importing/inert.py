@@ -32,26 +32,15 @@ CODECS = [codecs.lookup(name) for name in ("unicode_escape", "raw_unicode_escape
 
 
 class StandIn:
-    """Takes the place of an object whose class a file names, or of what a function would return. It runs nothing.
-
-    Args:
-        origin: The class or function, as in ``models.resnet.ResNet``.
-        args: What it was called with.
-
-    Attributes:
-        state: What the file restores it with, merged if that is a dict; None if nothing.
-        items: What the file sets on it by key.
-        elements: What the file appends to it.
-    """
+    """Takes the place of an object whose class a file names, or of what a function would return. It runs nothing."""
 
     __slots__ = ("origin", *PARTS)
 
     def __init__(self, origin: str, args: tuple[Any, ...] = ()) -> None:
-        self.origin = origin
-        self.args = args
-        self.state: Any = None
-        self.items: dict[Any, Any] = {}
-        self.elements: list[Any] = []
+        self.origin, self.args = origin, args  # the class or function, as models.resnet.ResNet, and what it was called with
+        self.state: Any = None  # what the file restores it with, merged if that is a dict
+        self.items: dict[Any, Any] = {}  # what the file sets on it by key
+        self.elements: list[Any] = []  # what the file appends to it
 
     def __repr__(self) -> str:
         return f"<StandIn for {self.origin}>"
@@ -144,9 +133,9 @@ def describe(file: BinaryIO) -> str:
         content, storages = read_zip(file) if format == "zip" else read_legacy(file)
         head, body = {"format": format, "storages": storages}, Encoder()(content)
         text = f"{json.dumps(head)}\n{json.dumps(body, skipkeys=True, separators=(',', ':'))}"
-        if len(text) <= MAX_TEXT:
-            return text
-        reason = f"what it holds beside its weights takes {len(text)} bytes, more than {MAX_TEXT}"
+        if len(text) > MAX_TEXT:
+            raise RefusedError(f"what it holds beside its weights takes {len(text)} bytes, more than {MAX_TEXT}")
+        return text
     except RefusedError as error:
         reason = str(error)
     except Exception as error:  # whatever broken bytes make the standard library raise, MemoryError and RecursionError, too
@@ -171,9 +160,8 @@ def read_zip(file: BinaryIO) -> tuple[Any, list[list[Any]]]:
         record = records.get(f"data/{key}")
         if count and (record is None or record.file_size != count * SIZES[kind]):
             raise RefusedError(f"its archive lacks the {count} numbers of weights {key!r}")
-        storages.append(
-            [kind, find_record(file, record), record.file_size, record.CRC] if record and count else [kind, 0, 0, 0]
-        )
+        place = (find_record(file, record), record.file_size, record.CRC) if record and count else (0, 0, 0)
+        storages.append([kind, *place])
     return content, storages
 
 
@@ -240,9 +228,8 @@ class Encoder:
             return value
         self.parts += 1
         if self.parts > MAX_PARTS or depth > MAX_DEPTH:
-            raise RefusedError(
-                f"what it holds has over {MAX_PARTS} parts when unfolded, or is nested more than {MAX_DEPTH} deep"
-            )
+            limits = f"over {MAX_PARTS} parts when unfolded, or is nested more than {MAX_DEPTH} deep"
+            raise RefusedError(f"what it holds has {limits}")
         if isinstance(value, dict):
             return {key: self(part, depth + 1) for key, part in value.items()}
         if not isinstance(value, StandIn):

@@ -20,12 +20,7 @@ SHOWN = 5  # keys in a message
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in our state dict.
-
-    Args:
-        key: Our key, under the tensor's first name.
-        index: Which part of our tensor, for stacked ones; () for all of it.
-    """
+    """A place in our state dict: a tensor's first name and, for stacked ones, which part of it."""
 
     key: str
     index: tuple[int, ...] = ()
@@ -47,12 +42,7 @@ def rename(key: str, rules: Rules) -> str:
 
 
 def renamed(model: nn.Module, rules: Rules = ()) -> dict[str, Slot]:
-    """The layout of authors whose tensors are ours under other names.
-
-    Args:
-        model: Our network.
-        rules: Turn our keys into theirs.
-    """
+    """The layout of authors whose tensors are ours under other names, into which the rules turn our keys."""
     own = ours_alone(model)
     return {rename(key, rules): Slot(key) for key in unique_tensors(model) if key not in own}
 
@@ -63,15 +53,9 @@ def ours_alone(model: nn.Module) -> set[str]:
 
 
 def check(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
-    """Raise unless every tensor has its place and every place its tensor; nothing is allocated.
+    """Raise a `CheckpointError` unless every tensor has its place and every place its tensor; nothing is allocated.
 
-    Args:
-        model: Our network, on the meta device if it is not to take memory.
-        theirs: The authors' tensors. Shapes may differ by dimensions of size 1, as (T, 1, 1, 1, 1) coefficients do.
-        layout: That of the network.
-
-    Raises:
-        CheckpointError: Which do not fit, with both shapes.
+    Shapes may differ by dimensions of size 1, as (T, 1, 1, 1, 1) coefficients do.
     """
     ours, own = unique_tensors(model), ours_alone(model)
     placed = Counter[str]()
@@ -96,11 +80,7 @@ def check(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> Non
 
 @torch.no_grad()
 def fill(model: nn.Module, theirs: Mapping[str, Tensor], layout: Layout) -> None:
-    """Copy the authors' tensors into our network; what a gate's decisions cost is ours alone, and starts at 0.
-
-    Raises:
-        CheckpointError: See `check`.
-    """
+    """`check` the authors' tensors and copy them into our network; what a gate's decisions cost is ours alone, and starts at 0."""
     check(model, theirs, layout)
     ours = unique_tensors(model)
     for key in ours_alone(model):

@@ -6,6 +6,7 @@ CIFAR ResNets with option-A shortcuts and a head ``linear`` (as in akamaster/pyt
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,8 @@ def recognise(evidence: Evidence) -> Recognised | None:
     kwargs: dict[str, Any] = {}
     if small:
         depth, ours = 6 * evidence.blocks_per_stage() + 2, "shortcut"
-        name, kwargs["shortcut"] = (
-            in_zoo(f"resnet{depth}", f"a ResNet of depth {depth}"),
-            "projection" if shortcut else "pad",
-        )
+        name = in_zoo(f"resnet{depth}", f"a ResNet of depth {depth}")
+        kwargs["shortcut"] = "projection" if shortcut else "pad"
         preprocessing = IMAGENET_COLORS if head == "linear" else UNKNOWN
     else:
         depth, place, ours = resnet_depth(evidence), resnet_place(evidence), "downsample"
@@ -47,11 +46,7 @@ def recognise(evidence: Evidence) -> Recognised | None:
         preprocessing = UNKNOWN if place else IMAGENET
     kwargs |= evidence.classes_and_channels(f"{head}.weight", "conv1.weight")
     rules = ((r"^fc\.", f"{head}."), (rf"\.{ours}\.", f".{shortcut or ours}."))
-
-    def layout(model: nn.Module) -> Layout:
-        return renamed(model, rules)
-
-    return evidence.network(name, kwargs, layout, preprocessing)
+    return evidence.network(name, kwargs, partial(renamed, rules=rules), preprocessing)
 
 
 def recognise_own(evidence: Evidence) -> Recognised | None:
@@ -70,7 +65,7 @@ def recognise_own(evidence: Evidence) -> Recognised | None:
         weight = evidence.tensors.get(f"{default_cfg.get(layer)}.weight")
         if argument in arguments and argument not in given and weight is not None and weight.ndim > dim:
             given[argument] = int(weight.shape[dim])
-    return evidence.network(name, given, own_layout, UNKNOWN)
+    return evidence.network(name, given, own_layout)
 
 
 def own_layout(model: nn.Module) -> Layout:

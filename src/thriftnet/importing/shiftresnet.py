@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,12 @@ RULES = (
 )
 COLORS = normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # for CIFAR-100, too
 WIDTHS = (16, 32, 64)
+# the argument; how it makes channels of a width, before they are rounded down; which one makes them a given share of the width
+RATIOS: dict[str, tuple[str, Callable[[int, float], float], Callable[[float], float]]] = {
+    "expansion": ("expansion", lambda width, ratio: width * ratio, lambda share: share),
+    "block": ("reduction", lambda width, ratio: width / ratio, lambda share: 1 / share),
+    "net": ("reduction", lambda width, ratio: width / ratio**0.5, lambda share: (1 / share) ** 2),
+}
 EXTRA = re.compile(r"(layer1\.\d+|layer\d\.[1-9]\d*)\.shortcut\.0\.weight")  # where the shape stays the same
 
 
@@ -59,8 +65,8 @@ def recognise(evidence: Evidence) -> Recognised | None:
             f"Shortcuts of {len(extra)} blocks have a convolution where the zoo's network has none, as reduced blocks had in "
             "the repository from 10 to 13 November 2017: they are kept, so that thriftnet.load needs model=."
         )
-    network = evidence.network(in_zoo(name, f"a network of depth {depth}"), kwargs, layout, COLORS)
-    return replace(network, adapt=_adding(extra)) if extra else network
+    adapt = partial(_add_projections, blocks=extra) if extra else None
+    return evidence.network(in_zoo(name, f"a network of depth {depth}"), kwargs, layout, COLORS, adapt=adapt)
 
 
 def _architecture(evidence: Evidence, depth: int) -> tuple[str, dict[str, Any]]:
@@ -69,47 +75,28 @@ def _architecture(evidence: Evidence, depth: int) -> tuple[str, dict[str, Any]]:
     stated = {**(network if isinstance(network, dict) else {}), **evidence.hints}
     inners = _channels(evidence, "conv1")
     if evidence.has("layer1.0.depth.weight"):
-        return f"depthwiseresnet{depth}", {"reduction": _reduction(evidence, inners, 1, stated)}
+        return f"depthwiseresnet{depth}", _ratio(evidence, "block", inners, stated)
     if evidence.shape("layer1.0.conv1.weight", 4)[2:] == (1, 1):
-        return f"shiftresnet{depth}", {"expansion": _expansion(evidence, inners, stated)}
+        return f"shiftresnet{depth}", _ratio(evidence, "expansion", inners, stated)
     outs = _channels(evidence, "conv2")
     if outs == inners == WIDTHS:
         return f"resnet{depth}", {"shortcut": "projection"}
     mode = "block" if outs == WIDTHS else "net"
     if mode == "net" and isinstance(stated.get("reduction"), float) and "reduction" not in evidence.hints:
         stated["reduction"] = round(stated["reduction"] ** 2, 6)  # the authors keep its root
-    reduction = _reduction(evidence, inners, 1 if mode == "block" else 2, stated)
-    return f"resnet{depth}", {"shortcut": "projection", "reduction": reduction, "reduction_mode": mode}
+    reduction = _ratio(evidence, mode, inners, stated)
+    return f"resnet{depth}", {"shortcut": "projection", **reduction, "reduction_mode": mode}
 
 
 def _channels(evidence: Evidence, conv: str) -> tuple[int, ...]:
     return tuple(evidence.shape(f"layer{stage}.0.{conv}.weight", 4)[0] for stage in (1, 2, 3))
 
 
-def _reduction(evidence: Evidence, found: tuple[int, ...], power: int, stated: Mapping[str, Any]) -> float:
-    """A reduction that gives these channels; under "net" (power 2) its root divides the widths."""
-    low = max((width / (inner + 1)) ** power for inner, width in zip(found, WIDTHS, strict=True))
-    high = min((width / inner) ** power for inner, width in zip(found, WIDTHS, strict=True))
-    return _ratio(evidence, "reduction", found, low, high, stated, lambda width, ratio: width / ratio ** (1 / power))
-
-
-def _expansion(evidence: Evidence, found: tuple[int, ...], stated: Mapping[str, Any]) -> float:
-    """An expansion that gives these channels."""
-    low = max(inner / width for inner, width in zip(found, WIDTHS, strict=True))
-    high = min((inner + 1) / width for inner, width in zip(found, WIDTHS, strict=True))
-    return _ratio(evidence, "expansion", found, low, high, stated, lambda width, ratio: width * ratio)
-
-
-def _ratio(
-    evidence: Evidence,
-    what: str,
-    found: tuple[int, ...],
-    low: float,
-    high: float,
-    stated: Mapping[str, Any],
-    channels: Callable[[int, float], float],
-) -> float:
-    """The ratio from ``low`` to ``high`` that gives these channels, with a note where others do, too."""
+def _ratio(evidence: Evidence, mode: str, found: tuple[int, ...], stated: Mapping[str, Any]) -> dict[str, float]:
+    """The argument that gives these channels, by a rule of `RATIOS`, with a note where other values do, too."""
+    what, channels, ratio_of = RATIOS[mode]
+    shares = [(inner / width, (inner + 1) / width) for inner, width in zip(found, WIDTHS)]
+    low, high = sorted((ratio_of(max(least for least, _ in shares)), ratio_of(min(most for _, most in shares))))
 
     def fits(ratio: float) -> bool:
         return tuple(int(channels(width, ratio)) for width in WIDTHS) == found
@@ -121,18 +108,14 @@ def _ratio(
         evidence.notes.append(
             f"{what}={value:g} is one of those that give these channels; which one was asked for makes no difference."
         )
-    return value
+    return {what: value}
 
 
-def _adding(blocks: list[str]) -> Callable[[nn.Module], None]:
-    """Gives these blocks a projection."""
-
-    def adapt(model: nn.Module) -> None:
-        for name in blocks:
-            block: Any = model.get_submodule(name)
-            ins = block.conv1.in_channels if hasattr(block, "conv1") else block.conv.expand.in_channels
-            norm = block.bn2 if hasattr(block, "bn2") else block.bn
-            outs = (block.bn3 if hasattr(block, "bn3") else norm).num_features
-            block.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, bias=False), nn.BatchNorm2d(outs))
-
-    return adapt
+def _add_projections(model: nn.Module, blocks: list[str]) -> None:
+    """Give these blocks a projection."""
+    for name in blocks:
+        block: Any = model.get_submodule(name)
+        ins = block.conv1.in_channels if hasattr(block, "conv1") else block.conv.expand.in_channels
+        norm = block.bn2 if hasattr(block, "bn2") else block.bn
+        outs = (block.bn3 if hasattr(block, "bn3") else norm).num_features
+        block.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, bias=False), nn.BatchNorm2d(outs))

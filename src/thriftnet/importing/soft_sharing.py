@@ -21,7 +21,7 @@ RULES = (
     (r"^layer", "stage_"),
     (r"\.shortcut\.", ".convShortcut."),
 )
-REPEATED = ((r"stage_(\d)\.\d+\.(?:conv\d\.)?bank\.templates", r"bank_\1.templates"),)
+REPEATED = ((r"^stage_(\d)\.\d+\.(?:conv\d\.)?bank\.templates$", r"bank_\1.templates"),)
 # by the number of classes: CIFAR-10 and CIFAR-100
 COLORS = {
     10: normalisation((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),

@@ -17,17 +17,11 @@ GENERAL = {"system": "whose file it is, instead of recognising it"}
 
 @dataclass(frozen=True)
 class System:
-    """A kind of file.
+    """A kind of file."""
 
-    Args:
-        title: Its name for people.
-        recognise: Gives the network that the tensors show, None for another system's tensors.
-        hints: What a user may say where tensors do not tell, each with its meaning.
-    """
-
-    title: str
-    recognise: Callable[[Evidence], Recognised | None]
-    hints: Mapping[str, str]
+    title: str  # its name for people
+    recognise: Callable[[Evidence], Recognised | None]  # None: the tensors are another system's
+    hints: Mapping[str, str]  # what a user may say where tensors do not tell, each with its meaning
 
 
 SYSTEMS: dict[str, System] = {
@@ -42,11 +36,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def check_hints(hints: Mapping[str, Any]) -> None:
-    """Raise for a hint that no system takes; with ``model``, all others are arguments of that network.
-
-    Raises:
-        ConfigError: An unknown hint or system, with the known ones.
-    """
+    """Raise a `ConfigError` for an unknown system or hint; with ``model``, all others are arguments of that network."""
     known = [*GENERAL, *(name for system in SYSTEMS.values() for name in system.hints)]
     for name in hints if "model" not in hints else ():
         if name not in known:

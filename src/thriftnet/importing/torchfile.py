@@ -73,11 +73,7 @@ def read_torch(path: Path) -> tuple[Any, str]:
 
 
 def describe(file: BinaryIO) -> bytes:
-    """What `inert.describe` says of a file, in a process of its own that is given nothing but the open file.
-
-    Raises:
-        CheckpointError: It crashed, or took too long or too much.
-    """
+    """What `inert.describe` says of a file, in a process of its own that is given nothing but the open file."""
     try:
         done = subprocess.run(COMMAND, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS)
     except subprocess.TimeoutExpired:

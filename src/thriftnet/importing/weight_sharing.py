@@ -37,11 +37,8 @@ LISTS = {"weight": "pwise_w", "bias": "pwise_b", "members": "pwise_w", "biases":
 def layout(model: ConvMixer, neighbours: bool = False) -> Layout:
     """The place of each of the authors' tensors in a ConvMixer, plain, sharing or fusing.
 
-    Shared weights are numbered by their first use, as the authors' sequential and strided mappings number them.
-
-    Args:
-        model: The network.
-        neighbours: Its i-th group has fused the i-th run of neighbours, whatever the mapping, as the authors' weight_fusion does.
+    Shared weights are numbered by their first use, as the authors' sequential and strided mappings number them. With ``neighbours``
+    the i-th group has fused the i-th run of neighbours, whatever the mapping, as the authors' weight_fusion does.
     """
     slots = {theirs: slot for theirs, slot in renamed(model, RULES).items() if ".pointwise." not in slot.key}
     users: dict[int, list[int]] = {}
@@ -66,7 +63,11 @@ def recognise(evidence: Evidence) -> Recognised | None:
         return None
     config = read_config(evidence.metadata.get("cfg"))
     dim, _, patch, _ = evidence.shape("patch_embed.conv.weight", 4)
-    _check_stride(patch, config)
+    stride, padding = config.get("CONVMIXER.PATCH_STRIDE", str(patch)), config.get("CONVMIXER.PATCH_PADDING", "0")
+    if (stride, padding) != (str(patch), "0"):
+        raise CheckpointError(
+            f"its patches of {patch} pixels have stride {stride} and padding {padding}: the zoo's ConvMixer has stride {patch} and 0"
+        )
     stated = config.get("CONVMIXER.ACT_FUNC")
     depth = evidence.count(r"^blocks\.(\d+)\.")
     kwargs = {
@@ -154,14 +155,6 @@ def _mapping(evidence: Evidence, config: Mapping[str, str]) -> dict[str, Any]:
         )
     distribution = config.get(f"{share}DISTRIBUTION", "uniform")
     return {"mapping": mapping} | ({} if distribution == "uniform" else {"distribution": distribution})
-
-
-def _check_stride(patch: int, config: Mapping[str, str]) -> None:
-    stride, padding = config.get("CONVMIXER.PATCH_STRIDE", str(patch)), config.get("CONVMIXER.PATCH_PADDING", "0")
-    if (stride, padding) != (str(patch), "0"):
-        raise CheckpointError(
-            f"its patches of {patch} pixels have stride {stride} and padding {padding}: the zoo's ConvMixer has stride {patch} and 0"
-        )
 
 
 def read_config(text: object) -> dict[str, str]:

@@ -10,20 +10,8 @@ from thriftnet.core.spec import format_spec
 from thriftnet.techniques import resolve
 
 
-def steps(history: list[dict[str, Any]]) -> list[str]:
-    """What was done to a network, a phrase each."""
-    return [
-        f"convert: {format_spec(resolve(step['plan']['technique']))}" if step["verb"] == "convert" else str(step["verb"])
-        for step in history
-    ]
-
-
 def model_card(config: Mapping[str, Any]) -> str:
-    """The card of a network.
-
-    Args:
-        config: The config of its model file.
-    """
+    """The card of the network whose model file has this config."""
     identity = config["model"]
     name = identity["name"] if identity else config["class"]
     argument = "" if identity else ", model=plain_network"
@@ -38,7 +26,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         "",
         f"{config['params']:,} stored parameters. Made with thriftnet {config['thriftnet_version']}.",
         "",
-        *(f"- {step}" for step in steps(config["history"])),
+        *(f"- {_step(step)}" for step in config["history"]),
         *_facts(config),
         "",
         "```python",
@@ -49,6 +37,10 @@ def model_card(config: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    return f"convert: {format_spec(resolve(step['plan']['technique']))}" if step["verb"] == "convert" else step["verb"]
 
 
 def _facts(config: Mapping[str, Any]) -> list[str]:

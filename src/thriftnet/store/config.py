@@ -46,33 +46,32 @@ def _is_identity(value: object) -> bool:
     return isinstance(value, dict) and _is_text(value.get("name")) and _is_object(value.get("kwargs"))
 
 
-def _is_width(value: object) -> bool:
-    return _is_text(value) or (_is_number(value) and math.isfinite(value))  # type: ignore[arg-type]
+def _is_width(value: Any) -> bool:
+    return _is_text(value) or (_is_number(value) and math.isfinite(value))
+
+
+# What steps need, by their verb. Others need nothing; one that is not known is refused when it is repeated.
+STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "convert": lambda step: _is_object(step.get("plan")) and _is_object(step["plan"].get("technique")),
+    "freeze": lambda step: set(step) <= {"verb", "width", "index", "fold_norms", "input_size"},
+    "add_gate": lambda step: _is_text(step.get("after")),
+    "tie": lambda step: isinstance(step.get("groups"), list) and all(map(_is_names, step["groups"])),
+    "pack": lambda step: CHECKS["input_size"][0](step.get("input_size")),
+}
 
 
 def _is_step(value: object) -> bool:
-    if not isinstance(value, dict):
+    if not (isinstance(value, dict) and _is_text(value.get("verb"))):
         return False
-    verb = value.get("verb")
-    if verb == "convert":
-        return _is_object(value.get("plan")) and _is_object(value["plan"].get("technique"))
-    if verb == "freeze":
-        return set(value) <= {"verb", "width", "index", "fold_norms", "input_size"}
-    if verb == "add_gate":
-        return _is_text(value.get("after"))
-    if verb == "tie":
-        return isinstance(value.get("groups"), list) and all(map(_is_names, value["groups"]))
-    if verb == "pack":
-        return CHECKS["input_size"][0](value.get("input_size")) is True
-    return isinstance(verb, str)
+    return value["verb"] not in STEPS or STEPS[value["verb"]](value)
 
 
 def _is_history(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MOST_STEPS and all(map(_is_step, value))
 
 
-def _is_metrics(value: object) -> bool:
-    return _is_object(value) and all(entry is None or _is_number(entry) for entry in value.values())  # type: ignore[attr-defined]
+def _is_metrics(value: Any) -> bool:
+    return _is_object(value) and all(entry is None or _is_number(entry) for entry in value.values())
 
 
 def _or_null(check: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -94,12 +93,9 @@ FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | None) -> Config:
-    """What the file says of a network.
+    """What the file says of a network: how its plain form is built, what was done to it, and the facts.
 
-    Args:
-        model: The network, which `tells <thriftnet.core.provenance.data_facts>` of its data.
-        metadata: The user's facts, which override the network's.
-        identity: How its plain form is built.
+    The user's facts in ``metadata`` override what the network itself `tells <thriftnet.core.provenance.data_facts>`.
 
     Raises:
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
@@ -164,13 +160,7 @@ def parse_config(text: str, path: Path) -> Config:
 
 
 def check_sizes(config: Config, stored: int, path: Path) -> None:
-    """Raise where an argument is out of all proportion to the weights, before anything is built with it.
-
-    Args:
-        config: The file's config.
-        stored: How many numbers the weights are.
-        path: The file, for the message.
-    """
+    """Raise where an argument is out of all proportion to the numbers stored, before anything is built with it."""
     limit = max(10_000, stored)
     asked: list[tuple[str, Any]] = [] if config["model"] is None else [("kwargs", config["model"]["kwargs"])]
     asked += [("technique", step["plan"]["technique"]) for step in config["history"] if step["verb"] == "convert"]

@@ -1,11 +1,10 @@
-"""Files of model folders to and from the Hugging Face Hub: the three of a model folder, and nothing else."""
+"""What reading from and writing to the Hugging Face Hub share: names, errors, and the download of a model folder's files."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from thriftnet import __version__
 from thriftnet.errors import CheckpointError, ConfigError
@@ -13,66 +12,20 @@ from thriftnet.hub_errors import hub_errors
 from thriftnet.store.config import FILES
 
 HUB = "hf-hub:"
+LIBRARY: Any = {"library_name": "thriftnet", "library_version": __version__}  # what the Hub is told of who asks
 
 
-def download(
-    name: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder in huggingface_hub's cache that holds a repository's model; arguments and errors as `from_pretrained`."""
+def download(name: str, revision: str | None = None, **options: Any) -> Path:
+    """The folder in huggingface_hub's cache that holds a repository's model; options and errors as `from_pretrained`."""
     repo_id, at = parse_name(name)
     if at and revision and at != revision:
         raise ConfigError(f"{name!r} names revision {at!r}, and revision={revision!r} another one: give one of them")
     revision = revision or at
-    with _errors(repo_id, revision, "read"):
+    with translated_errors(repo_id, revision, "read"):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            allow_patterns=list(FILES),
-            library_name="thriftnet",
-            library_version=__version__,
-        )
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES), **LIBRARY, **options)
     return Path(folder)
-
-
-def upload(
-    folder: Path,
-    name: str,
-    *,
-    token: str | bool | None,
-    private: bool | None,
-    revision: str | None,
-    commit_message: str,
-    create_pr: bool,
-) -> str:
-    """Address of the commit that puts a model folder into a repository; arguments and errors as `push_to_hub`."""
-    repo_id, at = parse_name(name)
-    revision = revision or at
-    with _errors(repo_id, revision, "written"):
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token, library_name="thriftnet", library_version=__version__)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(FILES),
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit.commit_url)
 
 
 def parse_name(text: str) -> tuple[str, str | None]:
@@ -86,13 +39,15 @@ def parse_name(text: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-@contextmanager
-def _errors(repo_id: str, revision: str | None, action: str) -> Iterator[None]:
+def translated_errors(repo_id: str, revision: str | None, action: str) -> AbstractContextManager[None]:
+    """What huggingface_hub raises within the block becomes a `CheckpointError`; the action is "read" or "written"."""
     where = repo_id + (f"@{revision}" if revision else "")
-    hint = ". Connect to it" + (
-        "" if action == "written" else ", or give a folder; only what was downloaded before is at hand"
+    cached = "" if action == "written" else ", or give a folder; only what was downloaded before is at hand"
+    return hub_errors(
+        f"{where} cannot be {action}",
+        CheckpointError,
+        kind="repository",
+        revision=revision,
+        hint=f". Connect to it{cached}",
+        token=", or give token=...",
     )
-    token = ", or give token=..."
-    subject = f"{where} cannot be {action}"
-    with hub_errors(subject, CheckpointError, kind="repository", revision=revision, hint=hint, token=token):
-        yield

@@ -32,23 +32,9 @@ from thriftnet.models.entry import IDENTITY
 from thriftnet.store import shapes
 from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
-from thriftnet.store.card import steps as steps
-from thriftnet.store.config import (
-    CARD,
-    CONFIG,
-    FORMAT,
-    MODEL,
-    NO_CHECKSUM,
-    Config,
-    check_sizes,
-    describe,
-    identity_of,
-    parse_config,
-)
+from thriftnet.store.config import CARD, CONFIG, MODEL, NO_CHECKSUM, Config, check_sizes, describe, identity_of, parse_config
 from thriftnet.store.hub import HUB, download
 from thriftnet.techniques import convert
-
-__all__ = ["FORMAT", "load", "read_config", "replay", "save", "steps"]
 
 RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
 ENTRY = "thriftnet"  # the config among the header's metadata
@@ -79,14 +65,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
     if not isinstance(model, nn.Module):
         raise ConfigError(f"save needs a network (nn.Module), got a {type(model).__name__}")
     place = _path(folder)
-    _check_replaceable(place)
-    model = _unwrapped(model)
-    tensors = _separate(unique_tensors(model))
-    config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
-    data = _encoded(config, tensors)
-    readable = json.dumps(config, indent=2) + "\n"
     try:
-        write_together(place, {MODEL: data, CONFIG: readable, CARD: model_card(config)})
+        if not _is_replaceable(place):
+            raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
+        model = _unwrapped(model)
+        tensors = _separate(unique_tensors(model))
+        config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
+        data = _encoded(config, tensors)
+        write_together(place, {MODEL: data, CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(config)})
     except OSError as error:
         raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
     return place
@@ -112,14 +98,18 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
     path = model_path(source)
     config, stored = read_model(path)
+    if model is None and config["model"] is None:
+        raise CheckpointError(
+            f"{path} holds a {config['class']} that was not built by name: give its plain form, load(folder, model=...)"
+        )
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:
-        rebuilt = _skeleton(path, config, model)
+        rebuilt = _skeleton(config, model)
         _check_fit(rebuilt, stored, path)
         shapes.fill(rebuilt, stored)
         if shapes.unfilled(rebuilt):
             with torch.random.fork_rng(devices=[]):
-                shapes.fill_rest(rebuilt, _plain(path, config, model))
+                shapes.fill_rest(rebuilt, _plain(config) if model is None else model)
         if config["width"] is not None:
             set_width(rebuilt, config["width"])
         add_data_facts(rebuilt, config)
@@ -152,21 +142,13 @@ def model_path(source: str | os.PathLike[str]) -> Path:
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a file begins as `save` writes it.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Whether a file begins as `save` writes it; an `OSError` if it cannot be read."""
     with open_regular(path) as file:
         return file.read(8 + len(START)).startswith(START, 8)
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
-    """Do to a plain network what was done to another.
-
-    Raises:
-        ConfigError: An unknown step, or one that does not fit the network.
-    """
+    """Do to a plain network what was done to another."""
     model = model.eval()
     for step in history:
         verb = step.get("verb")
@@ -260,31 +242,23 @@ def read_model(path: Path) -> tuple[Config, dict[str, Tensor]]:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
 
 
-def _skeleton(path: Path, config: Config, model: nn.Module | None) -> nn.Module:
-    """The network with shapes and no values."""
-    with shapes.shapes_only():
-        if model is not None:
-            return replay(shapes.emptied(model), config["history"])
+def _skeleton(config: Config, plain: nn.Module | None) -> nn.Module:
+    """The network with shapes and no values; where its plain form is not given, it is built by its name."""
+    if plain is not None:
+        plain = shapes.emptied(plain)
+    else:
         try:
-            plain = _plain(path, config, None)
-        except NotImplementedError:
-            plain = None  # it computes with numbers while it is built, as torchvision's RegNet does
-    if plain is None:
-        with torch.random.fork_rng(devices=[]):
-            plain = shapes.emptied(_plain(path, config, None))
+            with shapes.shapes_only():
+                plain = _plain(config)
+        except NotImplementedError:  # it computes with numbers while it is built, as torchvision's RegNet does
+            with torch.random.fork_rng(devices=[]):
+                plain = shapes.emptied(_plain(config))
     with shapes.shapes_only():
         return replay(plain, config["history"])
 
 
-def _plain(path: Path, config: Config, model: nn.Module | None) -> nn.Module:
-    if model is not None:
-        return model
-    identity = config["model"]
-    if identity is None:
-        raise CheckpointError(
-            f"{path} holds a {config['class']} that was not built by name: give its plain form, load(folder, model=...)"
-        )
-    return build(identity["name"], identity["kwargs"], trusted=False)
+def _plain(config: Config) -> nn.Module:
+    return build(config["model"]["name"], config["model"]["kwargs"], trusted=False)
 
 
 def _inferred(model: nn.Module) -> Config | None:
@@ -293,7 +267,7 @@ def _inferred(model: nn.Module) -> Config | None:
     for identity in candidates(model):
         config = {"model": identity, "history": history(model)}
         try:
-            rebuilt = _skeleton(Path(MODEL), config, None)
+            rebuilt = _skeleton(config, None)
         except Exception:  # another network, on which these steps are impossible
             continue
         if {name: tensor.shape for name, tensor in first_names(rebuilt).items()} == wanted and repr(rebuilt) == repr(model):
@@ -339,21 +313,16 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_replaceable(place: Path) -> None:
-    """Raise unless the place is empty or holds a model that `save` wrote."""
+def _is_replaceable(place: Path) -> bool:
+    """Whether there is nothing yet, or a model that `save` wrote."""
+    if not place.exists():
+        return True
     try:
-        if not place.exists():
-            return
-        if place.is_dir():
-            if all(path.name.startswith(TEMPORARY) for path in place.iterdir()):
-                return
-            if (place / MODEL).exists() and is_model_file(place / MODEL):
-                return
-            with open_regular(place / CONFIG) as file:
-                if "thriftnet_format" in json.load(file):
-                    return
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        pass  # no config.json, or not ours
-    except OSError as error:
-        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
-    raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
+        if place.is_dir() and all(path.name.startswith(TEMPORARY) for path in place.iterdir()):
+            return True
+        if (place / MODEL).exists() and is_model_file(place / MODEL):
+            return True
+        with open_regular(place / CONFIG) as file:
+            return "thriftnet_format" in json.load(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
+        return False  # no config.json, or not ours

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.store.config import MODEL
-from thriftnet.store.hub import download, upload
+from thriftnet.store.config import FILES, MODEL
+from thriftnet.store.hub import LIBRARY, download, parse_name, translated_errors
 from thriftnet.store.model_file import load, model_path, read_config, save
 
 
@@ -41,9 +41,8 @@ def from_pretrained(
     """
     if Path(source).exists():
         return load(source, model=model)
-    folder = download(
-        os.fspath(source), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    cache = None if cache_dir is None else Path(cache_dir)
+    folder = download(os.fspath(source), revision, token=token, cache_dir=cache, local_files_only=local_files_only)
     return load(folder, model=model)
 
 
@@ -86,12 +85,21 @@ def push_to_hub(
         path = model_path(model)
         if path.name != MODEL:
             raise CheckpointError(f"{path} is not called {MODEL}, as a model is on the Hub: load it, and push the network")
-        return upload(
-            path.parent,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        repo_id, at = parse_name(repo_id)
+        revision = revision or at
+        with translated_errors(repo_id, revision, "written"):
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=token, **LIBRARY)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=path.parent,
+                allow_patterns=list(FILES),
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+    return str(commit.commit_url)

@@ -18,8 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from thriftnet.core.tied import Tied, first_names
 
-Slots = dict[str, Tensor | None]
-
 INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
 CHANGE_SHAPE = ("requires_grad_", "detach_", "resize_", "set_", "unsqueeze_", "squeeze_", "transpose_", "t_")
 ELEMENTWISE = ("add", "sub", "mul", "div", "sqrt", "rsqrt")
@@ -75,14 +73,7 @@ def shapes_only() -> Iterator[None]:
 
 def emptied(model: nn.Module) -> nn.Module:
     """A copy of a network that holds shapes only, but for buffers that no state dict has: they are copied."""
-    empty: dict[int, Any] = {}
-    for module in model.modules():
-        for slots in _slots(module):
-            for tensor in slots.values():
-                if tensor is not None:
-                    hollow = tensor.detach().to("meta")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    empty[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if is_parameter else hollow
+    empty: dict[int, Any] = {id(tensor): _like(tensor, tensor.detach().to("meta")) for tensor in first_names(model).values()}
     return copy.deepcopy(model, empty)
 
 
@@ -92,16 +83,20 @@ def fill(model: nn.Module, stored: dict[str, Tensor]) -> None:
     Tensors are copied: results depend on how they are aligned, in the last bit.
     """
     _set_dtype(model, stored)
-    table: dict[int, Tensor] = {}
-    for name, old in first_names(model).items():
-        new = stored.pop(name).clone(memory_format=torch.contiguous_format)
-        table[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    hollow = first_names(model)
+    full: dict[int, Any] = {
+        id(old): _like(old, stored.pop(name).clone(memory_format=torch.contiguous_format)) for name, old in hollow.items()
+    }
     for module in model.modules():
-        for slots in _slots(module):
-            slots.update({name: table[id(old)] for name, old in slots.items() if old is not None})
-            _write_back(module, slots)
+        for slots in (module._parameters, module._buffers):
+            slots.update({name: full[id(old)] for name, old in slots.items() if id(old) in full})
         if isinstance(module, Tied) and any(tensor.is_meta for tensor in module.buffers(recurse=False)):
             module._apply(_on_cpu, recurse=False)  # our layers compute again what no state dict has
+
+
+def _like(old: Tensor, values: Tensor) -> Tensor:
+    """The values as what the other tensor is: a parameter or a buffer."""
+    return nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -127,14 +122,3 @@ def _set_dtype(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
         for module in model.modules():
             if isinstance(module, Tied):
                 module._apply(lambda t: t.to(next(iter(dtypes))) if t.is_floating_point() else t, recurse=False)
-
-
-def _slots(module: nn.Module) -> Iterator[Slots]:
-    """Parameters and those buffers that belong into a state dict, as dicts of the names they have in the module."""
-    yield dict(module._parameters)
-    yield {name: tensor for name, tensor in module._buffers.items() if name not in module._non_persistent_buffers_set}
-
-
-def _write_back(module: nn.Module, slots: Slots) -> None:
-    for name, tensor in slots.items():
-        (module._parameters if name in module._parameters else module._buffers)[name] = tensor  # type: ignore[assignment]
