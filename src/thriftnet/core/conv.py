@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
@@ -46,8 +47,7 @@ class GeneratedConv2d(Tied, WidthAware):
         for name in ATTRIBUTES:
             setattr(self, name, getattr(like, name))
         self._adopt_bias(like)
-        if isinstance(like, WidthAware):
-            self.width_spec, self.width_index = like.width_spec, like.width_index
+        self.adopt_widths(like)
 
     def _adopt_bias(self, like: Convolution) -> None:
         self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
@@ -69,7 +69,7 @@ class GeneratedConv2d(Tied, WidthAware):
 
     def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
         spec, index = super().width_for(ins, index)
-        return (spec if self.groups == 1 else spec.with_outs(ins * self.out_channels // self.in_channels)), index
+        return spec if self.groups == 1 else replace(spec, outs=(ins * self.out_channels // self.in_channels,)), index
 
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
@@ -102,7 +102,7 @@ class GeneratedConv2d(Tied, WidthAware):
         return plain_conv2d(self, weight, bias, groups)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={_pair(self.kernel_size)}, stride={self.stride}"
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         return text + ("" if self.width_spec is None else f", widths={self.width_spec.widths}")
@@ -130,9 +130,9 @@ def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     return type(module) in (nn.Conv2d, PlainConv2d, SharedConv2d)
 
 
-def geometry(conv: Convolution) -> tuple[int, int, tuple[int, int], int]:
+def geometry(conv: Convolution) -> tuple[int, int, tuple[int, ...], int]:
     """What two convolutions must have in common to use one weight: channels, kernel and groups."""
-    return conv.in_channels, conv.out_channels, _pair(conv.kernel_size), conv.groups
+    return conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
 
 
 def signature(conv: Convolution) -> tuple[object, ...]:
@@ -149,7 +149,7 @@ def is_depthwise(conv: Convolution) -> bool:
 
 def is_pointwise(conv: Convolution) -> bool:
     """A 1 x 1 kernel."""
-    return _pair(conv.kernel_size) == (1, 1)
+    return conv.kernel_size == (1, 1)
 
 
 def pad(x: Tensor, conv: Convolution) -> tuple[Tensor, str | tuple[int, int]]:
@@ -191,9 +191,4 @@ def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups:
         conv.weight.copy_(weight)
         if bias is not None and conv.bias is not None:
             conv.bias.copy_(bias)
-    conv.kernel_size = (weight.shape[2], weight.shape[3])
     return conv.train(like.training)
-
-
-def _pair(size: tuple[int, ...] | int) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ class GeneratedLinear(Tied, WidthAware):
     It may be tied to several users and may run at several widths.
 
     Shape: (..., in_features) -> (..., out_features); fewer of each at a narrower width.
+
+    Args:
+        like: The linear layer to replace: sizes and widths are copied from it.
     """
 
     in_features: int
@@ -29,6 +32,11 @@ class GeneratedLinear(Tied, WidthAware):
     weight: Tensor
     bias: Tensor | None
     channel_axis: ClassVar[int] = -1
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.adopt_widths(like)
 
     @property
     def generation_macs(self) -> int:
@@ -70,12 +78,10 @@ class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
     standalone: ClassVar[bool] = True
 
     def __init__(self, like: nn.Linear) -> None:
-        super().__init__(
-            like.in_features, like.out_features, like.bias is not None, device=like.weight.device, dtype=like.weight.dtype
-        )
+        factory: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
+        nn.Linear.__init__(self, like.in_features, like.out_features, like.bias is not None, **factory)
         self.load_state_dict(like.state_dict())
-        if isinstance(like, WidthAware):
-            self.width_spec, self.width_index = like.width_spec, like.width_index
+        self.adopt_widths(like)
 
 
 class SharedLinear(PlainLinear):

@@ -25,7 +25,6 @@ from thriftnet.core.conv import (
     GeneratedConv2d,
     PlainConv2d,
     SharedConv2d,
-    geometry,
     is_convolution,
     is_pointwise,
     plain_conv2d,
@@ -36,7 +35,7 @@ from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty
@@ -141,7 +140,7 @@ class BasisConv2d(ComposedConv2d):
     """
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
-        super().__init__(like.in_channels, like.out_channels, geometry(like)[2])
+        super().__init__(like.in_channels, like.out_channels, like.kernel_size)
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
@@ -285,16 +284,12 @@ class FilterBasis:
             for layer, site in enumerate(group)
         ]
 
-    @torch.no_grad()
     def _build_whole(self, convs: Sequence[Convolution]) -> list[Replacement]:
         """One convolution for all: the nearest to the weights they have, or orthogonal."""
         shared = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
-        if self.init == "weights":
-            shared.weight.copy_(torch.stack([conv.weight for conv in convs]).mean(0))
-        else:
+        set_to_mean(shared, convs)
+        if self.init == "random":
             nn.init.orthogonal_(shared.weight)
-        if shared.bias is not None:
-            shared.bias.copy_(torch.stack([conv.bias for conv in convs if conv.bias is not None]).mean(0))
         return [(conv, shared) for conv in convs]
 
 

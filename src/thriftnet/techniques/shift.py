@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.composed import ComposedConv2d
-from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
+from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, plain_conv2d
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
@@ -84,19 +84,8 @@ class Shift2d(Tied, WidthAware):
         """The same as a depthwise convolution with a fixed one-hot kernel."""
         channels = self.active_outs(self.channels)
         reach = self.dilation * (self.kernel_size // 2)
-        kernel = self.kernel[:channels]
-        conv = nn.Conv2d(
-            channels,
-            channels,
-            (kernel.shape[2], kernel.shape[3]),
-            padding=reach,
-            dilation=self.dilation,
-            groups=channels,
-            bias=False,
-            device=kernel.device,
-            dtype=kernel.dtype,
-        )
-        conv.weight.copy_(kernel)
+        like = nn.Conv2d(channels, channels, 1, padding=reach, dilation=self.dilation, groups=channels, device="meta")
+        conv = plain_conv2d(like, self.kernel[:channels], None, channels)
         return conv.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:
