@@ -79,18 +79,14 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
         IncompatibleModelError: It runs on none of the sizes tried.
     """
     ghost = on_meta(model)
-    if given is not None:
-        size = input_size_of(model, given)
-        error = failure(ghost, size)
-        if error is not None:
-            raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
-        return size
     tried: list[Exception] = []
-    for size in _candidates(model):
+    for size in _candidates(model) if given is None else [input_size_of(model, given)]:
         error = failure(ghost, size)
         if error is None:
             return size
         tried.append(error)
+    if given is not None:
+        raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(tried[0])}")
     raise IncompatibleModelError(
         f"{type(model).__name__} runs on none of the image sizes tried: {_first_line(tried[0])}. "
         "Give the size it was made for: input_size=(C, H, W)"

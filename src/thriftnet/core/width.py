@@ -6,6 +6,7 @@ Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3 (switchable w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
@@ -103,6 +104,21 @@ class WidthAware(nn.Module):
 def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:
     """Every layer of ``model`` that has several widths."""
     return (m for m in model.modules() if isinstance(m, WidthAware) and m.width_spec is not None)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; on exit, every module's mode and every layer's width are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    selected = [(layer, layer.width_index) for layer in slimmable_layers(model)]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, index in selected:
+            layer.set_width_index(index)
 
 
 def widths(model: nn.Module) -> tuple[Width, ...]:

@@ -40,7 +40,6 @@ def groups(model: nn.Module, size: Size) -> list[tuple[str, ...]]:
     Raises:
         IncompatibleModelError: The network has one width, or a layer that cannot have a width of its own.
     """
-    _check_standalone(model)
     slots = list(width_slots(model))
     if not slots:
         raise IncompatibleModelError(f"{type(model).__name__} has one width only: no part of it has a width to choose")
@@ -94,7 +93,6 @@ def assign(model: nn.Module, chosen: list[int] | dict[str, int], size: Size) -> 
         ConfigError: Widths that do not fit together, or names that match nothing.
         IncompatibleModelError: A layer that cannot have a width of its own.
     """
-    _check_standalone(model)
     resolved = _resolve(model, _by_slot(model, chosen, size), size)
     if isinstance(resolved, Exception):
         raise ConfigError(
@@ -147,18 +145,15 @@ def _resolve(model: nn.Module, indices: Mapping[str, int], size: Size) -> dict[s
 
 
 def _layers(model: nn.Module) -> dict[str, WidthAware]:
-    """Layers that can have a width of their own."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, WidthAware) and module.width_spec is not None and module.standalone
-    }
-
-
-def _check_standalone(model: nn.Module) -> None:
+    """Layers that can have a width of their own; raises if another layer with parameters has several widths."""
+    found: dict[str, WidthAware] = {}
     for name, module in model.named_modules():
-        slimmable = isinstance(module, WidthAware) and module.width_spec is not None and not module.standalone
-        if slimmable and any(True for _ in module.parameters()):
+        if not isinstance(module, WidthAware) or module.width_spec is None:
+            continue
+        if module.standalone:
+            found[name] = module
+        elif any(True for _ in module.parameters()):
             raise IncompatibleModelError(
                 f"layer {name!r} is {type(module).__name__}: only plain layers can have widths of their own. Give all one width"
             )
+    return found
