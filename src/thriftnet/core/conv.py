@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.init import skip_init
 
-from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, WidthSpec, format_width
+from thriftnet.core.tied import Tied, plain_layer
+from thriftnet.core.width import WidthAware, format_width
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class GeneratedConv2d(Tied, WidthAware):
@@ -39,12 +37,13 @@ class GeneratedConv2d(Tied, WidthAware):
     dilation: tuple[int, int]
     groups: int
     padding_mode: str
+    _reversed_padding_repeated_twice: list[int]  # margins of other modes than zeros, as in `nn.Conv2d`
     weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
     bias: Tensor | None
 
     def __init__(self, like: Convolution) -> None:
         super().__init__()
-        for name in ATTRIBUTES:
+        for name in (*GEOMETRY, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(like, name))
         self._adopt_bias(like)
         self.adopt_widths(like)
@@ -67,10 +66,6 @@ class GeneratedConv2d(Tied, WidthAware):
     def chooses_outs(self) -> bool:
         return self.groups == 1
 
-    def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
-        spec, index = super().width_for(ins, index)
-        return spec if self.groups == 1 else replace(spec, outs=(ins * self.out_channels // self.in_channels,)), index
-
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
         weight, bias = self.weight, self.bias
@@ -85,7 +80,9 @@ class GeneratedConv2d(Tied, WidthAware):
         weight, bias, groups = self.active()
         if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
             raise ConfigError(self._misfit(x, weight.shape[1] * groups))
-        x, padding = pad(x, self)
+        padding: str | int | tuple[int, int] = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _misfit(self, x: Tensor, ins: int) -> str:
@@ -152,43 +149,8 @@ def is_pointwise(conv: Convolution) -> bool:
     return conv.kernel_size == (1, 1)
 
 
-def pad(x: Tensor, conv: Convolution) -> tuple[Tensor, str | tuple[int, int]]:
-    """Apply a padding mode other than zeros to ``x``; returns it with the padding left for the convolution itself."""
-    if conv.padding_mode == "zeros":
-        return x, conv.padding  # type: ignore[return-value]
-    return F.pad(x, margins(conv), mode=conv.padding_mode), (0, 0)
-
-
-def margins(conv: Convolution) -> list[int]:
-    """Padding in the order of `F.pad`: left, right, top, bottom."""
-    sides: list[int] = []
-    for axis in (1, 0):
-        if isinstance(conv.padding, str):
-            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1) if conv.padding == "same" else 0
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [conv.padding[axis]] * 2
-    return sides
-
-
 def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
     """An `nn.Conv2d` that holds copies of ``weight`` and ``bias``, with the geometry of ``like``."""
-    conv: nn.Conv2d = skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d,
-        weight.shape[1] * groups,
-        weight.shape[0],
-        weight.shape[2:],
-        stride=like.stride,
-        padding=like.padding,
-        dilation=like.dilation,
-        groups=groups,
-        bias=bias is not None,
-        padding_mode=like.padding_mode,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        if bias is not None and conv.bias is not None:
-            conv.bias.copy_(bias)
-    return conv.train(like.training)
+    sizes = (weight.shape[1] * groups, weight.shape[0], weight.shape[2:])
+    options = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    return plain_layer(nn.Conv2d, sizes, weight, bias, groups=groups, **options).train(like.training)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.init import skip_init
 
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 
 if TYPE_CHECKING:
@@ -60,13 +59,7 @@ class GeneratedLinear(Tied, WidthAware):
     def fold(self) -> nn.Linear:
         """The plain layer that computes the same, at the selected width."""
         weight, bias = self.active()
-        linear: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
-        )
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-        return linear.train(self.training)
+        return plain_layer(nn.Linear, weight.shape[::-1], weight, bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -20,17 +19,11 @@ SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a st
 Size: TypeAlias = tuple[int, int, int]  # channels, height and width of an image
 
 
-@dataclass(frozen=True)
-class Call:
-    """One forward of a module.
+class Call(NamedTuple):
+    """One forward of a module."""
 
-    Args:
-        name: Its first name in the network.
-        output: Its output, on the meta device.
-    """
-
-    name: str
-    output: Any
+    name: str  # the first in the network
+    output: Any  # on the meta device
 
 
 class IgnoreOuterModes(TorchFunctionMode):

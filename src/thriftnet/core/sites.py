@@ -48,9 +48,7 @@ def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
 
     Modules inside a wanted module are not searched.
     """
-    roles = {
-        id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None
-    }
+    roles = dict(zip(map(id, ends(model)), ("stem", "classifier"), strict=True))
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -103,10 +104,11 @@ def check_steps(name: str, value: object) -> None:
         check_whole_number(name, step, 1)
 
 
-def check_number(name: str, value: object, above: float) -> None:
-    """Raise unless ``value`` is a finite number greater than ``above``."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < float("inf"):
-        raise ConfigError(f"{name}={value!r}: expected a number > {above:g}")
+def check_number(name: str, value: object, above: float, most: float = sys.float_info.max) -> None:
+    """Raise unless ``value`` is a finite number in ``(above, most]``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value <= most:
+        expected = f"in ({above:g}, {most:g}]" if most < sys.float_info.max else f"> {above:g}"
+        raise ConfigError(f"{name}={value!r}: expected a number {expected}")
 
 
 def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:

@@ -7,10 +7,13 @@ pickling are then plain PyTorch. Only the state dict needs care, because PyTorch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.init import skip_init
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Tied(nn.Module):
@@ -76,6 +79,14 @@ class Tied(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self.transient}
+
+
+def plain_layer(kind: type[M], sizes: Sequence[Any], weight: Tensor, bias: Tensor | None, **options: Any) -> M:
+    """A layer of `torch.nn` that holds copies of ``weight`` and ``bias``."""
+    options |= {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    layer: M = skip_init(kind, *sizes, **options)  # type: ignore[no-untyped-call]
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return layer
 
 
 @torch.no_grad()

@@ -98,7 +98,8 @@ class WidthAware(nn.Module):
         if spec is None or ins not in spec.ins:
             expected = "one width" if spec is None else f"{sorted({*spec.ins})} channels"
             raise ConfigError(f"{type(self).__name__} reads {expected}, got {ins}")
-        return WidthSpec(("own",), (ins,), (spec.outs[index],)), 0
+        outs = spec.outs[index] if self.chooses_outs else ins * spec.outs[index] // spec.ins[index]
+        return WidthSpec(("own",), (ins,), (outs,)), 0
 
 
 def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_steps, check_whole_number
+from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied, set_to_mean
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import KernelChoice
 
@@ -255,8 +255,7 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
         ConfigError: A threshold outside (0, 1].
         IncompatibleModelError: No bank, or no two layers that agree.
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold={threshold}: expected a number in (0, 1]")
+    check_number("threshold", threshold, 0, 1)
     groups: list[list[str]] = []
     closest = 0.0
     for layers in _layers_of_banks(model).values():

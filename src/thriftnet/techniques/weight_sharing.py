@@ -155,9 +155,7 @@ class WeightSharing:
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("fusion", self.fusion, FUSIONS)
         check_whole_number("seed", self.seed, 0)
-        check_number("portion", self.portion, 0)
-        if self.portion > 1:
-            raise ConfigError(f"portion={self.portion}: expected a fraction in (0, 1]")
+        check_number("portion", self.portion, 0, 1)
         if self.groups is not None:
             if not isinstance(self.groups, list | tuple) or not all(
                 isinstance(group, list | tuple) and len(group) > 1 for group in self.groups
