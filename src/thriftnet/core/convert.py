@@ -47,12 +47,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
-    """A copy of ``model`` in which the layers of each group are one module, the first of them.
-
-    Args:
-        model: The network.
-        groups: Lists of module names.
-    """
+    """A copy of ``model`` in which the layers of each group, given by name, are one module, the first of them."""
     model = copy.deepcopy(model)
     table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
     tied = replace(model, table)

@@ -83,11 +83,8 @@ def width_indices(
 def assign(model: nn.Module, chosen: list[int] | dict[str, int], size: Size) -> None:
     """Give the slots of ``model`` widths, in place; its layers have one width each afterwards, for folding.
 
-    Args:
-        model: A slimmable network of plain layers.
-        chosen: From `width_indices`: one for each of `groups`; or by regular expressions on the names of slots, where the first
-            match counts and other slots stay at the largest.
-        size: Channels, height and width of an image.
+    ``chosen`` has one index for each of `groups`; or indices by regular expressions on the names of slots, where the first match
+    counts and other slots stay at the largest.
 
     Raises:
         ConfigError: Widths that do not fit together, or names that match nothing.
@@ -129,9 +126,11 @@ def _resolve(model: nn.Module, indices: Mapping[str, int], size: Size) -> dict[s
     resolved: dict[str, tuple[WidthSpec, int]] = {}
 
     def enter(layer: WidthAware, name: str, x: Tensor) -> None:
-        if layer.width_spec is not None:
-            index = indices.get(layer.width_spec.slot or name, -1)
-            layer.width_spec, layer.width_index = resolved[name] = layer.width_for(x.shape[layer.channel_axis], index)
+        if name not in resolved and layer.width_spec is not None:
+            layer.width_index = indices.get(layer.width_spec.slot or name, -1)
+        layer.width_spec, layer.width_index = found = layer.width_for(x.shape[layer.channel_axis], layer.width_index)
+        if resolved.setdefault(name, found) != found:
+            raise ConfigError(f"layer {name!r} runs at two widths")
 
     for name, layer in _layers(ghost).items():
         layer.register_forward_pre_hook(lambda layer, args, name=name: enter(layer, name, args[0]))

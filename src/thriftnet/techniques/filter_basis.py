@@ -35,7 +35,7 @@ from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied, set_to_mean
+from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty
@@ -164,9 +164,8 @@ class BasisConv2d(ComposedConv2d):
         """
         entries, outs = self.filters.weight[0].numel(), self.out_channels
         share = self.filters.out_channels * (entries + outs) / (outs * entries)
-        if share >= {"": 0.0, "speed": WORTH_TWO_LAYERS, "size": 1.0}[prefer]:
-            return self.fold()
-        return self.decomposed()
+        limit = {"": 0.0, "speed": WORTH_TWO_LAYERS, "size": 1.0}[prefer]
+        return self.fold() if share >= limit else self.decomposed()
 
     @torch.no_grad()
     def decomposed(self) -> nn.Sequential:
@@ -185,8 +184,7 @@ class BasisConv2d(ComposedConv2d):
 
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1 x 1 convolution with these weights, (O, I)."""
-    like = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
-    return plain_conv2d(like, weight[..., None, None], bias, 1)
+    return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,11 +294,7 @@ class FilterBasis:
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The orthonormal bases that come nearest to trained filters, step by step: shared part first, then the rest.
 
-    Args:
-        weights: Filters of each layer, (O, ...) with n entries each.
-        shared: Filters per shared basis, S.
-        unique: Filters per layer, U.
-        bases: Number of shared bases; layer i belongs to basis ``i % bases``.
+    Of each layer's filters (O, ...) with n entries; layer i belongs to basis ``i % bases``.
 
     Returns:
         Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, U + S). They reproduce eval mode: the
@@ -323,10 +317,7 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
 
 
 def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The authors' initialisation: shared bases orthogonal together, everything else Kaiming by its outputs.
-
-    Args and Returns as `fitted`.
-    """
+    """The authors' initialisation, as `fitted`: shared bases orthogonal together, everything else Kaiming by its outputs."""
     like, size = weights[0], weights[0][0].numel()
     common = torch.empty(bases * shared, size)
     own = torch.empty(len(weights), unique, *like.shape[1:])
@@ -343,9 +334,7 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
     matrix = rows.double()
     if matrix.shape[0] < matrix.shape[1]:
         vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, at most m)
-        spanned = F.pad(
-            matrix.T @ vectors, (0, rank - vectors.shape[1])
-        )  # zeros become any directions orthogonal to the others
+        spanned = F.pad(matrix.T @ vectors, (0, rank - vectors.shape[1]))  # zeros: any directions orthogonal to the others
         directions = torch.linalg.qr(spanned).Q
     else:
         directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.composed import ComposedConv2d
-from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, plain_conv2d
+from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice, forced
@@ -83,9 +83,9 @@ class Shift2d(Tied, WidthAware):
     def fold(self) -> nn.Conv2d:
         """The same as a depthwise convolution with a fixed one-hot kernel."""
         channels = self.active_outs(self.channels)
-        reach = self.dilation * (self.kernel_size // 2)
-        like = nn.Conv2d(channels, channels, 1, padding=reach, dilation=self.dilation, groups=channels, device="meta")
-        conv = plain_conv2d(like, self.kernel[:channels], None, channels)
+        options = {"padding": self.dilation * (self.kernel_size // 2), "dilation": self.dilation, "groups": channels}
+        sizes = (channels, channels, self.kernel.shape[2:])
+        conv = plain_layer(nn.Conv2d, sizes, self.kernel[:channels], None, **options)
         return conv.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:

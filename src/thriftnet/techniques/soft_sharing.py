@@ -197,11 +197,7 @@ class SoftSharing:
 
 
 def best_fit(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Templates and coefficients nearest to trained weights in the least-squares sense (Eckart-Young).
-
-    Args:
-        weights: Filters of ``L`` layers, (L, ...).
-        rank: Number of templates ``T`` <= L.
+    """Templates and coefficients nearest to trained weights (L, ...) in the least-squares sense (Eckart-Young).
 
     Returns:
         Templates (T, ...) and orthonormal coefficient columns (L, T), so that ``coefficients @ templates`` is the best
