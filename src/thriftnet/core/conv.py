@@ -132,11 +132,10 @@ def geometry(conv: Convolution) -> tuple[int, int, tuple[int, ...], int]:
     return conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
 
 
-def signature(conv: Convolution) -> tuple[object, ...]:
-    """What convolutions must have in common to become one module."""
-    like = next(conv.parameters())
-    rest = (conv.bias is None, getattr(conv, "width_spec", None), like.dtype, like.device)
-    return (*geometry(conv), conv.stride, conv.padding, conv.dilation, conv.padding_mode, *rest)
+def signature(layer: Convolution | nn.Linear) -> tuple[object, ...]:
+    """What layers must have in common to become one module."""
+    like, names = next(layer.parameters()), (*GEOMETRY, "in_features", "out_features", "width_spec")
+    return (*(getattr(layer, name, None) for name in names), layer.bias is None, like.dtype, like.device)
 
 
 def is_depthwise(conv: Convolution) -> bool:

@@ -37,11 +37,6 @@ class PlainNorm(Tied, WidthAware):
             raise ConfigError(f"{type(self).__name__} has {available}, got {ins}")
         return spec, index if index in fitting else fitting[0]
 
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain norm it replaces."""
-        return sum(parameter.numel() for parameter in self.parameters(recurse=False))
-
     def active_sizes(self) -> tuple[int, ...]:
         """Sizes of the plain norm at the selected width, its channels last."""
         raise NotImplementedError

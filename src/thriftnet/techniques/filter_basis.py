@@ -269,26 +269,23 @@ class FilterBasis:
         return self.shared_rank * in_channels // self.rank_channels, self.unique_rank * in_channels // self.rank_channels
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        if self.whole:
-            return self._build_whole([site.module for site in group])
-        weights = [site.module.weight.detach() for site in group]  # each (O, I, kh, kw)
+        convs = [site.module for site in group]
+        if self.whole:  # one convolution for all: the nearest to the weights they have, or orthogonal
+            common = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
+            set_to_mean(common, convs)
+            if self.init == "random":
+                nn.init.orthogonal_(common.weight)
+            return [(conv, common) for conv in convs]
+        weights = [conv.weight.detach() for conv in convs]  # each (O, I, kh, kw)
         fit = fitted if self.init == "weights" else fresh
-        shared, unique, coefficients = fit(weights, *self.ranks(group[0].module.in_channels), self.bases)
+        shared, unique, coefficients = fit(weights, *self.ranks(convs[0].in_channels), self.bases)
         shape = weights[0].shape[1:]
         shared, unique = shared.view(*shared.shape[:2], *shape), unique.view(*unique.shape[:2], *shape)
         bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty, self.family)
         return [
-            (site.module, BasisConv2d(site.module, bank, layer, layer % self.bases, coefficients[layer]))
-            for layer, site in enumerate(group)
+            (conv, BasisConv2d(conv, bank, layer, layer % self.bases, coefficients[layer]))
+            for layer, conv in enumerate(convs)
         ]
-
-    def _build_whole(self, convs: Sequence[Convolution]) -> list[Replacement]:
-        """One convolution for all: the nearest to the weights they have, or orthogonal."""
-        shared = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
-        set_to_mean(shared, convs)
-        if self.init == "random":
-            nn.init.orthogonal_(shared.weight)
-        return [(conv, shared) for conv in convs]
 
 
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:

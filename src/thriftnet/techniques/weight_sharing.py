@@ -18,8 +18,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise
-from thriftnet.core.conv import signature as conv_signature
+from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
@@ -216,14 +215,6 @@ class WeightSharing:
             if self.fusion == "mean":
                 set_to_mean(shared, layers)
         return [(layer, shared) for layer in layers]
-
-
-def signature(layer: Layer) -> tuple[object, ...]:
-    """What layers must have in common to become one module."""
-    if not isinstance(layer, nn.Linear):
-        return conv_signature(layer)
-    shape = ("linear", layer.in_features, layer.out_features, layer.bias is None)
-    return (*shape, getattr(layer, "width_spec", None), layer.weight.dtype, layer.weight.device)
 
 
 def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
