@@ -106,6 +106,24 @@ def test_parts_of_a_network() -> None:
     assert width_slots(ds_net())["stages.1"] == [12, 16, 24, 24]
 
 
+def test_a_layer_that_runs_twice_has_one_width() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.twice, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.last(self.twice(self.twice(self.stem(x)).relu()).relu()).mean((2, 3)))
+
+    model = tn.convert(Loop().eval(), tn.Slimmable(widths=(0.5, 1.0)))
+    assert groups(model, (3, 8, 8)) == [("last",), ("stem", "twice")]
+    frozen = tn.freeze(model, {"last": 0.5}, input_size=(3, 8, 8))
+    assert [frozen.get_submodule(name).weight.shape[0] for name in ("stem", "twice", "last")] == [8, 8, 4]
+    with pytest.raises(tn.ConfigError, match=r"do not fit together: PlainConv2d reads \[8\] channels, got 4"):
+        tn.freeze(model, {"twice": 0.5}, input_size=(3, 8, 8))
+
+
 def test_widths_by_name_written_out() -> None:
     """A chain with a width for each layer, computed from slices of the stored tensors."""
     model = perturb(tn.convert(NETWORKS["chain"].make(), tn.Slimmable(widths=(0.25, 0.5, 1.0)))).eval()

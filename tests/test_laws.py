@@ -48,7 +48,7 @@ def test_each_technique_has_examples_of_its_own(name: str) -> None:
     configs = [example.config for example in tn.TECHNIQUES.module(name).EXAMPLES]
     assert configs
     assert {type(config) for config in configs} == {tn.TECHNIQUES[name]}
-    assert {spec_name(config) for config in configs} == {name}
+    assert {spec_name(type(config).__name__) for config in configs} == {name}
 
 
 @every_network

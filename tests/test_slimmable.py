@@ -256,7 +256,7 @@ def test_exact_share(channels: int, numerator: int, denominator: int) -> None:
     if channels * numerator % denominator == 0:
         assert share == channels * numerator // denominator
     else:
-        assert share is None
+        assert share == 0
 
 
 @pytest.mark.parametrize("values", [(), (0.0, 1.0), (0.5, 1.5), (-0.5,), ("half",), (True,), (float("nan"),), "0.5", 2])

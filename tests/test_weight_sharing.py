@@ -210,7 +210,7 @@ def test_a_layer_in_two_groups_is_refused() -> None:
         ({"fusion": "max"}, r"unknown fusion 'max'.*Possible: channel_weighted_mean, choose_first, mean"),
         ({"seed": -1}, "seed=-1: expected a"),
         ({"portion": 0}, "portion=0: expected a"),
-        ({"portion": 1.5}, r"portion=1\.5: expected a fraction in \(0, 1\]"),
+        ({"portion": 1.5}, r"portion=1\.5: expected a number in \(0, 1\]"),
         ({"groups": 3}, "groups=3: expected lists of"),
         ({"groups": [1, 2]}, r"groups=\[1, 2\]: expected lists of"),
     ],

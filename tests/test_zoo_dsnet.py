@@ -288,7 +288,6 @@ def test_bn_sets_of_a_norm() -> None:
     assert [width_spec.bn_set(index) for index in (0, 2, 3, -1)] == [0, 0, 1, 1]
     assert width_spec.narrower_bn_sets() == {0: 4}
     assert WidthSpec((0.5, 1.0), (2, 4), (2, 4)).narrower_bn_sets() == {0: 2}
-    assert width_spec.with_outs(3).bn_sets == width_spec.bn_sets
 
 
 def test_recalibration_reaches_all_sub_networks(tiny: nn.Module) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware, WidthSpec, exact_share
 from thriftnet.errors import IncompatibleModelError
@@ -26,7 +25,7 @@ class ComposedConv2d(Tied, WidthAware):
         kernel_size: Of the convolution it replaces.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int]) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...]) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.kernel_size, self.groups = in_channels, out_channels, kernel_size, 1
 
@@ -45,13 +44,13 @@ class ComposedConv2d(Tied, WidthAware):
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """Channels between its layers at each width; by default, they narrow as the others do."""
         full = int(getattr(self._layers()[0], "out_channels"))  # noqa: B009  # a Module's attributes have no known type
-        shares = [exact_share(full, width) for width in width_spec.widths]
-        if None in shares:
+        shares = tuple(exact_share(full, width) for width in width_spec.widths)
+        if 0 in shares:
             raise IncompatibleModelError(
                 f"the {full} channels inside a {type(self).__name__} cannot be narrowed to all of {width_spec.widths}: "
                 "choose widths that give integers, or another number of channels (a shift's expansion)"
             )
-        return tuple(share for share in shares if share is not None)
+        return shares
 
     def set_width_spec(self, width_spec: WidthSpec | None) -> None:
         super().set_width_spec(width_spec)
@@ -68,12 +67,6 @@ class ComposedConv2d(Tied, WidthAware):
         super().set_width_index(index)
         for layer in self._layers():
             layer.set_width_index(index)
-
-    def adopt_widths(self, like: Convolution) -> None:
-        """Take over the widths of the convolution it replaces."""
-        if isinstance(like, WidthAware) and like.width_spec is not None:
-            self.set_width_spec(like.width_spec)
-            self.set_width_index(like.width_index)
 
     def fold(self) -> nn.Module:
         """Its layers in a row; those that fold further do so in turn."""

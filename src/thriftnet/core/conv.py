@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.init import skip_init
 
-from thriftnet.core.tied import Tied
-from thriftnet.core.width import WidthAware, WidthSpec, format_width
+from thriftnet.core.tied import Tied, plain_layer
+from thriftnet.core.width import WidthAware, format_width
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class GeneratedConv2d(Tied, WidthAware):
@@ -38,16 +37,16 @@ class GeneratedConv2d(Tied, WidthAware):
     dilation: tuple[int, int]
     groups: int
     padding_mode: str
+    _reversed_padding_repeated_twice: list[int]  # margins of other modes than zeros, as in `nn.Conv2d`
     weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
     bias: Tensor | None
 
     def __init__(self, like: Convolution) -> None:
         super().__init__()
-        for name in ATTRIBUTES:
+        for name in (*GEOMETRY, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(like, name))
         self._adopt_bias(like)
-        if isinstance(like, WidthAware):
-            self.width_spec, self.width_index = like.width_spec, like.width_index
+        self.adopt_widths(like)
 
     def _adopt_bias(self, like: Convolution) -> None:
         self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
@@ -67,10 +66,6 @@ class GeneratedConv2d(Tied, WidthAware):
     def chooses_outs(self) -> bool:
         return self.groups == 1
 
-    def width_for(self, ins: int, index: int) -> tuple[WidthSpec, int]:
-        spec, index = super().width_for(ins, index)
-        return (spec if self.groups == 1 else spec.with_outs(ins * self.out_channels // self.in_channels)), index
-
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
         weight, bias = self.weight, self.bias
@@ -85,7 +80,9 @@ class GeneratedConv2d(Tied, WidthAware):
         weight, bias, groups = self.active()
         if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
             raise ConfigError(self._misfit(x, weight.shape[1] * groups))
-        x, padding = pad(x, self)
+        padding: str | int | tuple[int, int] = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
     def _misfit(self, x: Tensor, ins: int) -> str:
@@ -102,7 +99,7 @@ class GeneratedConv2d(Tied, WidthAware):
         return plain_conv2d(self, weight, bias, groups)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={_pair(self.kernel_size)}, stride={self.stride}"
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         return text + ("" if self.width_spec is None else f", widths={self.width_spec.widths}")
@@ -130,16 +127,15 @@ def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     return type(module) in (nn.Conv2d, PlainConv2d, SharedConv2d)
 
 
-def geometry(conv: Convolution) -> tuple[int, int, tuple[int, int], int]:
+def geometry(conv: Convolution) -> tuple[int, int, tuple[int, ...], int]:
     """What two convolutions must have in common to use one weight: channels, kernel and groups."""
-    return conv.in_channels, conv.out_channels, _pair(conv.kernel_size), conv.groups
+    return conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
 
 
-def signature(conv: Convolution) -> tuple[object, ...]:
-    """What convolutions must have in common to become one module."""
-    like = next(conv.parameters())
-    rest = (conv.bias is None, getattr(conv, "width_spec", None), like.dtype, like.device)
-    return (*geometry(conv), conv.stride, conv.padding, conv.dilation, conv.padding_mode, *rest)
+def signature(layer: Convolution | nn.Linear) -> tuple[object, ...]:
+    """What layers must have in common to become one module."""
+    like, names = next(layer.parameters()), (*GEOMETRY, "in_features", "out_features", "width_spec")
+    return (*(getattr(layer, name, None) for name in names), layer.bias is None, like.dtype, like.device)
 
 
 def is_depthwise(conv: Convolution) -> bool:
@@ -149,51 +145,11 @@ def is_depthwise(conv: Convolution) -> bool:
 
 def is_pointwise(conv: Convolution) -> bool:
     """A 1 x 1 kernel."""
-    return _pair(conv.kernel_size) == (1, 1)
-
-
-def pad(x: Tensor, conv: Convolution) -> tuple[Tensor, str | tuple[int, int]]:
-    """Apply a padding mode other than zeros to ``x``; returns it with the padding left for the convolution itself."""
-    if conv.padding_mode == "zeros":
-        return x, conv.padding  # type: ignore[return-value]
-    return F.pad(x, margins(conv), mode=conv.padding_mode), (0, 0)
-
-
-def margins(conv: Convolution) -> list[int]:
-    """Padding in the order of `F.pad`: left, right, top, bottom."""
-    sides: list[int] = []
-    for axis in (1, 0):
-        if isinstance(conv.padding, str):
-            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1) if conv.padding == "same" else 0
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [conv.padding[axis]] * 2
-    return sides
+    return conv.kernel_size == (1, 1)
 
 
 def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
     """An `nn.Conv2d` that holds copies of ``weight`` and ``bias``, with the geometry of ``like``."""
-    conv: nn.Conv2d = skip_init(  # type: ignore[no-untyped-call]
-        nn.Conv2d,
-        weight.shape[1] * groups,
-        weight.shape[0],
-        weight.shape[2:],
-        stride=like.stride,
-        padding=like.padding,
-        dilation=like.dilation,
-        groups=groups,
-        bias=bias is not None,
-        padding_mode=like.padding_mode,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    with torch.no_grad():
-        conv.weight.copy_(weight)
-        if bias is not None and conv.bias is not None:
-            conv.bias.copy_(bias)
-    conv.kernel_size = (weight.shape[2], weight.shape[3])
-    return conv.train(like.training)
-
-
-def _pair(size: tuple[int, ...] | int) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    sizes = (weight.shape[1] * groups, weight.shape[0], weight.shape[2:])
+    options = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    return plain_layer(nn.Conv2d, sizes, weight, bias, groups=groups, **options).train(like.training)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.conv import Convolution
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
-from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.plan import Plan, PlanRow
-from thriftnet.core.sites import Replacement, Select, Site, Want, default_select, names_by_module, replace, selection, sites
+from thriftnet.core.sites import Layer, Replacement, Select, Site, Want, names_by_module, replace, selection, sites
 from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Technique, requires_all_layers, takes
 from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
 
 
 def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
@@ -52,12 +47,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
-    """A copy of ``model`` in which the layers of each group are one module, the first of them.
-
-    Args:
-        model: The network.
-        groups: Lists of module names.
-    """
+    """A copy of ``model`` in which the layers of each group, given by name, are one module, the first of them."""
     model = copy.deepcopy(model)
     table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
     tied = replace(model, table)
@@ -90,14 +80,14 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
     for number, group in enumerate(groups):
         for site in group:
             _check_hooks(site)
-        members = {id(site.module): site.names for site in group}
+        members = {id(site.module) for site in group}
         pairs = config.build(group)
         _freeze_alike(pairs)
         for old, new in pairs:
             table[id(old)] = new.train(old.training)
             in_group = number if id(old) in members else None
-            of_old = members.get(id(old), names[id(old)])
-            rows.append(PlanRow(of_old, described[id(old)], type(new).__name__, in_group, relative_error(old, new)))
+            error = relative_error(old, new)
+            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
     model_name = type(model).__name__
     converted = replace(model, table)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
@@ -115,10 +105,8 @@ def _freeze_alike(pairs: Sequence[Replacement]) -> None:
     """Replacements of frozen layers are frozen, unless a trainable layer shares them."""
     before = [(new, [p.requires_grad for p in old.parameters(recurse=False)]) for old, new in pairs]
     trained = {id(p) for new, flags in before if any(flags) or not flags for p in new.parameters()}
-    for new, _ in before:
-        for parameter in new.parameters():
-            if id(parameter) not in trained:
-                parameter.requires_grad_(False)
+    for parameter in (p for new, _ in before for p in new.parameters() if id(p) not in trained):
+        parameter.requires_grad_(False)
 
 
 def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[list[Site[nn.Module]]]]:
@@ -148,12 +136,11 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
 
 def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
     """Selected sites that the technique accepts."""
+    want = selection(model, select)
     if requires_all_layers(technique):
         found = sites(model, lambda _, module: technique.accepts(module))
-        chosen = None if select is None else selection(model, select)
-        _check_whole(model, technique, found, chosen)
+        _check_whole(model, technique, found, None if select is None else want)
         return found
-    want = default_select(model) if select is None else selection(model, select)
     found = sites(model, lambda name, module: want(name, module) and technique.accepts(module))
     if select is not None:
         _check_selection(model, technique, select, want, found)
@@ -172,9 +159,9 @@ def _check_selection(
     if found:
         return
     matched = [(name, module) for name, module in model.named_modules() if want(name, module)]
-    for name, module in sorted(matched, key=lambda pair: not _is_layer(pair[1])):
+    for name, module in sorted(matched, key=lambda pair: not isinstance(pair[1], Layer)):
         raise _refusal(technique, name, module)
-    layers = [name for name, module in model.named_modules() if _is_layer(module)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, Layer)]
     raise ConfigError(
         f"select={select!r} matches no layer of {type(model).__name__}. Its layers: {', '.join(layers[:8])}, ..."
     )
@@ -203,11 +190,11 @@ def _refusal(technique: Technique, name: str, module: nn.Module) -> Incompatible
 
 def _left_alone(model: nn.Module, technique: Technique, select: Select | None, grouped: set[int]) -> list[tuple[str, str]]:
     """(name, reason) of each convolution that is not converted."""
-    want = default_select(model) if select is None else selection(model, select)
+    want = selection(model, select)
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
     left = []
     for name, module in model.named_modules():
-        if id(module) in taken or not isinstance(module, nn.Conv2d | GeneratedConv2d):
+        if id(module) in taken or not isinstance(module, Convolution):
             continue
         if not want(name, module):
             reason = "not selected" if select is not None else "the stem or the classifier"
@@ -217,10 +204,6 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
             reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
-
-
-def _is_layer(module: nn.Module) -> TypeIs[nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear]:
-    return isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear)
 
 
 def describe(module: nn.Module) -> str:
@@ -234,10 +217,10 @@ def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     if any(parameter.is_meta for parameter in new.parameters()):
         return None
     folded = new.fold() if is_foldable(new) else new
-    if not (_is_layer(old) and isinstance(folded, nn.Conv2d | nn.Linear)):
+    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)):
         return None
     before, after = old.weight.detach().double(), folded.weight.detach().double()
     if before.shape != after.shape:
         return None
-    norm = before.norm()
-    return float((after - before).norm() / norm) if norm > 0 else float((after - before).norm())
+    error, norm = (after - before).norm(), before.norm()
+    return float(error / norm if norm > 0 else error)

@@ -14,7 +14,7 @@ from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.history import HISTORY, history, record
 from thriftnet.core.sites import replace, sites
 from thriftnet.core.spec import check_choice
-from thriftnet.core.width import require_widths, select_width, widths
+from thriftnet.core.width import eval_mode, require_widths, select_width, widths
 from thriftnet.core.width import width as selected_width
 from thriftnet.core.width_slots import IndexChoice, WidthChoice, assign, width_indices
 from thriftnet.errors import IncompatibleModelError
@@ -149,16 +149,15 @@ def eval_fold(model: nn.Module, *, prefer: str = "") -> Iterator[nn.Module]:
         >>> model.training
         True
     """
-    layers = [(module, dict(module._modules), module.training) for module in model.modules()]
+    layers = [(module, dict(module._modules)) for module in model.modules()]
     past = history(model)
-    try:
-        model.eval()
-        yield fold(model, inplace=True, prefer=prefer)
-    finally:
-        for module, children, training in layers:
-            module._modules.update(children)
-            module.training = training
-        if past:
-            setattr(model, HISTORY, past)
-        elif hasattr(model, HISTORY):
-            delattr(model, HISTORY)
+    with eval_mode(model):
+        try:
+            yield fold(model, inplace=True, prefer=prefer)
+        finally:
+            for module, children in layers:
+                module._modules.update(children)
+            if past:
+                setattr(model, HISTORY, past)
+            elif hasattr(model, HISTORY):
+                delattr(model, HISTORY)

@@ -44,9 +44,7 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 def fold_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
     """Fold every batch norm of ``model``, changed in place, that alone reads the output of a convolution that runs once.
 
-    Args:
-        model: A network of plain layers, in eval mode.
-        run: Runs a copy of it on the meta device once.
+    The network is one of plain layers, in eval mode; ``run`` runs a copy of it on the meta device once.
     """
     table: dict[int, nn.Module] = {}
     readers, ran = sole_readers(model, run, (nn.BatchNorm2d,))
@@ -63,12 +61,7 @@ def fold_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modul
 
 
 def make_inplace(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    """Let activations of ``model`` overwrite outputs of convolutions and norms that nothing else reads.
-
-    Args:
-        model: A network that no gradient is taken of.
-        run: Runs a copy of it on the meta device once.
-    """
+    """Let activations of ``model``, which needs no gradients, overwrite outputs of convolutions and norms that they alone read."""
     for name in sole_readers(model, run, ACTIVATIONS)[0]:
         setattr(model.get_submodule(name), "inplace", True)  # noqa: B010  # a Module's attributes have no known type
 
@@ -76,12 +69,7 @@ def make_inplace(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
 def sole_readers(
     model: nn.Module, run: Callable[[nn.Module], object], kinds: tuple[type[nn.Module], ...]
 ) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Layers that read nothing but outputs of convolutions and norms which nothing else reads.
-
-    Args:
-        model: Any network.
-        run: Runs a copy of it on the meta device once.
-        kinds: Of layers.
+    """Layers of these kinds that read nothing but outputs of convolutions and norms which nothing else reads.
 
     Returns:
         The name of each, with the layer whose output it read in each of its calls; and how often each convolution and norm ran.

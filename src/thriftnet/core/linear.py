@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.init import skip_init
 
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 
 if TYPE_CHECKING:
@@ -22,6 +21,9 @@ class GeneratedLinear(Tied, WidthAware):
     It may be tied to several users and may run at several widths.
 
     Shape: (..., in_features) -> (..., out_features); fewer of each at a narrower width.
+
+    Args:
+        like: The linear layer to replace: sizes and widths are copied from it.
     """
 
     in_features: int
@@ -29,6 +31,11 @@ class GeneratedLinear(Tied, WidthAware):
     weight: Tensor
     bias: Tensor | None
     channel_axis: ClassVar[int] = -1
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.adopt_widths(like)
 
     @property
     def generation_macs(self) -> int:
@@ -52,13 +59,7 @@ class GeneratedLinear(Tied, WidthAware):
     def fold(self) -> nn.Linear:
         """The plain layer that computes the same, at the selected width."""
         weight, bias = self.active()
-        linear: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
-        )
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-        return linear.train(self.training)
+        return plain_layer(nn.Linear, weight.shape[::-1], weight, bias).train(self.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -70,12 +71,10 @@ class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
     standalone: ClassVar[bool] = True
 
     def __init__(self, like: nn.Linear) -> None:
-        super().__init__(
-            like.in_features, like.out_features, like.bias is not None, device=like.weight.device, dtype=like.weight.dtype
-        )
+        factory: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
+        nn.Linear.__init__(self, like.in_features, like.out_features, like.bias is not None, **factory)
         self.load_state_dict(like.state_dict())
-        if isinstance(like, WidthAware):
-            self.width_spec, self.width_index = like.width_spec, like.width_index
+        self.adopt_widths(like)
 
 
 class SharedLinear(PlainLinear):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.init import skip_init
 
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -21,6 +21,9 @@ class PlainNorm(Tied, WidthAware):
     """Base of the norms of several widths. They use the first channels of weight and bias, and have as many outputs as inputs."""
 
     standalone: ClassVar[bool] = True
+    plain: ClassVar[type[nn.Module]]  # what it folds into
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     @property
     def chooses_outs(self) -> bool:
@@ -34,14 +37,26 @@ class PlainNorm(Tied, WidthAware):
             raise ConfigError(f"{type(self).__name__} has {available}, got {ins}")
         return spec, index if index in fitting else fitting[0]
 
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the plain norm it replaces."""
-        return sum(parameter.numel() for parameter in self.parameters(recurse=False))
+    def active_sizes(self) -> tuple[int, ...]:
+        """Sizes of the plain norm at the selected width, its channels last."""
+        raise NotImplementedError
 
-    def _folded_into(self, norm: nn.Module, channels: int, state: Mapping[str, Tensor]) -> nn.Module:
-        """``norm`` with the first ``channels`` of what ``state`` holds."""
-        norm.load_state_dict({name: value[:channels] if value.ndim else value for name, value in state.items()})
+    def active(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias at the selected width."""
+        channels = self.active_sizes()[-1]
+        return _first(self.weight, channels), _first(self.bias, channels)
+
+    def statistics(self) -> dict[str, Tensor | None]:
+        """Running statistics of the selected width."""
+        return {}
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """The plain norm that computes the same, at the selected width."""
+        sizes = self.active_sizes()
+        norm = self.plain(*sizes, **_options(self))
+        state = {"weight": self.weight, "bias": self.bias, **self.statistics()}
+        norm.load_state_dict({name: _first(value, sizes[-1]) for name, value in state.items() if value is not None})
         return norm.train(self.training)
 
 
@@ -53,6 +68,8 @@ class PlainBatchNorm2d(PlainNorm, nn.BatchNorm2d):
 
     Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.3.
     """
+
+    plain: ClassVar[type[nn.Module]] = nn.BatchNorm2d
 
     def __init__(self, like: nn.BatchNorm2d) -> None:
         super().__init__(like.num_features, **_options(like))
@@ -67,19 +84,22 @@ class PlainBatchNorm2d(PlainNorm, nn.BatchNorm2d):
             return
         for bn_set, channels in width_spec.narrower_bn_sets().items():
             for name in STATISTICS:
-                full = self.get_buffer(name)
-                self.register_buffer(f"{name}_{bn_set}", (full[:channels] if full.ndim else full).clone())
+                self.register_buffer(f"{name}_{bn_set}", _first(self.get_buffer(name), channels).clone())
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running mean, variance and batch count of the selected width."""
         if self.running_mean is None:
             return dict.fromkeys(STATISTICS)
-        widest = self.width_spec is None or self.width_spec.bn_set(self.width_index) == self.width_spec.bn_set(-1)
-        suffix = "" if self.width_spec is None or widest else f"_{self.width_spec.bn_set(self.width_index)}"
+        spec, suffix = self.width_spec, ""
+        if spec is not None and spec.bn_set(self.width_index) != spec.bn_set(-1):
+            suffix = f"_{spec.bn_set(self.width_index)}"
         return {name: getattr(self, name + suffix) for name in STATISTICS}
 
+    def active_sizes(self) -> tuple[int, ...]:
+        return (self.active_outs(self.num_features),)
+
     def forward(self, input: Tensor) -> Tensor:
-        channels = self.active_outs(self.num_features)
+        (channels,) = self.active_sizes()
         mean, var, count = self.statistics().values()
         momentum = self.momentum
         if self.training and mean is not None and var is not None and count is not None:
@@ -89,72 +109,50 @@ class PlainBatchNorm2d(PlainNorm, nn.BatchNorm2d):
             input,
             _first(mean, channels),
             _first(var, channels),
-            _first(self.weight, channels),
-            _first(self.bias, channels),
+            *self.active(),
             self.training or mean is None,
             0.0 if momentum is None else momentum,
             self.eps,
         )
 
-    @torch.no_grad()
-    def fold(self) -> nn.BatchNorm2d:
-        """The plain norm that computes the same, at the selected width."""
-        channels = self.active_outs(self.num_features)
-        norm: nn.BatchNorm2d = skip_init(nn.BatchNorm2d, channels, **_options(self))  # type: ignore[no-untyped-call]
-        state = {"weight": self.weight, "bias": self.bias, **self.statistics()}
-        self._folded_into(norm, channels, {name: value for name, value in state.items() if value is not None})
-        return norm
-
 
 class PlainGroupNorm(PlainNorm, nn.GroupNorm):
     """A group norm as `nn.GroupNorm`; at a narrower width it keeps its channels per group and has fewer groups."""
+
+    plain: ClassVar[type[nn.Module]] = nn.GroupNorm
 
     def __init__(self, like: nn.GroupNorm) -> None:
         super().__init__(like.num_groups, like.num_channels, **_options(like))
         self.load_state_dict(like.state_dict())
 
-    def _active_groups(self) -> tuple[int, int]:
-        """Groups and channels at the selected width."""
+    def active_sizes(self) -> tuple[int, ...]:
         channels = self.active_outs(self.num_channels)
         return channels // (self.num_channels // self.num_groups), channels
 
     def forward(self, input: Tensor) -> Tensor:
-        groups, channels = self._active_groups()
-        return F.group_norm(input, groups, _first(self.weight, channels), _first(self.bias, channels), self.eps)
-
-    @torch.no_grad()
-    def fold(self) -> nn.GroupNorm:
-        """The plain norm that computes the same, at the selected width."""
-        groups, channels = self._active_groups()
-        norm = nn.GroupNorm(groups, channels, **_options(self))
-        self._folded_into(norm, channels, self.state_dict())
-        return norm
+        return F.group_norm(input, self.active_sizes()[0], *self.active(), self.eps)
 
 
 class PlainLayerNorm(PlainNorm, nn.LayerNorm):
     """A layer norm over the last axis as `nn.LayerNorm`; in addition it may be tied and have several widths."""
 
     channel_axis: ClassVar[int] = -1
+    plain: ClassVar[type[nn.Module]] = nn.LayerNorm
 
     def __init__(self, like: nn.LayerNorm) -> None:
         super().__init__(like.normalized_shape, **_options(like))
         self.load_state_dict(like.state_dict())
 
+    def active_sizes(self) -> tuple[int, ...]:
+        return (self.active_outs(self.normalized_shape[0]),)
+
     def forward(self, input: Tensor) -> Tensor:
-        channels = self.active_outs(self.normalized_shape[0])
-        return F.layer_norm(input, (channels,), _first(self.weight, channels), _first(self.bias, channels), self.eps)
-
-    @torch.no_grad()
-    def fold(self) -> nn.LayerNorm:
-        """The plain norm that computes the same, at the selected width."""
-        channels = self.active_outs(self.normalized_shape[0])
-        norm = nn.LayerNorm(channels, **_options(self))
-        self._folded_into(norm, channels, self.state_dict())
-        return norm
+        return F.layer_norm(input, self.active_sizes(), *self.active(), self.eps)
 
 
-def _first(tensor: Tensor | None, channels: int) -> Tensor | None:
-    return None if tensor is None else tensor[:channels]
+def _first(tensor: T, channels: int) -> T:
+    """The first channels; a number, such as a count of batches, is unchanged."""
+    return tensor if tensor is None or not tensor.ndim else tensor[:channels]
 
 
 def _options(norm: nn.Module) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def _options(norm: nn.Module) -> dict[str, Any]:
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift, each (C,), by which a batch norm in eval mode computes ``x * scale + shift`` at the selected width."""
-    plain = norm.fold() if isinstance(norm, PlainBatchNorm2d) else norm
+    plain = cast(nn.BatchNorm2d, norm.fold()) if isinstance(norm, PlainBatchNorm2d) else norm
     if plain.running_mean is None or plain.running_var is None:
         raise IncompatibleModelError(f"{norm} keeps no running statistics, so it cannot be folded into a convolution")
     scale = (plain.running_var + plain.eps).rsqrt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from thriftnet.core.spec import to_dict
@@ -51,7 +51,7 @@ class Plan:
     technique: Technique | str | Mapping[str, Any]
     model: str
     rows: tuple[PlanRow, ...]
-    left: tuple[tuple[str, str], ...] = field(default=())
+    left: tuple[tuple[str, str], ...] = ()
     params_before: int = 0
     params_after: int = 0
 

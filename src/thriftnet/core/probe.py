@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -20,17 +19,11 @@ SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a st
 Size: TypeAlias = tuple[int, int, int]  # channels, height and width of an image
 
 
-@dataclass(frozen=True)
-class Call:
-    """One forward of a module.
+class Call(NamedTuple):
+    """One forward of a module."""
 
-    Args:
-        name: Its first name in the network.
-        output: Its output, on the meta device.
-    """
-
-    name: str
-    output: Any
+    name: str  # the first in the network
+    output: Any  # on the meta device
 
 
 class IgnoreOuterModes(TorchFunctionMode):
@@ -79,18 +72,14 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
         IncompatibleModelError: It runs on none of the sizes tried.
     """
     ghost = on_meta(model)
-    if given is not None:
-        size = input_size_of(model, given)
-        error = failure(ghost, size)
-        if error is not None:
-            raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
-        return size
     tried: list[Exception] = []
-    for size in _candidates(model):
+    for size in _candidates(model) if given is None else [input_size_of(model, given)]:
         error = failure(ghost, size)
         if error is None:
             return size
         tried.append(error)
+    if given is not None:
+        raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(tried[0])}")
     raise IncompatibleModelError(
         f"{type(model).__name__} runs on none of the image sizes tried: {_first_line(tried[0])}. "
         "Give the size it was made for: input_size=(C, H, W)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -51,11 +52,7 @@ class DataFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
-        facts = asdict(self)
-        for name in ("input_size", "class_names"):
-            facts[name] = None if facts[name] is None else list(facts[name])
-        if self.normalisation is not None:
-            facts["normalisation"] = {key: list(values) for key, values in self.normalisation.items()}
+        facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return facts
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thriftnet.core.history import history
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
 from thriftnet.core.spec import check_whole_number
-from thriftnet.core.width import Width, require_widths, select_width, slimmable_layers, width_index
+from thriftnet.core.width import Width, eval_mode, require_widths, select_width, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 
@@ -129,22 +129,16 @@ def _only_norms_train(
     model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], momentum: float | None
 ) -> Iterator[None]:
     """Norms in training mode with this momentum, everything else in eval mode; all restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    selected = [(layer, layer.width_index) for layer in slimmable_layers(model)]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = momentum  # None is a plain average over all batches
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for layer, index in selected:
-            layer.set_width_index(index)
+    with eval_mode(model):
+        for norm in norms:
+            norm.train()
+            norm.momentum = momentum  # None is a plain average over all batches
+        try:
+            yield
+        finally:
+            for norm, momentum in momenta:
+                norm.momentum = momentum
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 from torch import nn
 
-from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.conv import Convolution
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.errors import ConfigError, unknown_name
 
@@ -18,6 +18,7 @@ M = TypeVar("M", bound=nn.Module, covariant=True)
 Want: TypeAlias = Callable[[str, nn.Module], bool]
 Select: TypeAlias = str | Sequence[str] | Want
 Replacement: TypeAlias = tuple[nn.Module, nn.Module]
+Layer: TypeAlias = Convolution | nn.Linear | GeneratedLinear
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
 
     Modules inside a wanted module are not searched.
     """
-    roles = {
-        id(module): role for role, module in zip(("stem", "classifier"), ends(model), strict=True) if module is not None
-    }
+    roles = dict(zip(map(id, ends(model)), ("stem", "classifier"), strict=True))
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -95,7 +94,7 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     weighted: list[nn.Module] = []
     norm_follows = False
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | GeneratedConv2d | GeneratedLinear):
+        if isinstance(module, Layer):
             weighted.append(module)
             norm_follows = False
         elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
@@ -109,23 +108,21 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return stem, last if is_head else None
 
 
-def default_select(model: nn.Module) -> Want:
-    """Everything except stem and classifier: small layers, which the papers do not convert."""
-    excluded = {id(module) for module in ends(model) if module is not None}
-    return lambda name, module: id(module) not in excluded
-
-
-def selection(model: nn.Module, select: Select) -> Want:
+def selection(model: nn.Module, select: Select | None) -> Want:
     """``select`` as a predicate on ``(name, module)``.
 
     Args:
         model: The network.
         select: A regular expression searched for in module names; a list of names (a container's name selects all
-            its layers); or a callable ``(name, module) -> bool``.
+            its layers); or a callable ``(name, module) -> bool``. Default: everything except stem and classifier, small layers
+            that the papers do not convert.
 
     Raises:
         ConfigError: The expression is malformed, or a listed name does not exist.
     """
+    if select is None:
+        excluded = {id(module) for module in ends(model)}
+        return lambda name, module: id(module) not in excluded
     if callable(select):
         return select
     if isinstance(select, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,19 +14,17 @@ from thriftnet.errors import ConfigError, unknown_name
 T = TypeVar("T")
 
 
-def spec_name(config: object | type) -> str:
-    """``SoftSharing`` -> "soft-sharing"."""
-    cls = config if isinstance(config, type) else type(config)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+def spec_name(name: str) -> str:
+    """``SoftSharing`` or "soft_sharing" -> "soft-sharing"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
 
 
 def format_spec(config: object) -> str:
     """A config as text: its name and the fields that differ from their defaults."""
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
-    parts = [
-        f"{field.name}={getattr(config, field.name)!r}" for field in fields if getattr(config, field.name) != field.default
-    ]
-    return f"{spec_name(config)}({', '.join(parts)})" if parts else spec_name(config)
+    values = [(field.name, getattr(config, field.name), field.default) for field in fields]
+    parts = [f"{name}={value!r}" for name, value, default in values if value != default]
+    return spec_name(type(config).__name__) + (f"({', '.join(parts)})" if parts else "")
 
 
 def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
@@ -72,12 +71,12 @@ def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
 
 def to_dict(config: object) -> dict[str, Any]:
     """A config as JSON-ready dict, all fields included."""
-    return {"technique": spec_name(config), **dataclasses.asdict(config)}  # type: ignore[call-overload]
+    return {"technique": spec_name(type(config).__name__), **dataclasses.asdict(config)}  # type: ignore[call-overload]
 
 
 def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
     """Build the config called ``name``."""
-    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower().replace("_", "-")
+    key = spec_name(name)
     if key not in table:
         raise unknown_name("technique", name, table)
     cls = table[key]
@@ -105,10 +104,11 @@ def check_steps(name: str, value: object) -> None:
         check_whole_number(name, step, 1)
 
 
-def check_number(name: str, value: object, above: float) -> None:
-    """Raise unless ``value`` is a finite number greater than ``above``."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < float("inf"):
-        raise ConfigError(f"{name}={value!r}: expected a number > {above:g}")
+def check_number(name: str, value: object, above: float, most: float = sys.float_info.max) -> None:
+    """Raise unless ``value`` is a finite number in ``(above, most]``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value <= most:
+        expected = f"in ({above:g}, {most:g}]" if most < sys.float_info.max else f"> {above:g}"
+        raise ConfigError(f"{name}={value!r}: expected a number {expected}")
 
 
 def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:

@@ -6,10 +6,14 @@ pickling are then plain PyTorch. Only the state dict needs care, because PyTorch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.init import skip_init
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Tied(nn.Module):
@@ -17,6 +21,8 @@ class Tied(nn.Module):
 
     Shape: any. A key missing under every name is reported as missing, under the first name.
     """
+
+    transient: ClassVar[tuple[str, ...]] = ("_written", "_loading")  # attributes that copies and files do not have
 
     _written: tuple[int, str] | None = None  # (state dict, prefix) of the latest writing
     _loading: tuple[list[str], dict[str, str]] | None = None  # missing keys of this loading, and ours among them
@@ -72,7 +78,22 @@ class Tied(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_written", "_loading")}
+        return {name: value for name, value in self.__dict__.items() if name not in self.transient}
+
+
+def plain_layer(kind: type[M], sizes: Sequence[Any], weight: Tensor, bias: Tensor | None, **options: Any) -> M:
+    """A layer of `torch.nn` that holds copies of ``weight`` and ``bias``."""
+    options |= {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    layer: M = skip_init(kind, *sizes, **options)  # type: ignore[no-untyped-call]
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return layer
+
+
+@torch.no_grad()
+def set_to_mean(shared: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Set the parameters of a layer to the mean of those that the layers have."""
+    for name, parameter in shared.named_parameters(recurse=False):
+        parameter.copy_(torch.stack([layer.get_parameter(name) for layer in layers]).mean(0))
 
 
 def first_names(model: nn.Module) -> dict[str, Tensor]:

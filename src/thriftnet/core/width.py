@@ -6,7 +6,8 @@ Source: Yu et al., Slimmable Neural Networks, ICLR 2019, section 3 (switchable w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
 from torch import nn
@@ -35,14 +36,6 @@ class WidthSpec:
     outs: tuple[int, ...]
     bn_sets: tuple[int, ...] | None = None
     slot: str = field(default="", compare=False)
-
-    def with_ins(self, channels: int) -> WidthSpec:
-        """The same widths with ``channels`` inputs at each."""
-        return replace(self, ins=(channels,) * len(self.widths))
-
-    def with_outs(self, channels: int) -> WidthSpec:
-        """The same widths with ``channels`` outputs at each."""
-        return replace(self, outs=(channels,) * len(self.widths))
 
     def bn_set(self, index: int) -> int:
         """Index of the batch-norm statistics that the sub-network at ``index`` uses."""
@@ -81,6 +74,12 @@ class WidthAware(nn.Module):
         """Select a width by its index."""
         self.width_index = index
 
+    def adopt_widths(self, like: nn.Module) -> None:
+        """Take over the widths of the layer it replaces, and the selected one."""
+        if isinstance(like, WidthAware) and like.width_spec is not None:
+            self.set_width_spec(like.width_spec)
+            self.set_width_index(like.width_index)
+
     def active_ins(self, full: int) -> int:
         """Input channels at the selected width, of ``full``."""
         return full if self.width_spec is None else self.width_spec.ins[self.width_index]
@@ -95,19 +94,32 @@ class WidthAware(nn.Module):
         Raises:
             ConfigError: It cannot read that many channels.
         """
-        spec = self._spec_that_reads(ins)
-        return WidthSpec(("own",), (ins,), (spec.outs[index],)), 0
-
-    def _spec_that_reads(self, ins: int) -> WidthSpec:
-        if self.width_spec is None or ins not in self.width_spec.ins:
-            expected = "one width" if self.width_spec is None else f"{sorted({*self.width_spec.ins})} channels"
+        spec = self.width_spec
+        if spec is None or ins not in spec.ins:
+            expected = "one width" if spec is None else f"{sorted({*spec.ins})} channels"
             raise ConfigError(f"{type(self).__name__} reads {expected}, got {ins}")
-        return self.width_spec
+        outs = spec.outs[index] if self.chooses_outs else ins * spec.outs[index] // spec.ins[index]
+        return WidthSpec(("own",), (ins,), (outs,)), 0
 
 
 def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:
     """Every layer of ``model`` that has several widths."""
     return (m for m in model.modules() if isinstance(m, WidthAware) and m.width_spec is not None)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; on exit, every module's mode and every layer's width are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    selected = [(layer, layer.width_index) for layer in slimmable_layers(model)]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, index in selected:
+            layer.set_width_index(index)
 
 
 def widths(model: nn.Module) -> tuple[Width, ...]:
@@ -120,10 +132,8 @@ def widths(model: nn.Module) -> tuple[Width, ...]:
 
 def width(model: nn.Module) -> Width:
     """The width that ``model`` runs at now (1.0 for a network of one width)."""
-    for layer in slimmable_layers(model):
-        if layer.width_spec is not None:
-            return layer.width_spec.widths[layer.width_index]
-    return 1.0
+    layer = next(slimmable_layers(model), None)
+    return 1.0 if layer is None else widths(model)[layer.width_index]
 
 
 def set_width(model: nn.Module, width: Width | None = None, *, index: int | None = None) -> None:
@@ -213,16 +223,16 @@ def format_width(width: Width) -> str:
     return width if isinstance(width, str) else f"{width:g}"
 
 
-def exact_share(channels: int, width: Width) -> int | None:
-    """``width`` of ``channels``; None if that is not an integer >= 1, or ``width`` is not a ratio.
+def exact_share(channels: int, width: Width) -> int:
+    """``width`` of ``channels``; 0 if that is not an integer >= 1, or ``width`` is not a ratio.
 
     Only exact shares are taken, so that sums of channels (concatenation) and products (flattening) stay consistent.
 
     Example:
         >>> exact_share(64, 0.25), exact_share(10, 0.25)
-        (16, None)
+        (16, 0)
     """
     if isinstance(width, str):
-        return None
+        return 0
     share = round(channels * width)
-    return share if share >= 1 and abs(share - channels * width) < 1e-6 else None
+    return share if abs(share - channels * width) < 1e-6 else 0

@@ -40,7 +40,6 @@ def groups(model: nn.Module, size: Size) -> list[tuple[str, ...]]:
     Raises:
         IncompatibleModelError: The network has one width, or a layer that cannot have a width of its own.
     """
-    _check_standalone(model)
     slots = list(width_slots(model))
     if not slots:
         raise IncompatibleModelError(f"{type(model).__name__} has one width only: no part of it has a width to choose")
@@ -84,17 +83,13 @@ def width_indices(
 def assign(model: nn.Module, chosen: list[int] | dict[str, int], size: Size) -> None:
     """Give the slots of ``model`` widths, in place; its layers have one width each afterwards, for folding.
 
-    Args:
-        model: A slimmable network of plain layers.
-        chosen: From `width_indices`: one for each of `groups`; or by regular expressions on the names of slots, where the first
-            match counts and other slots stay at the largest.
-        size: Channels, height and width of an image.
+    ``chosen`` has one index for each of `groups`; or indices by regular expressions on the names of slots, where the first match
+    counts and other slots stay at the largest.
 
     Raises:
         ConfigError: Widths that do not fit together, or names that match nothing.
         IncompatibleModelError: A layer that cannot have a width of its own.
     """
-    _check_standalone(model)
     resolved = _resolve(model, _by_slot(model, chosen, size), size)
     if isinstance(resolved, Exception):
         raise ConfigError(
@@ -131,9 +126,11 @@ def _resolve(model: nn.Module, indices: Mapping[str, int], size: Size) -> dict[s
     resolved: dict[str, tuple[WidthSpec, int]] = {}
 
     def enter(layer: WidthAware, name: str, x: Tensor) -> None:
-        if layer.width_spec is not None:
-            index = indices.get(layer.width_spec.slot or name, -1)
-            layer.width_spec, layer.width_index = resolved[name] = layer.width_for(x.shape[layer.channel_axis], index)
+        if name not in resolved and layer.width_spec is not None:
+            layer.width_index = indices.get(layer.width_spec.slot or name, -1)
+        layer.width_spec, layer.width_index = found = layer.width_for(x.shape[layer.channel_axis], layer.width_index)
+        if resolved.setdefault(name, found) != found:
+            raise ConfigError(f"layer {name!r} runs at two widths")
 
     for name, layer in _layers(ghost).items():
         layer.register_forward_pre_hook(lambda layer, args, name=name: enter(layer, name, args[0]))
@@ -147,18 +144,15 @@ def _resolve(model: nn.Module, indices: Mapping[str, int], size: Size) -> dict[s
 
 
 def _layers(model: nn.Module) -> dict[str, WidthAware]:
-    """Layers that can have a width of their own."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, WidthAware) and module.width_spec is not None and module.standalone
-    }
-
-
-def _check_standalone(model: nn.Module) -> None:
+    """Layers that can have a width of their own; raises if another layer with parameters has several widths."""
+    found: dict[str, WidthAware] = {}
     for name, module in model.named_modules():
-        slimmable = isinstance(module, WidthAware) and module.width_spec is not None and not module.standalone
-        if slimmable and any(True for _ in module.parameters()):
+        if not isinstance(module, WidthAware) or module.width_spec is None:
+            continue
+        if module.standalone:
+            found[name] = module
+        elif any(True for _ in module.parameters()):
             raise IncompatibleModelError(
                 f"layer {name!r} is {type(module).__name__}: only plain layers can have widths of their own. Give all one width"
             )
+    return found

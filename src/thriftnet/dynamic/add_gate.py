@@ -105,12 +105,12 @@ def split_point(body: nn.Module, channels: int, ratios: Sequence[float], network
     Raises:
         IncompatibleModelError: A ratio of the channels is not an integer.
     """
-    shares = [exact_share(channels, ratio) for ratio in ratios]
-    if None in shares:
+    shares = tuple(exact_share(channels, ratio) for ratio in ratios)
+    if 0 in shares:
         raise IncompatibleModelError(
-            f"width {ratios[shares.index(None)]:g} of the {channels} channels at the end of the front is not an integer. End it elsewhere"
+            f"width {ratios[shares.index(0)]:g} of the {channels} channels at the end of the front is not an integer. End it elsewhere"
         )
-    spec = WidthSpec(tuple(ratios), (channels,) * len(shares), tuple(share for share in shares if share is not None))
+    spec = WidthSpec(tuple(ratios), (channels,) * len(shares), shares)
     return SplitPoint(body, SqueezeGate(channels, ratios, next(network.parameters())), spec)
 
 

@@ -35,7 +35,8 @@ class Registry(Mapping[str, "type[Technique]"]):
         self.public = public
 
     def __getitem__(self, name: str) -> type[Technique]:
-        config: type[Technique] = getattr(self.module(name), self.public[name][0])
+        public = self.public[name]
+        config: type[Technique] = getattr(self.module(name), public[0])
         return config
 
     def __iter__(self) -> Iterator[str]:
@@ -46,8 +47,6 @@ class Registry(Mapping[str, "type[Technique]"]):
 
     def module(self, name: str) -> ModuleType:
         """The technique's file."""
-        if name not in self.public:
-            raise KeyError(name)
         return importlib.import_module(self.file(name))
 
     def file(self, name: str) -> str:

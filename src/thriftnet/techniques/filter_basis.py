@@ -25,7 +25,6 @@ from thriftnet.core.conv import (
     GeneratedConv2d,
     PlainConv2d,
     SharedConv2d,
-    geometry,
     is_convolution,
     is_pointwise,
     plain_conv2d,
@@ -36,7 +35,7 @@ from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.orthogonality import penalty
@@ -141,7 +140,7 @@ class BasisConv2d(ComposedConv2d):
     """
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
-        super().__init__(like.in_channels, like.out_channels, geometry(like)[2])
+        super().__init__(like.in_channels, like.out_channels, like.kernel_size)
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
@@ -165,9 +164,8 @@ class BasisConv2d(ComposedConv2d):
         """
         entries, outs = self.filters.weight[0].numel(), self.out_channels
         share = self.filters.out_channels * (entries + outs) / (outs * entries)
-        if share >= {"": 0.0, "speed": WORTH_TWO_LAYERS, "size": 1.0}[prefer]:
-            return self.fold()
-        return self.decomposed()
+        limit = {"": 0.0, "speed": WORTH_TWO_LAYERS, "size": 1.0}[prefer]
+        return self.fold() if share >= limit else self.decomposed()
 
     @torch.no_grad()
     def decomposed(self) -> nn.Sequential:
@@ -186,8 +184,7 @@ class BasisConv2d(ComposedConv2d):
 
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1 x 1 convolution with these weights, (O, I)."""
-    like = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
-    return plain_conv2d(like, weight[..., None, None], bias, 1)
+    return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,40 +269,29 @@ class FilterBasis:
         return self.shared_rank * in_channels // self.rank_channels, self.unique_rank * in_channels // self.rank_channels
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        if self.whole:
-            return self._build_whole([site.module for site in group])
-        weights = [site.module.weight.detach() for site in group]  # each (O, I, kh, kw)
+        convs = [site.module for site in group]
+        if self.whole:  # one convolution for all: the nearest to the weights they have, or orthogonal
+            common = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
+            set_to_mean(common, convs)
+            if self.init == "random":
+                nn.init.orthogonal_(common.weight)
+            return [(conv, common) for conv in convs]
+        weights = [conv.weight.detach() for conv in convs]  # each (O, I, kh, kw)
         fit = fitted if self.init == "weights" else fresh
-        shared, unique, coefficients = fit(weights, *self.ranks(group[0].module.in_channels), self.bases)
+        shared, unique, coefficients = fit(weights, *self.ranks(convs[0].in_channels), self.bases)
         shape = weights[0].shape[1:]
         shared, unique = shared.view(*shared.shape[:2], *shape), unique.view(*unique.shape[:2], *shape)
         bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty, self.family)
         return [
-            (site.module, BasisConv2d(site.module, bank, layer, layer % self.bases, coefficients[layer]))
-            for layer, site in enumerate(group)
+            (conv, BasisConv2d(conv, bank, layer, layer % self.bases, coefficients[layer]))
+            for layer, conv in enumerate(convs)
         ]
-
-    @torch.no_grad()
-    def _build_whole(self, convs: Sequence[Convolution]) -> list[Replacement]:
-        """One convolution for all: the nearest to the weights they have, or orthogonal."""
-        shared = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
-        if self.init == "weights":
-            shared.weight.copy_(torch.stack([conv.weight for conv in convs]).mean(0))
-        else:
-            nn.init.orthogonal_(shared.weight)
-        if shared.bias is not None:
-            shared.bias.copy_(torch.stack([conv.bias for conv in convs if conv.bias is not None]).mean(0))
-        return [(conv, shared) for conv in convs]
 
 
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The orthonormal bases that come nearest to trained filters, step by step: shared part first, then the rest.
 
-    Args:
-        weights: Filters of each layer, (O, ...) with n entries each.
-        shared: Filters per shared basis, S.
-        unique: Filters per layer, U.
-        bases: Number of shared bases; layer i belongs to basis ``i % bases``.
+    Of each layer's filters (O, ...) with n entries; layer i belongs to basis ``i % bases``.
 
     Returns:
         Shared (bases, S, n), unique (L, U, n), and each layer's coefficients (O, U + S). They reproduce eval mode: the
@@ -328,10 +314,7 @@ def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> t
 
 
 def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The authors' initialisation: shared bases orthogonal together, everything else Kaiming by its outputs.
-
-    Args and Returns as `fitted`.
-    """
+    """The authors' initialisation, as `fitted`: shared bases orthogonal together, everything else Kaiming by its outputs."""
     like, size = weights[0], weights[0][0].numel()
     common = torch.empty(bases * shared, size)
     own = torch.empty(len(weights), unique, *like.shape[1:])
@@ -348,9 +331,7 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
     matrix = rows.double()
     if matrix.shape[0] < matrix.shape[1]:
         vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, at most m)
-        spanned = F.pad(
-            matrix.T @ vectors, (0, rank - vectors.shape[1])
-        )  # zeros become any directions orthogonal to the others
+        spanned = F.pad(matrix.T @ vectors, (0, rank - vectors.shape[1]))  # zeros: any directions orthogonal to the others
         directions = torch.linalg.qr(spanned).Q
     else:
         directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]

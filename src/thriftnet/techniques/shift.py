@@ -21,7 +21,7 @@ from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied
+from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice, forced
@@ -83,20 +83,9 @@ class Shift2d(Tied, WidthAware):
     def fold(self) -> nn.Conv2d:
         """The same as a depthwise convolution with a fixed one-hot kernel."""
         channels = self.active_outs(self.channels)
-        reach = self.dilation * (self.kernel_size // 2)
-        kernel = self.kernel[:channels]
-        conv = nn.Conv2d(
-            channels,
-            channels,
-            (kernel.shape[2], kernel.shape[3]),
-            padding=reach,
-            dilation=self.dilation,
-            groups=channels,
-            bias=False,
-            device=kernel.device,
-            dtype=kernel.dtype,
-        )
-        conv.weight.copy_(kernel)
+        options = {"padding": self.dilation * (self.kernel_size // 2), "dilation": self.dilation, "groups": channels}
+        sizes = (channels, channels, self.kernel.shape[2:])
+        conv = plain_layer(nn.Conv2d, sizes, self.kernel[:channels], None, **options)
         return conv.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:

@@ -128,11 +128,11 @@ class Slimmable:
         return specs
 
     def _shares(self, site: Site[nn.Module], full: int) -> tuple[int, ...]:
-        shares = [exact_share(full, width) for width in self.widths]
-        for width, share in zip(self.widths, shares, strict=True):
-            if share is None:
-                raise _unfit(site, f"width {width:g} of its {full} channels is not an integer", full)
-        return tuple(share for share in shares if share is not None)
+        shares = tuple(exact_share(full, width) for width in self.widths)
+        if 0 in shares:
+            width = self.widths[shares.index(0)]
+            raise _unfit(site, f"width {width:g} of its {full} channels is not an integer", full)
+        return shares
 
 
 def _network(sites: Sequence[Site[nn.Module]]) -> nn.Module:
@@ -146,12 +146,10 @@ def channels(module: nn.Module) -> tuple[int, int]:
     """Input and output channels of a layer."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[0], module.normalized_shape[0]
-    for kind in ("channels", "features"):
-        if hasattr(module, f"in_{kind}"):
-            return getattr(module, f"in_{kind}"), getattr(module, f"out_{kind}")
-    for name in ("num_features", "num_channels", "channels"):
-        if hasattr(module, name):
-            return getattr(module, name), getattr(module, name)
+    same = [(name, name) for name in ("num_features", "num_channels", "channels")]
+    for ins, outs in (("in_channels", "out_channels"), ("in_features", "out_features"), *same):
+        if hasattr(module, ins):
+            return getattr(module, ins), getattr(module, outs)
     raise IncompatibleModelError(f"{type(module).__name__} has no attribute with its number of channels")
 
 

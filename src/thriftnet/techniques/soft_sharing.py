@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_steps, check_whole_number
+from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.tied import Tied
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.core.tied import Tied, set_to_mean
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import KernelChoice
 
@@ -39,7 +40,7 @@ class TemplateBank(Tied):
     State dict: ``templates`` (T, O, I, kh, kw).
     """
 
-    _mixer: Mixer | None = None  # made where it is first needed; copies and files have none
+    transient = (*Tied.transient, "mixer")
 
     def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, int]) -> None:
         super().__init__()
@@ -54,15 +55,10 @@ class TemplateBank(Tied):
         """Filters for one layer: ``coefficients`` (T,) -> (O, I, kh, kw)."""
         return alone(coefficients, self.templates)
 
-    @property
+    @cached_property
     def mixer(self) -> Mixer:
         """Computes the weights of all layers of the bank together."""
-        if self._mixer is None:
-            self._mixer = Mixer()
-        return self._mixer
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_mixer"}
+        return Mixer()
 
     def extra_repr(self) -> str:
         templates, outs, ins, kh, kw = self.templates.shape
@@ -105,34 +101,24 @@ class SConv2d(GeneratedConv2d):
         check_steps("dilation", dilation)
         check_whole_number("groups", groups, 1)
         templates, outs, ins, kh, kw = bank.templates.shape
-        like = nn.Conv2d(
-            ins * groups,
-            outs,
-            (kh, kw),
-            stride,
-            padding,
-            dilation,
-            groups,
-            False,
-            padding_mode,  # type: ignore[arg-type]
-            device="meta",
-        )
-        super().__init__(like)
+        options: dict[str, Any] = {"bias": False, "padding_mode": padding_mode, "device": "meta"}
+        like = nn.Conv2d(ins * groups, outs, (kh, kw), stride, padding, dilation, groups, **options)
+        self._replace(like, bank, F.normalize(torch.randn(templates), dim=0).to(bank.templates))
         if bias:
             self.bias = nn.Parameter(bank.templates.new_zeros(outs))
-        self.bank = bank
-        self.coefficients = nn.Parameter(F.normalize(torch.randn(templates), dim=0).to(bank.templates))  # (T,)
-        bank.mixer.join(self)
 
     @classmethod
     def replacing(cls, conv: Convolution, bank: TemplateBank, coefficients: Tensor) -> SConv2d:
         """The layer that replaces ``conv``, with its geometry, bias and widths."""
         layer = cls.__new__(cls)
-        GeneratedConv2d.__init__(layer, conv)
-        layer.bank = bank
-        layer.coefficients = nn.Parameter(coefficients)
-        bank.mixer.join(layer)
+        layer._replace(conv, bank, coefficients)
         return layer
+
+    def _replace(self, like: Convolution, bank: TemplateBank, coefficients: Tensor) -> None:
+        super().__init__(like)
+        self.bank = bank
+        self.coefficients = nn.Parameter(coefficients)  # (T,)
+        bank.mixer.join(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -211,11 +197,7 @@ class SoftSharing:
 
 
 def best_fit(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Templates and coefficients nearest to trained weights in the least-squares sense (Eckart-Young).
-
-    Args:
-        weights: Filters of ``L`` layers, (L, ...).
-        rank: Number of templates ``T`` <= L.
+    """Templates and coefficients nearest to trained weights (L, ...) in the least-squares sense (Eckart-Young).
 
     Returns:
         Templates (T, ...) and orthonormal coefficient columns (L, T), so that ``coefficients @ templates`` is the best
@@ -269,8 +251,7 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
         ConfigError: A threshold outside (0, 1].
         IncompatibleModelError: No bank, or no two layers that agree.
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(f"threshold={threshold}: expected a number in (0, 1]")
+    check_number("threshold", threshold, 0, 1)
     groups: list[list[str]] = []
     closest = 0.0
     for layers in _layers_of_banks(model).values():
@@ -289,7 +270,8 @@ def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
             f"no two layers agree to threshold={threshold}: the closest pair reaches {closest:.3f}. Use a lower threshold"
         )
     tied = tie(model, groups)
-    _average(model, tied, groups)
+    for names in groups:
+        set_to_mean(tied.get_submodule(names[0]), [model.get_submodule(name) for name in names])
     return tied
 
 
@@ -299,15 +281,6 @@ def agreement(one: SConv2d, other: SConv2d) -> float:
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))
-
-
-@torch.no_grad()
-def _average(model: nn.Module, tied: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-    """Give each common layer the mean of what its members had."""
-    for names in groups:
-        common = tied.get_submodule(names[0])
-        for key, parameter in common.named_parameters(recurse=False):
-            parameter.copy_(torch.stack([model.get_submodule(name).get_parameter(key) for name in names]).mean(0))
 
 
 def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, SConv2d]]]:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from functools import cached_property
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise
-from thriftnet.core.conv import signature as conv_signature
+from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.technique import Example
-from thriftnet.core.width import WidthAware
+from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.fusion import Fuser, choose, fuse
@@ -35,7 +35,7 @@ DISTRIBUTIONS = ("uniform", "front", "middle", "back")
 FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")
 
 
-class Fused(nn.Module):
+class Fused(Tied):
     """One weight, fused in every forward from the weights of the layers that share it; all of them are trained.
 
     ``weight = mean_j(scale_j * member_j)``; the scales start at 1. Biases get their plain mean. Under "choose_first"
@@ -48,10 +48,10 @@ class Fused(nn.Module):
     members: nn.Parameter  # (R, O, I/groups, kh, kw), or (R, O, I) of linear layers
     biases: nn.Parameter | None  # (R, O)
     scales: nn.Parameter | None  # (R, 1) or (R, O)
-    _fuser: Fuser | None = None  # made where it is first needed; copies and files have none
+    transient = (*Tied.transient, "fuser")
 
-    def hold(self, group: Sequence[Layer], fusion: str) -> None:
-        """Take over the weights of the layers."""
+    def __init__(self, group: Sequence[Layer], fusion: str) -> None:
+        super().__init__(group[0])
         self.fusion = fusion
         self.members = nn.Parameter(torch.stack([layer.weight.detach() for layer in group]))
         biases = [layer.bias.detach() for layer in group if layer.bias is not None]
@@ -60,6 +60,14 @@ class Fused(nn.Module):
         scales = self.members.new_ones(len(group), columns[fusion]) if fusion in columns else None
         self.scales = None if scales is None else nn.Parameter(scales)
 
+    def _adopt_bias(self, like: Convolution) -> None:
+        """The bias is computed."""
+
+    @cached_property
+    def fuser(self) -> Fuser:
+        """Computes the weight once for all users."""
+        return Fuser()
+
     @property
     def weight(self) -> Tensor:
         """The fused weight."""
@@ -67,19 +75,13 @@ class Fused(nn.Module):
             return self.members[0]
         if torch.compiler.is_compiling():
             return fuse(self.members, self.scales)
-        if self._fuser is None:
-            self._fuser = Fuser()
-        return self._fuser.weight(self.members, self.scales)
+        return self.fuser.weight(self.members, self.scales)
 
     def kernel_choice(self, x: Tensor) -> KernelChoice:
         """Which implementation computes the weight now."""
         if self.fusion == "choose_first":
             return KernelChoice("fusion", "each", "the first member is the weight")
         return choose(self.members, self.scales)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # that of `Tied`
-        return {name: value for name, value in state.items() if name != "_fuser"}
 
     @property
     def bias(self) -> Tensor | None:
@@ -97,24 +99,9 @@ class Fused(nn.Module):
 class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
     """A convolution with the fused weight of several."""
 
-    def __init__(self, group: Sequence[Convolution], fusion: str) -> None:
-        super().__init__(group[0])
-        self.hold(group, fusion)
-
-    def _adopt_bias(self, like: Convolution) -> None:
-        """The bias is computed."""
-
 
 class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
     """A linear layer with the fused weight of several."""
-
-    def __init__(self, group: Sequence[nn.Linear], fusion: str) -> None:
-        super().__init__()
-        first = group[0]
-        self.in_features, self.out_features = first.in_features, first.out_features
-        if isinstance(first, WidthAware):
-            self.width_spec, self.width_index = first.width_spec, first.width_index
-        self.hold(group, fusion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +154,7 @@ class WeightSharing:
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("fusion", self.fusion, FUSIONS)
         check_whole_number("seed", self.seed, 0)
-        check_number("portion", self.portion, 0)
-        if self.portion > 1:
-            raise ConfigError(f"portion={self.portion}: expected a fraction in (0, 1]")
+        check_number("portion", self.portion, 0, 1)
         if self.groups is not None:
             if not isinstance(self.groups, list | tuple) or not all(
                 isinstance(group, list | tuple) and len(group) > 1 for group in self.groups
@@ -187,21 +172,21 @@ class WeightSharing:
             return self.depthwise or not is_depthwise(module)
         return self.linear and is_linear(module)
 
-    def group(self, sites: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[list[Site[nn.Conv2d | nn.Linear]]]:
+    def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         if self.groups is not None:
             return _named_groups(sites, self.groups)
         equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
         shareable = [layers for layers in equal if len(layers) >= self.rate]
         if (shareable and not any(len(layers) % self.rate == 0 for layers in shareable)) or (equal and not shareable):
             raise self._indivisible(equal)
-        groups: list[list[Site[nn.Conv2d | nn.Linear]]] = []
+        groups: list[list[Site[Layer]]] = []
         for layers in shareable:
             depth = len(layers) - len(layers) % self.rate
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
 
-    def _part(self, layers: list[Site[nn.Conv2d | nn.Linear]]) -> list[Site[nn.Conv2d | nn.Linear]]:
+    def _part(self, layers: list[Site[Layer]]) -> list[Site[Layer]]:
         """The layers of the part of the depth that shares: a multiple of the rate, unless it is all."""
         if self.distribution == "uniform":
             return layers
@@ -209,7 +194,7 @@ class WeightSharing:
         start = {"front": 0, "middle": (len(layers) - length) // 2, "back": len(layers) - length}[self.distribution]
         return layers[start : start + length]
 
-    def _indivisible(self, equal: list[list[Site[nn.Conv2d | nn.Linear]]]) -> IncompatibleModelError:
+    def _indivisible(self, equal: list[list[Site[Layer]]]) -> IncompatibleModelError:
         largest = max(equal, key=len)
         size = len(largest)
         rates = [rate for rate in range(2, size + 1) if size % rate == 0]
@@ -219,36 +204,17 @@ class WeightSharing:
             f"Expected one of {', '.join(map(str, rates)) or 'none'}; or say which layers share with groups=[...]"
         )
 
-    def build(self, group: Sequence[Site[nn.Conv2d | nn.Linear]]) -> list[Replacement]:
+    def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
         layers = [site.module for site in group]
-        fused = _fused(layers, self.fusion)
-        shared = fused if self.keeps_members else _merged(layers[0], fused)
+        first = layers[0]
+        shared: nn.Module
+        if self.keeps_members:
+            shared = (FusedLinear if isinstance(first, nn.Linear) else FusedConv2d)(layers, self.fusion)
+        else:
+            shared = SharedLinear(first) if isinstance(first, nn.Linear) else SharedConv2d(first)
+            if self.fusion == "mean":
+                set_to_mean(shared, layers)
         return [(layer, shared) for layer in layers]
-
-
-def _fused(layers: Sequence[Layer], fusion: str) -> FusedConv2d | FusedLinear:
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if linears:
-        return FusedLinear(linears, fusion)
-    return FusedConv2d([layer for layer in layers if not isinstance(layer, nn.Linear)], fusion)
-
-
-@torch.no_grad()
-def _merged(like: Layer, fused: FusedConv2d | FusedLinear) -> SharedConv2d | SharedLinear:
-    """A layer that stores the fused weight only."""
-    shared = SharedLinear(like) if isinstance(like, nn.Linear) else SharedConv2d(like)
-    shared.weight.copy_(fused.weight)
-    if shared.bias is not None and fused.bias is not None:
-        shared.bias.copy_(fused.bias)
-    return shared
-
-
-def signature(layer: Layer) -> tuple[object, ...]:
-    """What layers must have in common to become one module."""
-    if not isinstance(layer, nn.Linear):
-        return conv_signature(layer)
-    shape = ("linear", layer.in_features, layer.out_features, layer.bias is None)
-    return (*shape, getattr(layer, "width_spec", None), layer.weight.dtype, layer.weight.device)
 
 
 def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int = 0) -> list[int]:
@@ -271,12 +237,10 @@ def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int =
     return [slots[place] for place in order]
 
 
-def _named_groups(
-    sites: Sequence[Site[nn.Conv2d | nn.Linear]], wanted: Sequence[Sequence[str | int]]
-) -> list[list[Site[nn.Conv2d | nn.Linear]]]:
+def _named_groups(sites: Sequence[Site[Layer]], wanted: Sequence[Sequence[str | int]]) -> list[list[Site[Layer]]]:
     """Groups by names or indices; each layer is in one group, with layers of its geometry."""
     by_name = {name: site for site in sites for name in site.names}
-    groups: list[list[Site[nn.Conv2d | nn.Linear]]] = []
+    groups: list[list[Site[Layer]]] = []
     used: set[str] = set()
     for keys in wanted:
         groups.append([])
