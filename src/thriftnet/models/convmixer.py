@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from thriftnet.core.convert import convert
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
-from thriftnet.models.classifier import Classifier, check_drop_rate, config
-from thriftnet.models.compose import apply_technique
+from thriftnet.models.classifier import Classifier, check_drop_rate
 from thriftnet.techniques.weight_sharing import WeightSharing
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -63,9 +63,8 @@ class ConvMixer(Classifier):
         in_chans: int,
         drop_rate: float,
     ) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = dim, num_classes
-        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
+        super().__init__((in_chans, 224, 224), num_classes, "stem")
+        self.num_features = dim
         self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.act = activation()
         self.norm = nn.BatchNorm2d(dim)
@@ -82,10 +81,6 @@ class ConvMixer(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         features: Tensor = self.blocks(self.norm(self.act(self.stem(x))))
         return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = super().forward_head(x, pre_logits=True)
-        return pooled if pre_logits else self.fc(self.dropout(pooled))
 
 
 def convmixer(
@@ -164,4 +159,4 @@ def shared_convmixer(
     if depth % rate:
         expected = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
         raise ConfigError(f"rate={rate} does not divide the depth {depth}: expected one of {expected}")
-    return apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
+    return convert(backbone, technique, select=r"^blocks\.\d+\.pointwise$", inplace=True)

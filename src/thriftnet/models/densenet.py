@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.convert import convert
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_depth, config
-from thriftnet.models.compose import apply_technique
+from thriftnet.models.classifier import Classifier, check_depth, check_ranks
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
 # depth -> (layers of each dense block, channels that one layer adds)
@@ -54,9 +53,7 @@ class DenseNet(Classifier):
     """
 
     def __init__(self, layers: tuple[int, int, int, int], growth: int, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
+        super().__init__((in_chans, 32, 32), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 2 * growth, 3, 1, 1, bias=False)
         width = 2 * growth
         blocks: list[nn.Sequential] = []
@@ -125,14 +122,9 @@ def densenet_shared(
     technique = FilterBasis(
         shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random"
     )
-    largest = 36 * DEPTHS[depth][1]
-    if shared_rank + unique_rank > largest:
-        raise ConfigError(
-            f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {largest}, "
-            f"the entries of a filter; nearest is shared_rank={max(1, largest - unique_rank)}"
-        )
+    check_ranks(shared_rank, unique_rank, entries=36 * DEPTHS[depth][1])
     for blocks in ("1", "2", "[34]") if original_sharing else ("1", "2", "3", "4"):
-        model = apply_technique(model, technique, select=rf"^block{blocks}\.\d+\.conv2$")
+        model = convert(model, technique, select=rf"^block{blocks}\.\d+\.conv2$", inplace=True)
     _init_as_convolutions(model)
     return model
 

@@ -18,7 +18,7 @@ from thriftnet.core.linear import PlainLinear
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_drop_rate, config
+from thriftnet.models.classifier import Classifier, check_drop_rate
 from thriftnet.models.dsnet_blocks import (
     GATE_CHOICES,
     KINDS,
@@ -66,8 +66,7 @@ class DSNet(Classifier):
         in_chans: int,
         drop_rate: float,
     ) -> None:
-        super().__init__()
-        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
+        super().__init__((in_chans, 224, 224), num_classes, "stem")
         self.stem: nn.Module = slim_conv(Widths((in_chans,) * len(stem)), stem, 3, 2)
         self.norm = slim_norm(stem)
         self.act = options.activation()
@@ -81,7 +80,7 @@ class DSNet(Classifier):
             outs = Widths((head,) * len(stem))
             self.head = nn.Sequential(slim_conv(ins, outs), slim_norm(outs), options.activation())
             ins = outs
-        self.num_features, self.num_classes, self._features = ins[-1], num_classes, ins
+        self.num_features, self._features = ins[-1], ins
         self.dropout = WidestDropout(drop_rate, ins)
         self.fc = self._classifier(num_classes)
         self._initialise()
@@ -108,10 +107,6 @@ class DSNet(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stages(self.act(self.norm(self.stem(x))))
         return x if self.head is None else self.head(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = super().forward_head(x, pre_logits=True)
-        return pooled if pre_logits else self.fc(self.dropout(pooled))
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier for this many classes, for all widths of the network; 0 removes it."""

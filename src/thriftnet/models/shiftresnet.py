@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.models.classifier import projection
-from thriftnet.models.resnet import ResNet, blocks_of_depth
+from thriftnet.models.classifier import blocks_of_depth, projection
+from thriftnet.models.resnet import ResNet
 from thriftnet.techniques.shift import ShiftConv2d
 
 
@@ -55,4 +55,4 @@ def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, 
     def block(ins: int, outs: int, stride: int) -> ShiftBlock:
         return ShiftBlock(ins, outs, stride, expansion)
 
-    return ResNet(blocks_of_depth(depth), (16, 32, 64), num_classes, in_chans, block)
+    return ResNet(block, 16, (16, 32, 64), blocks_of_depth(depth), num_classes, in_chans)
