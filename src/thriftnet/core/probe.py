@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -26,10 +27,11 @@ class Call:
 
     Args:
         name: Its first name in the network.
-        output: Its output, on the meta device.
+        inputs, output: Its arguments by position, and its output; on the meta device.
     """
 
     name: str
+    inputs: tuple[Any, ...]
     output: Any
 
 
@@ -97,16 +99,26 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
     )
 
 
-def calls(model: nn.Module, size: Size) -> list[Call]:
-    """Every forward of every module, in the order in which they end."""
+@torch.no_grad()
+def calls(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Call]:
+    """Every forward of every module, in the order in which they end, while ``run`` runs a copy on the meta device once."""
     ghost = on_meta(model)
     done: list[Call] = []
     for name, module in ghost.named_modules():
-        module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, output)))
-    error = failure(ghost, size)
-    if error is not None:
-        raise IncompatibleModelError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
+        module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, args, output)))
+    with IgnoreOuterModes():
+        run(ghost)
     return done
+
+
+def image_calls(model: nn.Module, size: Size) -> list[Call]:
+    """`calls` on images of this size."""
+    try:
+        return calls(model, partial(run, size=size))
+    except Exception as error:  # a network's own code may raise anything
+        raise IncompatibleModelError(
+            f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}"
+        ) from None
 
 
 def _candidates(model: nn.Module) -> list[Size]:

@@ -118,13 +118,7 @@ def make_stages(
     blocks: Sequence[int],
     strides: Sequence[int],
 ) -> list[nn.Sequential]:
-    """Stages of equal blocks, of which the first changes the number of channels and the size of the maps.
-
-    Args:
-        block: Makes a block from its input channels, output channels and stride.
-        ins: Channels that the first stage reads.
-        widths, blocks, strides: Of each stage: its output channels, its number of blocks, and the stride of the first.
-    """
+    """Stages of equal blocks, each made from its input channels, output channels and stride; only the first of a stage strides."""
     stages = []
     for outs, number, stride in zip(widths, blocks, strides, strict=True):
         stages.append(nn.Sequential(block(ins, outs, stride), *(block(outs, outs, 1) for _ in range(number - 1))))

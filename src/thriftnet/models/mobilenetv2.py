@@ -22,12 +22,7 @@ SHARING = r"^stage[3456]\.[1-9]\d*"  # blocks that share convolutions with their
 class InvertedResidual(nn.Module):
     """1 x 1 convolution to a wide middle, depthwise 3 x 3, 1 x 1 back; the input is added where the shape allows it.
 
-    Args:
-        ins: Channels read.
-        outs: Channels given.
-        expansion: How many times wider the middle is.
-        stride: Of the depthwise convolution.
-        projects: Where only the width changes, add the input through a 1 x 1 convolution and norm.
+    If it projects, the input is also added where only the width changes, through a 1 x 1 convolution and norm.
     """
 
     def __init__(self, ins: int, outs: int, expansion: int, stride: int, projects: bool) -> None:

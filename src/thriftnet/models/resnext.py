@@ -60,21 +60,9 @@ class ResNeXtBottleneck(nn.Module):
 
 
 class ResNeXt(ResNet):
-    """A ResNet whose blocks have groups.
+    """A ResNeXt for 32 x 32 images: a ResNet whose blocks have groups.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
-    """
-
-    def __init__(self, blocks: tuple[int, int, int, int], per_group: int, num_classes: int, in_chans: int) -> None:
-        def block(ins: int, outs: int, stride: int) -> ResNeXtBottleneck:
-            width = GROUPS * per_group * outs // 256
-            return ResNeXtBottleneck(ins, outs, nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False), stride)
-
-        super().__init__(block, 64, (256, 512, 1024, 2048), blocks, num_classes, in_chans)
-
-
-def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNeXt:
-    """A ResNeXt for 32 x 32 images.
 
     Args:
         depth: Layers: 50 (32 groups of 4 channels in the first stage) or 101 (32 groups of 8).
@@ -83,8 +71,16 @@ def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNe
     Raises:
         ConfigError: An impossible depth.
     """
-    check_depth(depth, DEPTHS)
-    return ResNeXt(*DEPTHS[depth], num_classes, in_chans)
+
+    def __init__(self, depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> None:
+        check_depth(depth, DEPTHS)
+        blocks, per_group = DEPTHS[depth]
+
+        def block(ins: int, outs: int, stride: int) -> ResNeXtBottleneck:
+            width = GROUPS * per_group * outs // 256
+            return ResNeXtBottleneck(ins, outs, nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False), stride)
+
+        super().__init__(block, 64, (256, 512, 1024, 2048), blocks, num_classes, in_chans)
 
 
 def resnext_shared(
@@ -112,7 +108,7 @@ def resnext_shared(
 
     Source: Kang & Kim, section 4.
     """
-    model = resnext(depth, num_classes, in_chans)
+    model = ResNeXt(depth, num_classes, in_chans)
     check_number("lambda_r", lambda_r, -1e-300)
     per_group = DEPTHS[depth][1]
     _check_rank("shared_rank", shared_rank, per_group)

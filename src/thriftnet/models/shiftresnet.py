@@ -17,12 +17,6 @@ class ShiftBlock(nn.Module):
     """Conv-shift-conv, norm and ReLU, and the shortcut added after that last ReLU.
 
     Shape: (N, ins, H, W) -> (N, outs, ceil(H / stride), ceil(W / stride)).
-
-    Args:
-        ins: Channels read.
-        outs: Channels given.
-        stride: Step of the last convolution and of the shortcut.
-        expansion: Channels that shift, as a multiple of ``outs``.
     """
 
     def __init__(self, ins: int, outs: int, stride: int, expansion: float) -> None:

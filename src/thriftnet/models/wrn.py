@@ -30,12 +30,22 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(Classifier):
-    """Stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
+    """A wide ResNet of depth 6n + 4: stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least 4.
+
+    Args:
+        depth: Layers: 10, 16, 22, 28, 40, ...
+        width: Factor of the channels 16, 32, 64.
+        num_classes, in_chans: Outputs, and channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth or width.
     """
 
-    def __init__(self, blocks: tuple[int, int, int], width: int, num_classes: int, in_chans: int) -> None:
+    def __init__(self, depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> None:
+        check_whole_number("width", width, 1)
+        blocks = blocks_of_depth(depth, 4, "a wide ResNet")
         super().__init__((in_chans, 32, 32), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
         widths = (16 * width, 32 * width, 64 * width)
@@ -51,18 +61,3 @@ class WideResNet(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return F.relu(self.bn(x))
-
-
-def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> WideResNet:
-    """A wide ResNet of depth 6n + 4.
-
-    Args:
-        depth: Layers: 10, 16, 22, 28, 40, ...
-        width: Factor of the channels 16, 32, 64.
-        num_classes, in_chans: Outputs, and channels of the image.
-
-    Raises:
-        ConfigError: An impossible depth or width.
-    """
-    check_whole_number("width", width, 1)
-    return WideResNet(blocks_of_depth(depth, 4, "a wide ResNet"), width, num_classes, in_chans)
