@@ -77,13 +77,11 @@ class Mixer:
         self.join(layer)
         if self.choose(layer, templates).implementation == "alone":
             return alone(layer.coefficients, templates)
-        if self._round is not None:
+        weight = None if self._round is None else self._round.take(layer, templates)
+        if weight is None:
+            self._round = self._begin(layer, templates)
             weight = self._round.take(layer, templates)
-            if weight is not None:
-                return weight
-        self._round = self._begin(layer, templates)
-        found = self._round.take(layer, templates)
-        return alone(layer.coefficients, templates) if found is None else found
+        return alone(layer.coefficients, templates) if weight is None else weight
 
     def choose(self, layer: User, templates: Tensor) -> KernelChoice:
         """Together or alone."""

@@ -66,9 +66,18 @@ class MobileNetV2(Classifier):
     """Stem, seven stages of inverted residuals, 1 x 1 convolution, global average pooling, dropout, linear head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Args:
+        num_classes, in_chans: Outputs, and channels of the image.
+        drop_rate: Dropout before the head.
+        large: For 224 x 224 images; else for 32 x 32, with a 1 x 1 stem that pads its maps to 34 x 34.
+
+    Raises:
+        ConfigError: A number that is out of range.
     """
 
-    def __init__(self, large: bool, num_classes: int, in_chans: int, drop_rate: float) -> None:
+    def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, large: bool = True) -> None:
+        check_drop_rate(drop_rate)
         side = 224 if large else 32
         super().__init__((in_chans, side, side), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 32, 3, 2, 1) if large else nn.Conv2d(in_chans, 32, 1, padding=1)
@@ -93,32 +102,6 @@ class MobileNetV2(Classifier):
         return F.relu6(self.bn2(self.conv2(x)))
 
 
-def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2) -> MobileNetV2:
-    """The MobileNetV2 for 224 x 224 images.
-
-    Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the head.
-
-    Raises:
-        ConfigError: A number that is out of range.
-    """
-    check_drop_rate(drop_rate)
-    return MobileNetV2(True, num_classes, in_chans, drop_rate)
-
-
-def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
-    """A MobileNetV2 for 32 x 32 images, with a 1 x 1 stem that pads its maps to 34 x 34.
-
-    Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-
-    Raises:
-        ConfigError: A number that is out of range.
-    """
-    return MobileNetV2(False, num_classes, in_chans, drop_rate=0.0)
-
-
 def mobilenetv2_shared(
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -126,12 +109,12 @@ def mobilenetv2_shared(
     lambda_r: float = 10.0,
     double: bool = False,
     eca: bool = False,
+    large: bool = True,
 ) -> MobileNetV2:
     """A MobileNetV2 whose blocks share 1 x 1 convolutions with their stage, in four stages except for the first block.
 
     Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the head.
+        num_classes, in_chans, drop_rate, large: As in `MobileNetV2`.
         lambda_r: Factor of the orthogonality penalty in training; each shared kind of convolution has its own penalty.
         double: Share both 1 x 1 convolutions of a block instead of the first.
         eca: Channel attention at the end of each sharing block: over three neighbours from 96 channels on, else over one.
@@ -142,26 +125,14 @@ def mobilenetv2_shared(
     Source: Kang & Kim, section 4; Wang et al., section 3.2.
     """
     check_choice("eca", eca, (True, False))
-    model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), double, lambda_r)
-    for module in model.modules() if eca else ():
-        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
-            module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
-    return model
-
-
-def cifar_mobilenetv2_shared(
-    num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0, double: bool = False
-) -> MobileNetV2:
-    """As `mobilenetv2_shared`, for 32 x 32 images."""
-    return _sharing(cifar_mobilenetv2(num_classes, in_chans), double, lambda_r)
-
-
-def _sharing(model: MobileNetV2, double: bool, lambda_r: float) -> MobileNetV2:
-    """Share the first, or both, 1 x 1 convolutions of the blocks in `SHARING` within each stage."""
+    model = MobileNetV2(num_classes, in_chans, drop_rate, large)
     for conv in ("conv1", "conv3") if double else ("conv1",):
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
         convert(model, technique, select=rf"{SHARING}\.{conv}$", inplace=True)
     for module in model.modules():
         if isinstance(module, SharedBasisConv2d):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)  # the authors leave it as torch starts a convolution
+    for module in model.modules() if eca else ():
+        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
+            module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
     return model
