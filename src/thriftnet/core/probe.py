@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ class Call(NamedTuple):
     """One forward of a module."""
 
     name: str  # the first in the network
+    inputs: tuple[Any, ...]  # by position, on the meta device
     output: Any  # on the meta device
 
 
@@ -86,16 +88,26 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
     )
 
 
-def calls(model: nn.Module, size: Size) -> list[Call]:
-    """Every forward of every module, in the order in which they end."""
+@torch.no_grad()
+def calls(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Call]:
+    """Every forward of every module, in the order in which they end, while ``run`` runs a copy on the meta device once."""
     ghost = on_meta(model)
     done: list[Call] = []
     for name, module in ghost.named_modules():
-        module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, output)))
-    error = failure(ghost, size)
-    if error is not None:
-        raise IncompatibleModelError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
+        module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, args, output)))
+    with IgnoreOuterModes():
+        run(ghost)
     return done
+
+
+def image_calls(model: nn.Module, size: Size) -> list[Call]:
+    """`calls` on images of this size."""
+    try:
+        return calls(model, partial(run, size=size))
+    except Exception as error:  # a network's own code may raise anything
+        raise IncompatibleModelError(
+            f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}"
+        ) from None
 
 
 def _candidates(model: nn.Module) -> list[Size]:

@@ -10,7 +10,7 @@ from torch import nn
 from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.history import record
-from thriftnet.core.sites import replace, sites
+from thriftnet.core.sites import replace
 from thriftnet.core.width import (
     WidthAware,
     WidthSpec,
@@ -69,9 +69,9 @@ def add_gate(model: nn.Module, after: str | None = None, *, inplace: bool = Fals
 
 
 def _insert(model: nn.Module, front: Split, ratios: tuple[float, ...]) -> None:
-    for site in sites(model, lambda name, module: isinstance(module, WidthAware) and is_within(name, front.front)):
-        if isinstance(site.module, WidthAware):
-            site.module.set_width_spec(None)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, WidthAware) and is_within(name, front.front):
+            module.set_width_spec(None)
     body = model.get_submodule(front.after)
     replace(model, {id(body): split_point(body, front.channels[0], ratios, model)})
 
@@ -94,13 +94,7 @@ def find_front(model: nn.Module, after: str | None = None) -> Split:
 
 
 def split_point(body: nn.Module, channels: int, ratios: Sequence[float], network: nn.Module) -> SplitPoint:
-    """``body`` with a gate after it.
-
-    Args:
-        body: The last module of the front.
-        channels: Its output channels.
-        ratios: Widths of the tails.
-        network: Its type and device are the gate's.
+    """The last module of the front, with that many output channels, and a gate of the network's type and device after it.
 
     Raises:
         IncompatibleModelError: A ratio of the channels is not an integer.
@@ -115,11 +109,7 @@ def split_point(body: nn.Module, channels: int, ratios: Sequence[float], network
 
 
 def check_runs(ghost: nn.Module) -> None:
-    """Raise unless a network with a gate runs at every width.
-
-    Args:
-        ghost: On the meta device.
-    """
+    """Raise unless a network with a gate, which is on the meta device, runs at every width."""
     size = probe.input_size(ghost)
     for index, width in enumerate(widths(ghost)):
         select_width(ghost, index)
@@ -139,7 +129,7 @@ def first_stage(model: nn.Module, size: probe.Size) -> str:
     Raises:
         IncompatibleModelError: There is none.
     """
-    ran = list(dict.fromkeys(call.name for call in probe.calls(model, size) if call.name))
+    ran = list(dict.fromkeys(call.name for call in probe.image_calls(model, size) if call.name))
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | GeneratedConv2d)]
     for name in ran:
         outer = name.rpartition(".")[0]

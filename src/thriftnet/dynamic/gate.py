@@ -95,14 +95,9 @@ class Narrow(WidthAware):
 
 
 class SplitPoint(nn.Module):
-    """The end of the front: modules up to here keep all channels, and a narrower tail reads the first of them.
+    """The end of the front: modules up to ``body`` keep all channels, and a narrower tail reads the first of them.
 
     Shape: as ``body``, with fewer channels at a narrower width.
-
-    Args:
-        body: The last module of the front.
-        gate: Chooses the width of the tail.
-        width_spec: Channels that the tails read.
     """
 
     def __init__(self, body: nn.Module, gate: Gate, width_spec: WidthSpec) -> None:

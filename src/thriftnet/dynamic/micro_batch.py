@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from thriftnet.core.probe import IgnoreOuterModes, on_meta
+from thriftnet.core.probe import calls
 
 LARGEST = 16 << 20  # bytes: half of the most that glibc's dynamic mmap threshold grows to on 64-bit systems
 
@@ -49,21 +49,6 @@ class MicroBatched(nn.Module):
 
 
 def bytes_per_image(part: nn.Module, run: Callable[[nn.Module], object]) -> int:
-    """Size of the largest output of a layer of ``part`` for one image.
-
-    Args:
-        part: Any network.
-        run: Runs a copy of it on the meta device once, on two images.
-    """
-    ghost, largest = on_meta(part), 0
-
-    def note(output: object) -> None:
-        nonlocal largest
-        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        largest = max(largest, *sizes) if sizes else largest
-
-    for module in ghost.modules():
-        module.register_forward_hook(lambda _, args, output: note(output))
-    with torch.no_grad(), IgnoreOuterModes():
-        run(ghost)
-    return largest // 2
+    """Size of the largest output of a layer of ``part`` for one image; ``run`` as in `MicroBatched`."""
+    outputs = tree_leaves([call.output for call in calls(part, run)])
+    return max((leaf.numel() * leaf.element_size() for leaf in outputs if isinstance(leaf, Tensor)), default=0) // 2

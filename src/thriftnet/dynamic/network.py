@@ -263,14 +263,9 @@ def cheapest_cost(logits: Tensor, macs: Tensor, budget: float) -> tuple[float, f
 def _deployed(
     part: Front | Tail, shapes: Sequence[tuple[int, ...]], fold_norms: bool, compile: bool, *arguments: object
 ) -> MicroBatched:
-    """A front or tail with fewer layers and fewer tensors for the same function.
+    """A front or tail, changed in place, with fewer layers and fewer tensors for the same function.
 
-    Args:
-        part: In eval mode; it is changed.
-        shapes: Of its inputs, without the batch.
-        fold_norms: Fold batch norms into the convolutions before them.
-        compile: Compile it at first use.
-        arguments: Further arguments of its forward.
+    ``shapes`` are those of its inputs, without the batch; ``arguments`` are further ones of its forward.
     """
 
     def run(ghost: nn.Module) -> None:

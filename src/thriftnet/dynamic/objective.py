@@ -80,24 +80,15 @@ class GateObjective:
             raise ConfigError(f"original=True is for targets='sandwich', got {self.targets!r}: leave one of them out")
 
     def check_budget(self, macs: Tensor) -> None:
-        """Raise if no choice of the gate can meet the budget.
-
-        Args:
-            macs: Multiply-accumulates of each width, (K,).
-        """
+        """Raise if no choice of the gate can meet the budget; ``macs`` are those of each width, (K,)."""
         if self.budget is not None:
             check_budget(self.budget, float(macs.min()), float(macs.max()))
 
     def wanted(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What the logits learn: (K, N, classes) and (N,) -> (N,) for the sandwich, (N, K) for losses.
-
-        Args:
-            outputs: Of each width, narrowest first.
-            labels: True classes.
-        """
-        return (
-            width_losses(outputs, labels) if self.targets == "losses" else sparsification_targets(outputs, labels, self.hard)
-        )
+        """What the logits learn from the outputs of each width: (K, N, classes) and (N,) -> (N,) for the sandwich, (N, K) for losses."""
+        if self.targets == "losses":
+            return width_losses(outputs, labels)
+        return sparsification_targets(outputs, labels, self.hard)
 
     def __call__(self, decision: Decision, output: Tensor, labels: Tensor, targets: Tensor, macs: Tensor) -> GateLoss:
         """The loss of one batch.

@@ -124,32 +124,33 @@ def search(
         IncompatibleModelError: The network has one width only, or layers that cannot have a width of their own.
         ConfigError: A budget that no candidate meets; the message says the range.
     """
-    return _Search(model, score, float(macs), loader, evolution or Evolution(), size_of(model, input_size), progress).run()
+    batches = None if loader is None else list(loader)
+    return _Search(model, score, float(macs), batches, evolution or Evolution(), size_of(model, input_size), progress).run()
 
 
+@dataclass(eq=False)
 class _Search:
-    def __init__(
-        self,
-        model: nn.Module,
-        score: Callable[[nn.Module], float],
-        macs: float,
-        loader: Iterable[Any] | None,
-        options: Evolution,
-        size: Size,
-        progress: Callable[[int, Candidate], None] | None,
-    ) -> None:
-        self.widths = widths(model)
+    """The state of a search; its fields are the arguments of `search`."""
+
+    model: nn.Module
+    score: Callable[[nn.Module], float]
+    macs: float
+    batches: list[Any] | None
+    options: Evolution
+    size: Size
+    progress: Callable[[int, Candidate], None] | None
+
+    def __post_init__(self) -> None:
+        self.widths = widths(self.model)
         if not self.widths:
             raise IncompatibleModelError(
-                f"{type(model).__name__} has one width only: search needs a supernet, see Slimmable"
+                f"{type(self.model).__name__} has one width only: search needs a supernet, see Slimmable"
             )
-        self.model, self.score, self.macs, self.size, self.progress = model, score, macs, size, progress
-        self.options, self.random = options, random.Random(options.seed)
-        self.batches = None if loader is None else list(loader)
-        self.parts = groups(model, size)
-        channels = width_slots(model)
+        self.random = random.Random(self.options.seed)
+        self.parts = groups(self.model, self.size)
+        channels = width_slots(self.model)
         self.choices = [_distinct([channels[name] for name in part]) for part in self.parts]
-        self.ghost = on_meta(model)  # counting needs shapes only
+        self.ghost = on_meta(self.model)  # counting needs shapes only
         self.costs: dict[Genes, int] = {}
         self.tried: dict[Genes, Candidate] = {}
         self.best: tuple[tuple[float, int], nn.Module] | None = None
@@ -168,9 +169,8 @@ class _Search:
 
     def _first_population(self) -> list[Genes]:
         """The uniform networks within the budget, and random ones."""
-        uniform: dict[Genes, None] = {}
-        for index in range(max(map(len, self.choices))):
-            uniform[tuple(choice[min(index, len(choice) - 1)] for choice in self.choices)] = None
+        longest = range(max(map(len, self.choices)))
+        uniform = [tuple(choice[min(index, len(choice) - 1)] for choice in self.choices) for index in longest]
         fitting = [genes for genes in uniform if self._cost(genes) <= self.macs][-self.options.population :]
         for _ in range(TRIES):
             if len(fitting) >= self.options.population:

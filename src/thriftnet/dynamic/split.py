@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.fold_norms import ACTIVATIONS
-from thriftnet.core.probe import Call, Size, calls, failure, on_meta
+from thriftnet.core.probe import Call, Size, failure, image_calls, on_meta
 from thriftnet.core.sites import replace
 from thriftnet.errors import IncompatibleModelError, unknown_name
 
@@ -23,19 +23,12 @@ FEATURES = 3  # batch size of the front's outputs in the trial of a tail; everyt
 
 @dataclass(frozen=True)
 class Split:
-    """Where a network is divided.
+    """Where a network is divided, by names of modules."""
 
-    Args:
-        front: Modules that have run when the front ends, outermost only.
-        cuts: Those whose outputs the tail reads; the front ends after the last of them.
-        channels: Channels of their outputs.
-        both: Modules without parameters that run on both sides, such as activations.
-    """
-
-    front: tuple[str, ...]
-    cuts: tuple[str, ...]
-    channels: tuple[int, ...] = ()
-    both: tuple[str, ...] = ()
+    front: tuple[str, ...]  # those that have run when the front ends, outermost only
+    cuts: tuple[str, ...]  # those whose outputs the tail reads; the front ends after the last of them
+    channels: tuple[int, ...] = ()  # of these outputs
+    both: tuple[str, ...] = ()  # those without parameters that run on both sides, such as activations
 
     @property
     def after(self) -> str:
@@ -48,16 +41,11 @@ def split_at(model: nn.Module, after: str, size: Size) -> Split:
 
     If the tail needs one more output from before it, as where a shortcut bypasses the module, it becomes a second cut.
 
-    Args:
-        model: Any network.
-        after: Name of a module that runs once.
-        size: Channels, height and width of an image.
-
     Raises:
         ConfigError: No such module.
         IncompatibleModelError: It does not run exactly once, a layer runs on both sides, or the tail needs more than two outputs.
     """
-    ran = calls(model, size)
+    ran = image_calls(model, size)
     end = _end(model, after, ran)
     before, later = [call.name for call in ran[: end + 1]], {call.name for call in ran[end + 1 :]}
     for name in sorted(later.intersection(before)):
@@ -173,19 +161,13 @@ class PassThrough(nn.Module):
 
 
 class Front(nn.Module):
-    """A network up to where it is divided. It takes ownership of the network.
+    """A network up to where it is divided. It takes ownership of the network, and removes later layers from it.
 
-    Shape: (N, ...) images -> the outputs of ``keep``, in that order.
-
-    Args:
-        network: The network; later layers are removed from it.
-        split: Where it is divided.
-        keep: Modules whose outputs are wanted. Default: those that the tail reads.
+    Shape: (N, ...) images -> the outputs of the modules named in ``keep``, in that order.
     """
 
-    def __init__(self, network: nn.Module, split: Split, keep: tuple[str, ...] = ()) -> None:
+    def __init__(self, network: nn.Module, split: Split, keep: tuple[str, ...]) -> None:
         super().__init__()
-        keep = keep or split.cuts
         recorders = {
             name: Recorder(network.get_submodule(name), name == split.after) for name in dict.fromkeys((*keep, split.after))
         }
@@ -215,8 +197,8 @@ class Tail(nn.Module):
         super().__init__()
         replays = {name: Replay() for name in split.cuts}
         later = {id(m) for name, m in network.named_modules() if name and not is_within(name, split.front)}
-        table: dict[int, nn.Module] = {id(network.get_submodule(name)): nn.Identity() for name in split.front}
-        table |= {id(network.get_submodule(name)): replay for name, replay in replays.items()}
+        removed = {**{name: nn.Identity() for name in split.front}, **replays}
+        table: dict[int, nn.Module] = {id(network.get_submodule(name)): new for name, new in removed.items()}
         table = {key: new for key, new in table.items() if key not in later}
         shared = [network.get_submodule(name) for name in split.both]
         table |= {id(module): PassThrough(module) for module in shared if isinstance(module, ACTIVATIONS)}

@@ -33,19 +33,12 @@ class User(Protocol):
 
 @dataclass(eq=False)
 class MixedWeights:
-    """The weights of all layers, computed at once.
+    """The weights of all layers, computed at once; in dicts, by the layer's id."""
 
-    Args:
-        templates: What the templates were then.
-        coefficients: What each layer's coefficients were then, by the layer's id.
-        waiting: Weights that nobody has asked for yet.
-        given: Weights that somebody may still hold.
-    """
-
-    templates: Version
-    coefficients: dict[int, Version] = field(default_factory=dict)
-    waiting: dict[int, Tensor] = field(default_factory=dict)
-    given: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    templates: Version  # what they were then
+    coefficients: dict[int, Version]  # likewise
+    waiting: dict[int, Tensor] = field(default_factory=dict)  # weights that nobody has asked for yet
+    given: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)  # weights that somebody may still hold
 
     def take(self, layer: User, templates: Tensor) -> Tensor | None:
         """The weight of a layer, if it is there and still what it should be."""
@@ -84,13 +77,11 @@ class Mixer:
         self.join(layer)
         if self.choose(layer, templates).implementation == "alone":
             return alone(layer.coefficients, templates)
-        if self._round is not None:
+        weight = None if self._round is None else self._round.take(layer, templates)
+        if weight is None:
+            self._round = self._begin(layer, templates)
             weight = self._round.take(layer, templates)
-            if weight is not None:
-                return weight
-        self._round = self._begin(layer, templates)
-        found = self._round.take(layer, templates)
-        return alone(layer.coefficients, templates) if found is None else found
+        return alone(layer.coefficients, templates) if weight is None else weight
 
     def choose(self, layer: User, templates: Tensor) -> KernelChoice:
         """Together or alone."""
@@ -183,16 +174,9 @@ def mix(matrix: Tensor, templates: Tensor, out: Tensor) -> None:
 
 
 def mix_backward(grads: Sequence[Tensor], matrix: Tensor, templates: Tensor, for_templates: Tensor) -> Tensor:
-    """Gradients of ``matrix @ templates``, in one pass over n.
+    """Gradients of ``matrix @ templates``, of (L, T) and (T, n), from those of its L rows, (n,) each, in one pass over n.
 
-    Args:
-        grads: Gradients of the L rows, (n,) each.
-        matrix: (L, T).
-        templates: (T, n).
-        for_templates: Where the gradient with respect to the templates goes, (T, n).
-
-    Returns:
-        The gradient with respect to the matrix, (L, T).
+    That of the templates goes into ``for_templates``, that of the matrix is returned.
     """
     transposed, for_matrix = matrix.T.contiguous(), torch.zeros_like(matrix)
     for start, stop in chunks(templates):

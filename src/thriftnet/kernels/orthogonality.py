@@ -5,6 +5,7 @@ The gradient of ``|B B^T - I|^2`` is ``4 (B B^T - I) B``, so the matrices of the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,10 +40,7 @@ class BlockPenalty(torch.autograd.Function):
     def forward(ctx: Any, shared: Tensor, unique: Tensor | None) -> Tensor:
         blocks = _blocks(shared, unique)
         ctx.save_for_backward(shared, unique, *blocks)
-        total = _energy(blocks[0])
-        for block in blocks[1:]:
-            total = total + _energy(block)
-        return total
+        return functools.reduce(torch.add, map(_energy, blocks))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:

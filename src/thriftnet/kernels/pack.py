@@ -10,8 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thriftnet.core import probe
 from thriftnet.core.fold import fold, is_foldable
@@ -70,11 +69,11 @@ def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modu
     """
     packable = _packable(model, run)
     within = _absorbed(model, run, set(packable))
-    table: dict[int, nn.Module] = {}
-    for name, module in packable.items():
-        activations = within.get(name, [])
-        table[id(module)] = PackedConv2d(module, model.get_submodule(activations[0]) if activations else None)
-    table |= {id(model.get_submodule(name)): nn.Identity() for names in within.values() for name in names}
+    table: dict[int, nn.Module] = {
+        id(model.get_submodule(name)): nn.Identity() for names in within.values() for name in names
+    }
+    for name, conv in packable.items():
+        table[id(conv)] = PackedConv2d(conv, model.get_submodule(within[name][0]) if name in within else None)
     packed = replace(model, table)
     make_inplace(packed, run)
     return packed
@@ -82,19 +81,9 @@ def pack_layers(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Modu
 
 def _packable(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, nn.Conv2d]:
     """Convolutions that pay off, by name: on maps of a single value, as in channel attention, there is too little to do."""
-    ghost = probe.on_meta(model)
-    large: set[str] = set()
-
-    def note(name: str, x: Tensor) -> None:
-        if x.shape[-2] * x.shape[-1] > 1:
-            large.add(name)
-
-    for name, module in ghost.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-    with torch.no_grad(), probe.IgnoreOuterModes():
-        run(ghost)
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and can_pack(module)}
+    ran = [call for call in probe.calls(model, run) if call.name in convs]
+    large = {call.name for call in ran if call.inputs[0].shape[2:].numel() > 1}
     return {name: conv for name, conv in convs.items() if name in large}
 
 

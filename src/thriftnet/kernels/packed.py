@@ -23,18 +23,17 @@ LITTLE, LITTLE_FOR_PRODUCTS = 300_000, 1_000_000  # multiply-accumulates
 NONE: Activation = ("none", (), "")
 
 
+FUSED: dict[type[nn.Module], Activation] = {
+    nn.ReLU: ("relu", (), ""),
+    nn.ReLU6: ("hardtanh", (0.0, 6.0), ""),
+    nn.SiLU: ("swish", (), ""),
+    nn.Hardswish: ("hardswish", (), ""),
+}
+
+
 def activation_of(module: nn.Module) -> Activation | None:
     """The oneDNN name of an activation; None where it has no fused one."""
-    kind = type(module)
-    if kind is nn.GELU:
-        return ("gelu", (), str(module.approximate))
-    known: dict[type[nn.Module], Activation] = {
-        nn.ReLU: ("relu", (), ""),
-        nn.ReLU6: ("hardtanh", (0.0, 6.0), ""),
-        nn.SiLU: ("swish", (), ""),
-        nn.Hardswish: ("hardswish", (), ""),
-    }
-    return known.get(kind)
+    return ("gelu", (), str(module.approximate)) if type(module) is nn.GELU else FUSED.get(type(module))
 
 
 class PackedConv2d(nn.Conv2d):
@@ -65,12 +64,10 @@ class PackedConv2d(nn.Conv2d):
         obstacle = self._obstacle(x)
         if obstacle:
             return KernelChoice("convolution", "plain", obstacle)
-        reasons = {
-            "plain": "calling the library takes longer than so little work",
-            "packed": "weight laid out once, activation fused",
-        }
-        implementation = "plain" if self._is_little_work(x) else "packed"
-        return forced("convolution") or KernelChoice("convolution", implementation, reasons[implementation])
+        chosen = KernelChoice("convolution", "packed", "weight laid out once, activation fused")
+        if self._is_little_work(x):
+            chosen = KernelChoice("convolution", "plain", "calling the library takes longer than so little work")
+        return forced("convolution") or chosen
 
     def _packs(self, x: Tensor) -> bool:
         """The decision of `kernel_choice`, without a reason."""

@@ -8,6 +8,7 @@ Source: Wu et al., Shift, CVPR 2018, section 3; channel order as in the authors'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,19 +25,12 @@ SMALL = 2**21  # bytes below which a call costs more than writing zeros twice
 
 
 class Moves(NamedTuple):
-    """Which channels move how far.
+    """Which channels move how far."""
 
-    Args:
-        kernel_size: Side k of the set of offsets.
-        dilation: Pixels per step.
-        moved: How many channels, from the first, move.
-        direction: 1, or -1 for the shift back, which is the gradient.
-    """
-
-    kernel_size: int
-    dilation: int
-    moved: int
-    direction: int = 1
+    kernel_size: int  # side k of the set of offsets
+    dilation: int  # pixels per step
+    moved: int  # how many channels, from the first, move
+    direction: int = 1  # -1 for the shift back, which is the gradient
 
     def back(self) -> Moves:
         """The shift in the other direction."""
@@ -56,10 +50,9 @@ def offsets(channels: int, kernel_size: int = 3, dilation: int = 1) -> list[tupl
         >>> offsets(9)[:4]
         [(-1, -1), (-1, 0), (-1, 1), (0, -1)]
     """
-    k, moved = kernel_size, moved_channels(channels, kernel_size)
-    return [
-        (dilation * ((c // k) % k - k // 2), dilation * (c % k - k // 2)) if c < moved else (0, 0) for c in range(channels)
-    ]
+    sets, still = divmod(channels, kernel_size**2)
+    steps = Moves(kernel_size, dilation, moved=kernel_size**2).steps()
+    return [(dh, dw) for _, dh, dw in steps] * sets + [(0, 0)] * still
 
 
 def moved_channels(channels: int, kernel_size: int) -> int:
@@ -84,10 +77,8 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
 
     Args:
         x: (N, C, H, W).
-        kernel: The one-hot kernel, (C, 1, m, m).
-        kernel_size: Side k of the set of offsets.
-        dilation: Pixels per step.
-        moved: How many channels, from the first, move.
+        kernel: From `one_hot`.
+        kernel_size, dilation, moved: As in `Moves`.
 
     Raises:
         ConfigError: A Triton implementation is forced on a device without Triton.
@@ -99,18 +90,12 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if implementation == "depthwise" and (torch.compiler.is_compiling() or torch.compiler.is_exporting() or is_small(x)):
         return depthwise(x, kernel, moves)
-    shifted: Tensor = (
-        ShiftFunction.apply(x, kernel, moves, implementation) if needs_grad else run(x, kernel, moves, implementation)
-    )
-    return shifted
+    function: Callable[..., Tensor] = ShiftFunction.apply if needs_grad else run
+    return function(x, kernel, moves, implementation)
 
 
 def choose(x: Tensor) -> KernelChoice:
-    """Which implementation runs on this input.
-
-    Args:
-        x: (N, C, H, W); its device, layout and type count.
-    """
+    """Which implementation runs on this input, (N, C, H, W), by its device, layout and type."""
     choice = forced("shift")
     if choice is not None:
         if choice.implementation in ON_GPU and not triton_shift.runs_on(x.device):
@@ -124,16 +109,11 @@ def choose(x: Tensor) -> KernelChoice:
         return KernelChoice("shift", "triton", "on a GPU one kernel reads and writes everything once")
     if torch.compiler.is_compiling():
         return KernelChoice("shift", "depthwise", "a compiled graph has one operation for it")
-    if not is_channels_last(x):
+    if not triton_shift.is_channels_last(x):
         return KernelChoice("shift", "planes", "NCHW: one run of memory per channel and offset")
     if x.dtype in CONVOLVED or x.device.type != "cpu":
         return KernelChoice("shift", "depthwise", "channels_last: a depthwise convolution reads every channel at once")
     return KernelChoice("shift", "windows", f"channels_last: the CPU has no fast depthwise convolution for {x.dtype}")
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel lie together, and the layout is not NCHW at the same time."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def is_small(x: Tensor) -> bool:

@@ -23,9 +23,7 @@ def shift_pointwise(
     Args:
         x: (N, C, H, W), any strides.
         weight: (O, C, 1, 1).
-        kernel_size: Side k of the set of offsets.
-        dilation: Pixels per step.
-        moved: How many channels, from the first, move.
+        kernel_size, dilation, moved: As in `Moves`.
         stride: Of the convolution.
         relu: Apply a ReLU first.
 
@@ -47,9 +45,7 @@ def shift_pointwise(
     return out
 
 
-@shift_pointwise.register_fake
-def _(x: Tensor, weight: Tensor, kernel_size: int, dilation: int, moved: int, stride: int = 1, relu: bool = False) -> Tensor:
-    return _empty_output(x, weight, stride)
+shift_pointwise.register_fake(lambda x, weight, kernel_size, dilation, moved, stride=1, *_: _empty_output(x, weight, stride))
 
 
 @torch.library.custom_op("thriftnet::shift_pointwise_backward", mutates_args=())
@@ -80,9 +76,7 @@ def shift_pointwise_backward(
 
 
 @shift_pointwise_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, kernel_size: int, dilation: int, moved: int, stride: int, relu: bool
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
 
 

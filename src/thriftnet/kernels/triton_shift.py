@@ -32,14 +32,10 @@ def shift(
     relu: bool = False,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Shift ``x`` (N, C, H, W).
+    """Shift ``x``, (N, C, H, W) of any strides.
 
     Args:
-        x: Any strides.
-        kernel_size: Side k of the set of offsets.
-        dilation: Pixels per step.
-        moved: How many channels, from the first, move.
-        direction: 1, or -1 for the shift back.
+        kernel_size, dilation, moved, direction: As in `Moves`.
         relu: Apply a ReLU before the shift.
         gate: Zero the result where this tensor of the same shape is not above 0 (the backward of that ReLU).
     """
@@ -50,28 +46,22 @@ def shift(
     channels, height, width = x.shape[1:]
     out, like = _empty_like(x), x if gate is None else gate
     if x.numel():
-        last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
         sizes = (out.numel(), channels, height, width, moved, dilation, direction)
         strides = (*x.stride(), *like.stride(), *out.stride())
         wide = max(_reach(tensor) for tensor in (x, like, out)) >= 2**31
         shift_kernel[(triton.cdiv(out.numel(), BLOCK),)](
             x, like, out, *sizes, *strides,
-            K=kernel_size, RELU=relu, GATED=gate is not None, LAST=last, WIDE=wide, BLOCK=BLOCK,
+            K=kernel_size, RELU=relu, GATED=gate is not None, LAST=is_channels_last(out), WIDE=wide, BLOCK=BLOCK,
         )  # fmt: skip
     return out
 
 
-@shift.register_fake
-def _(
-    x: Tensor,
-    kernel_size: int,
-    dilation: int,
-    moved: int,
-    direction: int = 1,
-    relu: bool = False,
-    gate: Tensor | None = None,
-) -> Tensor:
-    return _empty_like(x)
+shift.register_fake(lambda x, *_: _empty_like(x))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie together, and the layout is not NCHW at the same time."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _reach(tensor: Tensor) -> int:
@@ -81,8 +71,7 @@ def _reach(tensor: Tensor) -> int:
 
 def _empty_like(x: Tensor) -> Tensor:
     """Memory for the result: channels_last for channels_last, NCHW for everything else."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

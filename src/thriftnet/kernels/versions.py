@@ -9,18 +9,11 @@ from torch import Tensor, nn
 
 
 class Version(NamedTuple):
-    """A parameter, and the state in which it was seen.
-
-    Args:
-        parameter: The parameter itself.
-        changes: How often it had been changed in place.
-        place: Where its values lay in memory.
-        trains: Whether it took gradients.
-    """
+    """A parameter, and the state in which it was seen."""
 
     parameter: Tensor
-    changes: int
-    place: int
+    changes: int  # how often it had been changed in place
+    place: int  # of its values in memory
     trains: bool
 
     def holds(self, parameter: Tensor) -> bool:

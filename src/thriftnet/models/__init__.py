@@ -7,6 +7,7 @@ import inspect
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from thriftnet.core.history import HISTORY
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models.entry import IDENTITY, ModelEntry
 from thriftnet.models.table import MODELS, NAMES, normalize_name
@@ -48,6 +49,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     if headless:
         model.reset_classifier(0)
     setattr(model, IDENTITY, {"name": NAMES[normalize_name(name)], "kwargs": kwargs})
+    setattr(model, HISTORY, [])  # conversions so far are part of the network: what `load` replays comes on top of it
     built: nn.Module = model
     return built
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from thriftnet.core.convert import convert
 from thriftnet.core.spec import check_choice
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import check_depth
-from thriftnet.models.compose import apply_technique
+from thriftnet.models.classifier import blocks_of_depth, check_depth, check_ranks
 from thriftnet.models.imagenet_resnet import DEPTHS, imagenet_resnet
-from thriftnet.models.resnet import blocks_of_depth, resnet
+from thriftnet.models.resnet import resnet
 from thriftnet.techniques.filter_basis import FilterBasis
 
 LATER_BLOCKS = r"^layer\d\.[1-9]\d*"
@@ -42,11 +42,11 @@ def cifar10_resnet(
     Raises:
         ConfigError: An impossible depth or rank.
     """
-    if blocks_of_depth(depth) < 2:
+    if blocks_of_depth(depth)[0] < 2:
         raise ConfigError(f"depth={depth}: its stages have one block, which stays plain; nearest is 14")
     technique = _basis(16, bases, shared_rank, unique_rank, lambda_r, unique_penalty=True)
     plain = resnet(depth, num_classes=num_classes, in_chans=in_chans)
-    return apply_technique(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$")
+    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
 
 
 def basic_resnet(
@@ -75,9 +75,8 @@ def basic_resnet(
     """
     check_depth(depth, [known for known, (_, bottleneck) in DEPTHS.items() if not bottleneck])
     technique = _basis(64, bases, shared_rank, unique_rank, lambda_r, unique_penalty=False)
-    return apply_technique(
-        imagenet_resnet(depth, stem, num_classes, in_chans), technique, select=rf"{LATER_BLOCKS}\.conv[12]$"
-    )
+    plain = imagenet_resnet(depth, stem, num_classes, in_chans)
+    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
 
 
 def bottleneck_resnet(
@@ -100,7 +99,7 @@ def bottleneck_resnet(
     model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
     for conv in ("conv2", "conv3")[:shared]:
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, family=conv, init="random")
-        model = apply_technique(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$")
+        model = convert(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$", inplace=True)
     return model
 
 
@@ -117,13 +116,5 @@ def _basis(
         unique_penalty=unique_penalty,
         init="random",
     )
-    entries = 9 * channels
-    if shared_rank + unique_rank > entries:
-        nearest = (
-            f"shared_rank={entries - unique_rank}" if shared_rank > unique_rank else f"unique_rank={entries - shared_rank}"
-        )
-        raise ConfigError(
-            f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {entries}, the entries of "
-            f"a filter in the first stage; nearest is {nearest}"
-        )
+    check_ranks(shared_rank, unique_rank, 9 * channels, " in the first stage")
     return technique

@@ -20,8 +20,21 @@ class Classifier(nn.Module):
 
     fc: nn.Module
     num_features: int
-    num_classes: int
-    default_cfg: dict[str, Any]
+    dropout: nn.Module | None  # before the head
+
+    def __init__(self, input_size: tuple[int, int, int], num_classes: int, first_conv: str = "conv1") -> None:
+        super().__init__()
+        check_whole_number("in_chans", input_size[0], 1)
+        check_whole_number("num_classes", num_classes, 1)
+        self.num_classes, self.dropout = num_classes, None
+        self.default_cfg: dict[str, Any] = {
+            "input_size": input_size,
+            "num_classes": num_classes,
+            "first_conv": first_conv,
+            "classifier": "fc",
+            "pool_size": None,
+            "interpolation": "bilinear",
+        }
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The maps before pooling."""
@@ -32,7 +45,7 @@ class Classifier(nn.Module):
         pooled = x.mean((2, 3))
         if pre_logits:
             return pooled
-        logits: Tensor = self.fc(pooled)
+        logits: Tensor = self.fc(pooled if self.dropout is None else self.dropout(pooled))
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +81,30 @@ def check_depth(depth: int, expected: Collection[int]) -> None:
         raise ConfigError(f"depth={depth}: expected {', '.join(map(str, expected))}; nearest is {nearest}")
 
 
+def blocks_of_depth(depth: int, others: int = 2, kind: str = "a ResNet of this kind") -> tuple[int, int, int]:
+    """Blocks of each stage of a network of three stages: n for depth 6n + ``others``.
+
+    Raises:
+        ConfigError: An impossible depth, with the nearest possible ones.
+    """
+    check_whole_number("depth", depth, 6 + others)
+    blocks, rest = divmod(depth - others, 6)
+    if rest:
+        below = depth - rest
+        raise ConfigError(f"depth={depth}: {kind} has 6n + {others} layers; nearest are {below} and {below + 6}")
+    return (blocks,) * 3
+
+
+def check_ranks(shared_rank: int, unique_rank: int, entries: int, where: str = "") -> None:
+    """Raise for more filters in a basis than a filter has entries."""
+    if shared_rank + unique_rank > entries:
+        larger, other = ("shared", unique_rank) if shared_rank > unique_rank else ("unique", shared_rank)
+        raise ConfigError(
+            f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {entries}, the entries of "
+            f"a filter{where}; nearest is {larger}_rank={max(0, entries - other)}"
+        )
+
+
 def check_drop_rate(drop_rate: float) -> None:
     """Raise unless it is a number in [0, 1)."""
     if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
@@ -81,13 +118,7 @@ def make_stages(
     blocks: Sequence[int],
     strides: Sequence[int],
 ) -> list[nn.Sequential]:
-    """Stages of equal blocks, of which the first changes the number of channels and the size of the maps.
-
-    Args:
-        block: Makes a block from its input channels, output channels and stride.
-        ins: Channels that the first stage reads.
-        widths, blocks, strides: Of each stage: its output channels, its number of blocks, and the stride of the first.
-    """
+    """Stages of equal blocks, each made from its input channels, output channels and stride; only the first of a stage strides."""
     stages = []
     for outs, number, stride in zip(widths, blocks, strides, strict=True):
         stages.append(nn.Sequential(block(ins, outs, stride), *(block(outs, outs, 1) for _ in range(number - 1))))
@@ -100,17 +131,3 @@ def projection(ins: int, outs: int, stride: int) -> nn.Module:
     if stride == 1 and ins == outs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(ins, outs, 1, stride, bias=False), nn.BatchNorm2d(outs))
-
-
-def config(input_size: tuple[int, int, int], num_classes: int, first_conv: str, classifier: str) -> dict[str, Any]:
-    """A network's ``default_cfg``; checks the channels of its images and its number of classes."""
-    check_whole_number("in_chans", input_size[0], 1)
-    check_whole_number("num_classes", num_classes, 1)
-    return {
-        "input_size": input_size,
-        "num_classes": num_classes,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        "pool_size": None,
-        "interpolation": "bilinear",
-    }

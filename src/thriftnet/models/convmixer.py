@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from thriftnet.core.convert import convert
 from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
-from thriftnet.models.classifier import Classifier, check_drop_rate, config
-from thriftnet.models.compose import apply_technique
+from thriftnet.models.classifier import Classifier, check_drop_rate
 from thriftnet.techniques.weight_sharing import WeightSharing
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -47,29 +47,50 @@ class MixerBlock(nn.Module):
 
 
 class ConvMixer(Classifier):
-    """Patches, blocks of one geometry, global average pooling, dropout, linear head.
+    """A ConvMixer with a weight for every layer.
+
+    Patches, blocks of one geometry, global average pooling, dropout, linear head.
+
+    Args:
+        dim: Channels of all blocks.
+        depth: Blocks.
+        patch_size: Side and stride of the patches that the stem reads.
+        kernel_size: Side of the depthwise kernels.
+        activation: "relu" or "gelu".
+        num_classes, in_chans: Outputs, and channels of the image.
+        drop_rate: Dropout before the head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least ``patch_size``.
+
+    Raises:
+        ConfigError: An argument out of its range.
+
+    Source: SPIN, section 4.1.
     """
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        patch_size: int,
-        kernel_size: int,
-        activation: type[nn.Module],
-        num_classes: int,
-        in_chans: int,
-        drop_rate: float,
+        dim: int = 768,
+        depth: int = 32,
+        patch_size: int = 14,
+        kernel_size: int = 3,
+        activation: str = "relu",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.5,
     ) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = dim, num_classes
-        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
+        sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size}
+        for name, value in sizes.items():
+            check_whole_number(name, value, 1)
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_drop_rate(drop_rate)
+        super().__init__((in_chans, 224, 224), num_classes, "stem")
+        self.num_features = dim
+        act = ACTIVATIONS[activation]
         self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.act = activation()
+        self.act = act()
         self.norm = nn.BatchNorm2d(dim)
-        self.blocks = nn.Sequential(*(MixerBlock(dim, kernel_size, activation) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(MixerBlock(dim, kernel_size, act) for _ in range(depth)))
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(dim, num_classes)
         for module in self.modules():
@@ -82,47 +103,6 @@ class ConvMixer(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         features: Tensor = self.blocks(self.norm(self.act(self.stem(x))))
         return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = super().forward_head(x, pre_logits=True)
-        return pooled if pre_logits else self.fc(self.dropout(pooled))
-
-
-def convmixer(
-    dim: int = 768,
-    depth: int = 32,
-    patch_size: int = 14,
-    kernel_size: int = 3,
-    activation: str = "relu",
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.5,
-) -> ConvMixer:
-    """A ConvMixer with a weight for every layer.
-
-    Args:
-        dim: Channels of all blocks.
-        depth: Blocks.
-        patch_size: Side and stride of the patches that the stem reads.
-        kernel_size: Side of the depthwise kernels.
-        activation: "relu" or "gelu".
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the head.
-
-    Shape: (N, in_chans, H, W) -> (N, num_classes).
-
-    Raises:
-        ConfigError: An argument out of its range.
-
-    Source: SPIN, section 4.1.
-    """
-    sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size}
-    for name, value in sizes.items():
-        check_whole_number(name, value, 1)
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_drop_rate(drop_rate)
-    function = ACTIVATIONS[activation]
-    return ConvMixer(dim, depth, patch_size, kernel_size, function, num_classes, in_chans, drop_rate)
 
 
 def shared_convmixer(
@@ -150,7 +130,7 @@ def shared_convmixer(
     Args:
         rate: Layers per weight; it divides the depth.
         fusion, trained, mapping, distribution, portion, seed: As in `WeightSharing`.
-        dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `convmixer`.
+        dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate: As in `ConvMixer`.
 
     Raises:
         ConfigError: The rate does not divide the depth, with the rates that do.
@@ -160,8 +140,8 @@ def shared_convmixer(
     technique = WeightSharing(
         rate=rate, mapping=mapping, distribution=distribution, portion=portion, seed=seed, fusion=fusion, trained=trained
     )
-    backbone = convmixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
+    backbone = ConvMixer(dim, depth, patch_size, kernel_size, activation, num_classes, in_chans, drop_rate)
     if depth % rate:
         expected = ", ".join(str(value) for value in range(1, depth + 1) if depth % value == 0)
         raise ConfigError(f"rate={rate} does not divide the depth {depth}: expected one of {expected}")
-    return apply_technique(backbone, technique, select=r"^blocks\.\d+\.pointwise$")
+    return convert(backbone, technique, select=r"^blocks\.\d+\.pointwise$", inplace=True)

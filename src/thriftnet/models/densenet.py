@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.convert import convert
 from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_depth, config
-from thriftnet.models.compose import apply_technique
+from thriftnet.models.classifier import Classifier, check_depth, check_ranks
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
 # depth -> (layers of each dense block, channels that one layer adds)
@@ -48,15 +47,24 @@ class Transition(nn.Module):
 
 
 class DenseNet(Classifier):
-    """Stem, four dense blocks with transitions between them, norm, ReLU, global average pooling, linear head.
+    """A DenseNet-BC for small images.
+
+    Stem, four dense blocks with transitions between them, norm, ReLU, global average pooling, linear head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least 8.
+
+    Args:
+        depth: Layers: 121, 161, 169 or 201.
+        num_classes, in_chans: Outputs, and channels of the image.
+
+    Raises:
+        ConfigError: An impossible depth.
     """
 
-    def __init__(self, layers: tuple[int, int, int, int], growth: int, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
+    def __init__(self, depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> None:
+        check_depth(depth, DEPTHS)
+        layers, growth = DEPTHS[depth]
+        super().__init__((in_chans, 32, 32), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 2 * growth, 3, 1, 1, bias=False)
         width = 2 * growth
         blocks: list[nn.Sequential] = []
@@ -77,21 +85,6 @@ class DenseNet(Classifier):
         x = self.transition1(self.block1(self.conv1(x)))
         x = self.transition3(self.block3(self.transition2(self.block2(x))))
         return F.relu(self.bn(self.block4(x)))
-
-
-def densenet(depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> DenseNet:
-    """A DenseNet-BC for 32 x 32 images.
-
-    Args:
-        depth: Layers: 121, 161, 169 or 201.
-        num_classes, in_chans: Outputs, and channels of the image.
-
-    Raises:
-        ConfigError: An impossible depth.
-    """
-    check_depth(depth, DEPTHS)
-    layers, growth = DEPTHS[depth]
-    return DenseNet(layers, growth, num_classes, in_chans)
 
 
 def densenet_shared(
@@ -121,18 +114,13 @@ def densenet_shared(
     """
     check_choice("original_sharing", original_sharing, (True, False))
     check_whole_number("shared_rank", shared_rank, 1)
-    model: nn.Module = densenet(depth, num_classes, in_chans)
+    model: nn.Module = DenseNet(depth, num_classes, in_chans)
     technique = FilterBasis(
         shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random"
     )
-    largest = 36 * DEPTHS[depth][1]
-    if shared_rank + unique_rank > largest:
-        raise ConfigError(
-            f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {largest}, "
-            f"the entries of a filter; nearest is shared_rank={max(1, largest - unique_rank)}"
-        )
+    check_ranks(shared_rank, unique_rank, entries=36 * DEPTHS[depth][1])
     for blocks in ("1", "2", "[34]") if original_sharing else ("1", "2", "3", "4"):
-        model = apply_technique(model, technique, select=rf"^block{blocks}\.\d+\.conv2$")
+        model = convert(model, technique, select=rf"^block{blocks}\.\d+\.conv2$", inplace=True)
     _init_as_convolutions(model)
     return model
 

@@ -7,14 +7,15 @@ whose README names all three; its code has the first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import projection
-from thriftnet.models.resnet import ResNet, blocks_of_depth
+from thriftnet.models.classifier import blocks_of_depth, projection
+from thriftnet.models.resnet import ResNet
 
 GROUPS = 4  # of the 1 x 1 convolutions between which channels are shuffled
 
@@ -22,41 +23,22 @@ GROUPS = 4  # of the 1 x 1 convolutions between which channels are shuffled
 class DepthwiseBlock(nn.Module):
     """1 x 1, depthwise 3 x 3, 1 x 1 with the stride, each with a norm; a ReLU after the first and after the sum.
 
+    With groups, the 1 x 1 convolutions have them, channels are shuffled after the first, and the depthwise one has the stride.
+
     Shape: (N, ins, H, W) -> (N, outs, ceil(H / stride), ceil(W / stride)).
+
+    Source of the groups: Zhang et al., ShuffleNet, CVPR 2018, figure 2b; the shortcut is that of the ResNet around it.
     """
 
-    def __init__(self, ins: int, inner: int, outs: int, stride: int) -> None:
+    def __init__(self, ins: int, inner: int, outs: int, stride: int, groups: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(ins, inner, 1, bias=False)
+        middle_stride, last_stride = (stride, 1) if groups > 1 else (1, stride)
+        self.conv1 = nn.Conv2d(ins, inner, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
+        self.depthwise = nn.Conv2d(inner, inner, 3, middle_stride, 1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, outs, 1, stride, bias=False)
-        self.bn3 = nn.BatchNorm2d(outs)
-        self.shortcut = projection(ins, outs, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn3(self.conv3(self.bn2(self.depthwise(out))))
-        return F.relu(out + self.shortcut(x))
-
-
-class ShuffleBlock(nn.Module):
-    """Grouped 1 x 1, channel shuffle, depthwise 3 x 3 with the stride, grouped 1 x 1; ReLUs as in `DepthwiseBlock`.
-
-    Shape: as `DepthwiseBlock`.
-
-    Source: Zhang et al., ShuffleNet, CVPR 2018, figure 2b; the shortcut is that of the ResNet around it.
-    """
-
-    def __init__(self, ins: int, inner: int, outs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(ins, inner, 1, groups=GROUPS, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.shuffle = nn.ChannelShuffle(GROUPS)
-        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, outs, 1, groups=GROUPS, bias=False)
+        self.conv3 = nn.Conv2d(inner, outs, 1, last_stride, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(outs)
         self.shortcut = projection(ins, outs, stride)
 
@@ -92,7 +74,7 @@ class InvertedBlock(nn.Module):
 
 BLOCKS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
     "depthwise": DepthwiseBlock,
-    "shuffle": ShuffleBlock,
+    "shuffle": partial(DepthwiseBlock, groups=GROUPS),
     "mobile": InvertedBlock,
 }
 
@@ -126,4 +108,4 @@ def depthwise_resnet(
     def make_block(ins: int, outs: int, stride: int) -> nn.Module:
         return BLOCKS[block](ins, inners[outs], outs, stride)
 
-    return ResNet(blocks_of_depth(depth), widths, num_classes, in_chans, make_block)
+    return ResNet(make_block, 16, widths, blocks_of_depth(depth), num_classes, in_chans)

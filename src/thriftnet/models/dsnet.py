@@ -18,7 +18,7 @@ from thriftnet.core.linear import PlainLinear
 from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_drop_rate, config
+from thriftnet.models.classifier import Classifier, check_drop_rate
 from thriftnet.models.dsnet_blocks import (
     GATE_CHOICES,
     KINDS,
@@ -46,7 +46,10 @@ MOBILENETV1: tuple[StageRow, ...] = (
 
 
 class DSNet(Classifier):
-    """Stem, stages, optionally a 1 x 1 head, global average pooling, dropout at "largest", linear classifier.
+    """A slimmable supernet: stem, stages, optionally a 1 x 1 head, global average pooling, dropout at "largest", linear classifier.
+
+    Sub-network c has the smallest widths up to the stage with the gate and the c-th from that stage on; without a gate, the
+    c-th everywhere. "largest" has the last widths everywhere.
 
     It starts at "largest"; ``set_width(model, index=3)`` selects a sub-network, ``freeze(model, index=3)`` extracts one.
 
@@ -54,34 +57,59 @@ class DSNet(Classifier):
     the numbered ones only: ``recalibrate(model, loader, indices=range(14))``.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for any H and W.
+
+    Args:
+        stem: Widths of the stem, ascending.
+        stages: For each stage its widths, blocks, kernel size, stride, kind ("ds" or "ir") and whether it holds the gate.
+        head: Channels of a 1 x 1 convolution before pooling, 0 for none.
+        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
+        skip: Give blocks shortcuts.
+        activation: "swish" or "relu".
+        num_classes, in_chans: Outputs, and channels of the image.
+        drop_rate: Dropout before the classifier, at "largest" only.
+        gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
+
+    Raises:
+        ConfigError: An argument out of range, or stages with different numbers of widths.
+
+    Source: Li et al., section 3.
     """
 
     def __init__(
         self,
-        stem: Widths,
-        stages: Sequence[tuple[StageSpec, Widths]],
-        head: int,
-        options: BlockOptions,
-        num_classes: int,
-        in_chans: int,
-        drop_rate: float,
+        stem: Sequence[int] = (16, 24),
+        stages: Sequence[StageRow] = MOBILENETV1,
+        head: int = 0,
+        se_ratio: float = 0.25,
+        skip: bool = False,
+        activation: str = "swish",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        gate_choices: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.default_cfg = config((in_chans, 224, 224), num_classes, "stem", "fc")
-        self.stem: nn.Module = slim_conv(Widths((in_chans,) * len(stem)), stem, 3, 2)
-        self.norm = slim_norm(stem)
+        check_whole_number("head", head, 0)
+        check_number("se_ratio", se_ratio, 0)
+        check_choice("skip", skip, (True, False))
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        check_drop_rate(drop_rate)
+        rows = [read_stage(number, spec) for number, spec in enumerate(stages)]
+        ins, *widths = sub_networks([_ascending("stem", stem), *(row.widths for row in rows)], [row.gate for row in rows])
+        options = BlockOptions(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(ins) - 1))
+        super().__init__((in_chans, 224, 224), num_classes, "stem")
+        self.stem: nn.Module = slim_conv(Widths((in_chans,) * len(ins)), ins, 3, 2)
+        self.norm = slim_norm(ins)
         self.act = options.activation()
         self.stages = nn.Sequential()
-        ins = stem
-        for stage, outs in stages:
-            self.stages.append(make_stage(stage, ins, outs, options))
+        for row, outs in zip(rows, widths, strict=True):
+            self.stages.append(make_stage(row, ins, outs, options))
             ins = outs
         self.head: nn.Sequential | None = None
         if head:
-            outs = Widths((head,) * len(stem))
+            outs = Widths((head,) * len(ins))
             self.head = nn.Sequential(slim_conv(ins, outs), slim_norm(outs), options.activation())
             ins = outs
-        self.num_features, self.num_classes, self._features = ins[-1], num_classes, ins
+        self.num_features, self._features = ins[-1], ins
         self.dropout = WidestDropout(drop_rate, ins)
         self.fc = self._classifier(num_classes)
         self._initialise()
@@ -109,10 +137,6 @@ class DSNet(Classifier):
         x = self.stages(self.act(self.norm(self.stem(x))))
         return x if self.head is None else self.head(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = super().forward_head(x, pre_logits=True)
-        return pooled if pre_logits else self.fc(self.dropout(pooled))
-
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier for this many classes, for all widths of the network; 0 removes it."""
         if isinstance(self.fc, nn.Linear) and not isinstance(self.stem, WidthAware):
@@ -122,53 +146,6 @@ class DSNet(Classifier):
             like = next(self.parameters())
             self.fc = self._classifier(num_classes).to(like)
             self.fc.set_width_index(self.stem.width_index)
-
-
-def dsnet(
-    stem: Sequence[int] = (16, 24),
-    stages: Sequence[StageRow] = MOBILENETV1,
-    head: int = 0,
-    se_ratio: float = 0.25,
-    skip: bool = False,
-    activation: str = "swish",
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.0,
-    gate_choices: Sequence[int] | None = None,
-) -> DSNet:
-    """A slimmable supernet with the given stages.
-
-    Sub-network c has the smallest widths up to the stage with the gate and the c-th from that stage on; without a gate, the
-    c-th everywhere. "largest" has the last widths everywhere.
-
-    Args:
-        stem: Widths of the stem, ascending.
-        stages: For each stage its widths, blocks, kernel size, stride, kind ("ds" or "ir") and whether it holds the gate.
-        head: Channels of a 1 x 1 convolution before pooling, 0 for none.
-        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
-        skip: Give blocks shortcuts.
-        activation: "swish" or "relu".
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the classifier, at "largest" only.
-        gate_choices: Indices of the sub-networks that the gate chooses among. Default: the first four, as in the authors' code.
-
-    Shape: (N, in_chans, H, W) -> (N, num_classes).
-
-    Raises:
-        ConfigError: An argument out of range, or stages with different numbers of widths.
-
-    Source: Li et al., section 3.
-    """
-    check_whole_number("head", head, 0)
-    check_number("se_ratio", se_ratio, 0)
-    check_choice("skip", skip, (True, False))
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_drop_rate(drop_rate)
-    parsed = [read_stage(number, spec) for number, spec in enumerate(stages)]
-    channels = sub_networks([_ascending("stem", stem), *(stage.widths for stage in parsed)], [s.gate for s in parsed])
-    options = BlockOptions(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(channels[0]) - 1))
-    built = list(zip(parsed, channels[1:], strict=True))
-    return DSNet(channels[0], built, head, options, num_classes, in_chans, drop_rate)
 
 
 def read_stage(number: int, spec: StageRow) -> StageSpec:

@@ -22,14 +22,9 @@ KINDS = ("ds", "ir")
 
 
 class Widths(tuple[int, ...]):
-    """Channels at one slot of the network in each sub-network, "largest" last.
+    """Channels at one slot of the network in each sub-network, "largest" last."""
 
-    Args:
-        channels: The channels.
-        slot: Name of the slot; "" if all sub-networks have the same number there.
-    """
-
-    slot: str
+    slot: str  # its name; "" if all sub-networks have the same number of channels there
 
     def __new__(cls, channels: Iterable[int], slot: str = "") -> Widths:
         widths = super().__new__(cls, channels)
@@ -39,40 +34,24 @@ class Widths(tuple[int, ...]):
 
 @dataclass(frozen=True)
 class StageSpec:
-    """Blocks at one resolution, in the authors' terms.
+    """Blocks at one resolution, in the authors' terms."""
 
-    Args:
-        widths: Output channels to choose from, ascending.
-        blocks: Blocks; only the first strides.
-        kernel_size: Side of the depthwise kernels, odd.
-        stride: Of the first block.
-        kind: "ds" for depthwise-separable blocks, "ir" for inverted residuals.
-        gate: Whether the first block holds the gate.
-    """
-
-    widths: tuple[int, ...]
+    widths: tuple[int, ...]  # output channels to choose from, ascending
     blocks: int
-    kernel_size: int
-    stride: int
-    kind: str
-    gate: bool
+    kernel_size: int  # of the depthwise convolutions, odd
+    stride: int  # of the first block
+    kind: str  # "ds" for depthwise-separable blocks, "ir" for inverted residuals
+    gate: bool  # whether the first block holds the gate
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """Options of all blocks of a network.
-
-    Args:
-        se_ratio: Reduced features of the channel attention, as a fraction of the widest channels.
-        activation: Activation function.
-        skip: Whether blocks have shortcuts.
-        choices: Indices of the sub-networks that the gate chooses among.
-    """
+    """Options of all blocks of a network, see `DSNet`."""
 
     se_ratio: float
     activation: type[nn.Module]
     skip: bool
-    choices: tuple[int, ...] = GATE_CHOICES
+    choices: tuple[int, ...]  # indices of the sub-networks that the gate chooses among
 
 
 def slim_conv(

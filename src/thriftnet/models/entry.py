@@ -33,7 +33,7 @@ class ModelEntry:
 
     Args:
         family: Module in `thriftnet.models` that builds it.
-        function: Function in that module.
+        function: Function or class in that module.
         paper: Where it comes from.
         params: Stored parameters with default arguments.
         macs: Executed multiply-accumulates at batch 1 and ``input_size``.

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_choice
-from thriftnet.models.classifier import Classifier, check_depth, config, make_stages, projection
+from thriftnet.models.classifier import check_depth, projection
+from thriftnet.models.resnet import ResNet, init_by_outputs
 
 # depth -> (blocks of each stage, whether they are bottlenecks)
 DEPTHS = {
@@ -62,48 +63,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
-class ImageNetResNet(Classifier):
-    """Stem, four stages at widths 64 to 512, global average pooling, linear head.
-
-    Shape: (N, in_chans, H, W) -> (N, num_classes).
-
-    Args:
-        blocks: Blocks of each stage.
-        block: Their class.
-        stem: "imagenet" (7 x 7 with stride 2, then pooling) or "cifar" (3 x 3).
-        num_classes, in_chans: Outputs, and channels of the image.
-    """
-
-    def __init__(
-        self,
-        blocks: tuple[int, int, int, int],
-        block: type[BasicBlock] | type[Bottleneck],
-        stem: str,
-        num_classes: int,
-        in_chans: int,
-    ) -> None:
-        super().__init__()
-        large = stem == "imagenet"
-        self.num_features, self.num_classes = 512 * block.expansion, num_classes
-        side = 224 if large else 32
-        self.default_cfg = config((in_chans, side, side), num_classes, "conv1", "fc")
-        self.conv1 = nn.Conv2d(in_chans, 64, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-        stages = make_stages(block, 64, [block.expansion * width for width in (64, 128, 256, 512)], blocks, (1, 2, 2, 2))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.fc = nn.Linear(self.num_features, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return features
-
-
-def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 1000, in_chans: int = 3) -> ImageNetResNet:
+def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 1000, in_chans: int = 3) -> ResNet:
     """A ResNet of four stages.
 
     Args:
@@ -116,5 +76,7 @@ def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 
     """
     check_depth(depth, DEPTHS)
     check_choice("stem", stem, ("imagenet", "cifar"))
-    blocks, bottleneck = DEPTHS[depth]
-    return ImageNetResNet(blocks, Bottleneck if bottleneck else BasicBlock, stem, num_classes, in_chans)
+    blocks, is_bottleneck = DEPTHS[depth]
+    block: type[BasicBlock] | type[Bottleneck] = Bottleneck if is_bottleneck else BasicBlock
+    widths = [block.expansion * width for width in (64, 128, 256, 512)]
+    return init_by_outputs(ResNet(block, 64, widths, blocks, num_classes, in_chans, large=stem == "imagenet"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice, check_whole_number
-from thriftnet.models.classifier import Classifier, check_drop_rate, config, make_stages
-from thriftnet.models.compose import apply_technique
+from thriftnet.core.convert import convert
+from thriftnet.core.spec import check_choice
+from thriftnet.models.classifier import Classifier, check_drop_rate, make_stages, projection
 from thriftnet.techniques.filter_basis import FilterBasis, SharedBasisConv2d
 
 WIDTHS = (16, 24, 32, 64, 96, 160, 320)  # of the seven stages
@@ -22,12 +22,7 @@ SHARING = r"^stage[3456]\.[1-9]\d*"  # blocks that share convolutions with their
 class InvertedResidual(nn.Module):
     """1 x 1 convolution to a wide middle, depthwise 3 x 3, 1 x 1 back; the input is added where the shape allows it.
 
-    Args:
-        ins: Channels read.
-        outs: Channels given.
-        expansion: How many times wider the middle is.
-        stride: Of the depthwise convolution.
-        projects: Where only the width changes, add the input through a 1 x 1 convolution and norm.
+    If it projects, the input is also added where only the width changes, through a 1 x 1 convolution and norm.
     """
 
     def __init__(self, ins: int, outs: int, expansion: int, stride: int, projects: bool) -> None:
@@ -40,11 +35,8 @@ class InvertedResidual(nn.Module):
         self.conv3: nn.Conv2d | SharedBasisConv2d = nn.Conv2d(inner, outs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outs)
         self.attention: nn.Module = nn.Identity()
-        self.shortcut: nn.Module | None = None
-        if stride == 1 and ins == outs:
-            self.shortcut = nn.Identity()
-        elif stride == 1 and projects:
-            self.shortcut = nn.Sequential(nn.Conv2d(ins, outs, 1, bias=False), nn.BatchNorm2d(outs))
+        adds_input = stride == 1 and (projects or ins == outs)
+        self.shortcut = projection(ins, outs, stride) if adds_input else None
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
@@ -74,25 +66,33 @@ class MobileNetV2(Classifier):
     """Stem, seven stages of inverted residuals, 1 x 1 convolution, global average pooling, dropout, linear head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Args:
+        num_classes, in_chans: Outputs, and channels of the image.
+        drop_rate: Dropout before the head.
+        large: For 224 x 224 images; else for 32 x 32, with a 1 x 1 stem that pads its maps to 34 x 34.
+
+    Raises:
+        ConfigError: A number that is out of range.
     """
 
-    def __init__(
-        self, stem: nn.Conv2d, strides: tuple[int, ...], projects: bool, image: int, num_classes: int, drop_rate: float
-    ) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = 1280, num_classes
-        self.default_cfg = config((stem.in_channels, image, image), num_classes, "conv1", "fc")
-        self.conv1 = stem
+    def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, large: bool = True) -> None:
+        check_drop_rate(drop_rate)
+        side = 224 if large else 32
+        super().__init__((in_chans, side, side), num_classes)
+        self.conv1 = nn.Conv2d(in_chans, 32, 3, 2, 1) if large else nn.Conv2d(in_chans, 32, 1, padding=1)
         self.bn1 = nn.BatchNorm2d(32)
 
         def block(ins: int, outs: int, stride: int) -> InvertedResidual:
-            return InvertedResidual(ins, outs, 1 if outs == WIDTHS[0] else 6, stride, projects)
+            return InvertedResidual(ins, outs, 1 if outs == WIDTHS[0] else 6, stride, projects=not large)
 
+        strides = (1, 2, 2, 2, 1, 2 if large else 1, 1)
         for number, stage in enumerate(make_stages(block, 32, WIDTHS, BLOCKS, strides), 1):
             self.add_module(f"stage{number}", stage)
         self.conv2 = nn.Conv2d(WIDTHS[-1], 1280, 1)
         self.bn2 = nn.BatchNorm2d(1280)
         self.dropout = nn.Dropout(drop_rate)
+        self.num_features = 1280
         self.fc = nn.Linear(1280, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -100,44 +100,6 @@ class MobileNetV2(Classifier):
         for stage in range(1, len(WIDTHS) + 1):
             x = self.get_submodule(f"stage{stage}")(x)
         return F.relu6(self.bn2(self.conv2(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the maps, and classify them unless ``pre_logits``."""
-        pooled: Tensor = self.dropout(x.mean((2, 3)))
-        if pre_logits:
-            return pooled
-        logits: Tensor = self.fc(pooled)
-        return logits
-
-
-def mobilenetv2(num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2) -> MobileNetV2:
-    """The MobileNetV2 for 224 x 224 images.
-
-    Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the head.
-
-    Raises:
-        ConfigError: A number that is out of range.
-    """
-    check_whole_number("in_chans", in_chans, 1)
-    check_drop_rate(drop_rate)
-    stem = nn.Conv2d(in_chans, 32, 3, 2, 1)
-    return MobileNetV2(stem, (1, 2, 2, 2, 1, 2, 1), False, 224, num_classes, drop_rate)
-
-
-def cifar_mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
-    """A MobileNetV2 for 32 x 32 images, with a 1 x 1 stem that pads its maps to 34 x 34.
-
-    Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-
-    Raises:
-        ConfigError: A number that is out of range.
-    """
-    check_whole_number("in_chans", in_chans, 1)
-    stem = nn.Conv2d(in_chans, 32, 1, padding=1)
-    return MobileNetV2(stem, (1, 2, 2, 2, 1, 1, 1), True, 32, num_classes, 0.0)
 
 
 def mobilenetv2_shared(
@@ -147,12 +109,12 @@ def mobilenetv2_shared(
     lambda_r: float = 10.0,
     double: bool = False,
     eca: bool = False,
+    large: bool = True,
 ) -> MobileNetV2:
     """A MobileNetV2 whose blocks share 1 x 1 convolutions with their stage, in four stages except for the first block.
 
     Args:
-        num_classes, in_chans: Outputs, and channels of the image.
-        drop_rate: Dropout before the head.
+        num_classes, in_chans, drop_rate, large: As in `MobileNetV2`.
         lambda_r: Factor of the orthogonality penalty in training; each shared kind of convolution has its own penalty.
         double: Share both 1 x 1 convolutions of a block instead of the first.
         eca: Channel attention at the end of each sharing block: over three neighbours from 96 channels on, else over one.
@@ -163,26 +125,14 @@ def mobilenetv2_shared(
     Source: Kang & Kim, section 4; Wang et al., section 3.2.
     """
     check_choice("eca", eca, (True, False))
-    model = _sharing(mobilenetv2(num_classes, in_chans, drop_rate), double, lambda_r)
-    for module in model.modules() if eca else ():
-        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
-            module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
-    return model
-
-
-def cifar_mobilenetv2_shared(
-    num_classes: int = 100, in_chans: int = 3, lambda_r: float = 10.0, double: bool = False
-) -> MobileNetV2:
-    """As `mobilenetv2_shared`, for 32 x 32 images."""
-    return _sharing(cifar_mobilenetv2(num_classes, in_chans), double, lambda_r)
-
-
-def _sharing(model: MobileNetV2, double: bool, lambda_r: float) -> MobileNetV2:
-    """Share the first, or both, 1 x 1 convolutions of the blocks in `SHARING` within each stage."""
+    model = MobileNetV2(num_classes, in_chans, drop_rate, large)
     for conv in ("conv1", "conv3") if double else ("conv1",):
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)
-        apply_technique(model, technique, select=rf"{SHARING}\.{conv}$")
+        convert(model, technique, select=rf"{SHARING}\.{conv}$", inplace=True)
     for module in model.modules():
         if isinstance(module, SharedBasisConv2d):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)  # the authors leave it as torch starts a convolution
+    for module in model.modules() if eca else ():
+        if isinstance(module, InvertedResidual) and isinstance(module.conv1, SharedBasisConv2d):
+            module.attention = ChannelAttention(1 if module.conv1.in_channels < 96 else 3)
     return model

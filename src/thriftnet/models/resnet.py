@@ -5,14 +5,14 @@ Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
+from thriftnet.core.spec import check_choice, check_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, config, make_stages
+from thriftnet.models.classifier import Classifier, blocks_of_depth, make_stages
 
 
 class PadShortcut(nn.Module):
@@ -47,44 +47,56 @@ class CifarBasicBlock(nn.Module):
 
 
 class ResNet(Classifier):
-    """Stem, three stages at widths 16, 32 and 64, global average pooling, linear head.
+    """Stem, stages that halve the maps from the second on, global average pooling, linear head.
 
-    Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least 4.
+    Shape: (N, in_chans, H, W) -> (N, num_classes).
+
+    Args:
+        block: Makes a block from its input channels, output channels and stride.
+        stem: Output channels of the first convolution.
+        widths, blocks: Of each stage: its output channels and its number of blocks.
+        num_classes, in_chans: Outputs, and channels of the image.
+        large: The first convolution is 7 x 7 with stride 2, and pooling follows (for 224 x 224); else 3 x 3 (for 32 x 32).
     """
 
     def __init__(
         self,
-        blocks: int,
-        widths: tuple[int, int, int],
+        block: Callable[[int, int, int], nn.Module],
+        stem: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
         num_classes: int,
         in_chans: int,
-        make_block: Callable[[int, int, int], nn.Module],
+        large: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = widths[-1], num_classes
-        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
-        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1, self.layer2, self.layer3 = make_stages(make_block, widths[0], widths, (blocks,) * 3, (1, 2, 2))
+        side = 224 if large else 32
+        super().__init__((in_chans, side, side), num_classes)
+        kernel_size, stride = (7, 2) if large else (3, 1)
+        self.conv1 = nn.Conv2d(in_chans, stem, kernel_size, stride, kernel_size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if large else None
+        strides = (1, *(2 for _ in widths[1:]))
+        self.stages = [f"layer{number}" for number, _ in enumerate(widths, 1)]
+        for name, stage in zip(self.stages, make_stages(block, stem, widths, blocks, strides), strict=True):
+            self.add_module(name, stage)
+        self.num_features = widths[-1]
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        features: Tensor = self.layer3(self.layer2(self.layer1(x)))
-        return features
+        if self.maxpool is not None:
+            x = self.maxpool(x)
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        return x
 
 
-def blocks_of_depth(depth: int) -> int:
-    """Blocks per stage of a network of depth 6n + 2: its n.
-
-    Raises:
-        ConfigError: An impossible depth, with the nearest possible ones.
-    """
-    check_whole_number("depth", depth, 8)
-    if (depth - 2) % 6:
-        below = depth - (depth - 2) % 6
-        raise ConfigError(f"depth={depth}: a ResNet of this kind has 6n + 2 layers; nearest are {below} and {below + 6}")
-    return (depth - 2) // 6
+def init_by_outputs(model: ResNet) -> ResNet:
+    """Start all convolutions as He et al. do, by their outputs."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 def resnet(
@@ -122,9 +134,5 @@ def resnet(
     def make_block(ins: int, outs: int, stride: int) -> CifarBasicBlock:
         return CifarBasicBlock(ins, inners[outs], outs, stride, shortcut)
 
-    model = ResNet(blocks, widths, num_classes, in_chans, make_block)
-    if shortcut == "pad":
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    model = ResNet(make_block, widths[0], widths, blocks, num_classes, in_chans)
+    return init_by_outputs(model) if shortcut == "pad" else model

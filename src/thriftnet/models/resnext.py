@@ -6,13 +6,16 @@ Deeply Shared Filter Bases, NeurIPS 2021, section 4.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_number, check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_depth, config, make_stages, projection
+from thriftnet.models.classifier import check_depth, projection
+from thriftnet.models.resnet import ResNet
 from thriftnet.techniques.filter_basis import SharedBasisConv2d
 
 # depth -> (blocks of each stage, channels per group in the first stage)
@@ -56,35 +59,10 @@ class ResNeXtBottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
-class ResNeXt(Classifier):
-    """Stem, four stages of bottleneck blocks, global average pooling, linear head.
+class ResNeXt(ResNet):
+    """A ResNeXt for 32 x 32 images: a ResNet whose blocks have groups.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes).
-    """
-
-    def __init__(self, blocks: tuple[int, int, int, int], per_group: int, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = 2048, num_classes
-        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
-        self.conv1 = nn.Conv2d(in_chans, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-
-        def block(ins: int, outs: int, stride: int) -> ResNeXtBottleneck:
-            width = GROUPS * per_group * outs // 256
-            return ResNeXtBottleneck(ins, outs, nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False), stride)
-
-        stages = make_stages(block, 64, (256, 512, 1024, 2048), blocks, (1, 2, 2, 2))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.fc = nn.Linear(2048, num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return features
-
-
-def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNeXt:
-    """A ResNeXt for 32 x 32 images.
 
     Args:
         depth: Layers: 50 (32 groups of 4 channels in the first stage) or 101 (32 groups of 8).
@@ -93,8 +71,16 @@ def resnext(depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> ResNe
     Raises:
         ConfigError: An impossible depth.
     """
-    check_depth(depth, DEPTHS)
-    return ResNeXt(*DEPTHS[depth], num_classes, in_chans)
+
+    def __init__(self, depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> None:
+        check_depth(depth, DEPTHS)
+        blocks, per_group = DEPTHS[depth]
+
+        def block(ins: int, outs: int, stride: int) -> ResNeXtBottleneck:
+            width = GROUPS * per_group * outs // 256
+            return ResNeXtBottleneck(ins, outs, nn.Conv2d(width, width, 3, stride, 1, groups=GROUPS, bias=False), stride)
+
+        super().__init__(block, 64, (256, 512, 1024, 2048), blocks, num_classes, in_chans)
 
 
 def resnext_shared(
@@ -122,12 +108,13 @@ def resnext_shared(
 
     Source: Kang & Kim, section 4.
     """
-    model = resnext(depth, num_classes, in_chans)
+    model = ResNeXt(depth, num_classes, in_chans)
     check_number("lambda_r", lambda_r, -1e-300)
     per_group = DEPTHS[depth][1]
     _check_rank("shared_rank", shared_rank, per_group)
     _check_rank("unique_rank", unique_rank, per_group)
-    for stage, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+    for stage, name in enumerate(model.stages):
+        layer: Any = model.get_submodule(name)
         outs, width = 256 * 2**stage, GROUPS * per_group * 2**stage
         shared, unique = shared_rank * 2**stage, unique_rank * 2**stage
         like = nn.Conv2d(width, shared, 3, padding=1, groups=shared_rank // per_group, bias=False)

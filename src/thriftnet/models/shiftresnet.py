@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.models.classifier import projection
-from thriftnet.models.resnet import ResNet, blocks_of_depth
+from thriftnet.models.classifier import blocks_of_depth, projection
+from thriftnet.models.resnet import ResNet
 from thriftnet.techniques.shift import ShiftConv2d
 
 
@@ -17,12 +17,6 @@ class ShiftBlock(nn.Module):
     """Conv-shift-conv, norm and ReLU, and the shortcut added after that last ReLU.
 
     Shape: (N, ins, H, W) -> (N, outs, ceil(H / stride), ceil(W / stride)).
-
-    Args:
-        ins: Channels read.
-        outs: Channels given.
-        stride: Step of the last convolution and of the shortcut.
-        expansion: Channels that shift, as a multiple of ``outs``.
     """
 
     def __init__(self, ins: int, outs: int, stride: int, expansion: float) -> None:
@@ -55,4 +49,4 @@ def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, 
     def block(ins: int, outs: int, stride: int) -> ShiftBlock:
         return ShiftBlock(ins, outs, stride, expansion)
 
-    return ResNet(blocks_of_depth(depth), (16, 32, 64), num_classes, in_chans, block)
+    return ResNet(block, 16, (16, 32, 64), blocks_of_depth(depth), num_classes, in_chans)

@@ -5,11 +5,9 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 
 from __future__ import annotations
 
-from torch import nn
-
 from thriftnet.core.sites import replace, sites
 from thriftnet.core.technique import Technique
-from thriftnet.models.wrn import WideResNet, wrn
+from thriftnet.models.wrn import WideResNet
 from thriftnet.techniques.soft_sharing import SoftSharing
 
 
@@ -32,18 +30,11 @@ def swrn(depth: int = 28, width: int = 10, templates: int = 6, num_classes: int 
 
     Source: Savarese & Maire, section 4.1. Templates start as Kaiming's, coefficients of a stage orthogonal.
     """
-    technique = SoftSharing(templates=templates, init="random")
-    model = wrn(depth, width, num_classes, in_chans)
+    technique: Technique = SoftSharing(templates=templates, init="random")
+    model = WideResNet(depth, width, num_classes, in_chans)
     for stage in (model.layer1, model.layer2, model.layer3):
-        share(stage, technique)
+        # the group is the paper's, whatever the number of templates: SoftSharing.group would leave small stages alone
+        group = sites(stage[1:], lambda _, module: technique.accepts(module))
+        if group:
+            replace(stage, {id(old): new for old, new in technique.build(group)})
     return model
-
-
-def share(stage: nn.Sequential, technique: Technique) -> None:
-    """Let the 3 x 3 convolutions of a stage mix one bank, except for those of its first block.
-
-    The group is the paper's, whatever the number of templates; `SoftSharing.group` would leave small stages alone.
-    """
-    group = [site for site in sites(stage, lambda _, module: technique.accepts(module)) if not site.name.startswith("0.")]
-    if group:
-        replace(stage, {id(old): new for old, new in technique.build(group)})

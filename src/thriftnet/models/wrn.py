@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.spec import check_whole_number
-from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, config, make_stages
+from thriftnet.models.classifier import Classifier, blocks_of_depth, make_stages
 
 
 class WideBlock(nn.Module):
@@ -31,32 +30,9 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(Classifier):
-    """Stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
+    """A wide ResNet of depth 6n + 4: stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
 
     Shape: (N, in_chans, H, W) -> (N, num_classes), for H and W of at least 4.
-    """
-
-    def __init__(self, blocks: int, width: int, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.num_features, self.num_classes = 64 * width, num_classes
-        self.default_cfg = config((in_chans, 32, 32), num_classes, "conv1", "fc")
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
-        widths = (16 * width, 32 * width, 64 * width)
-        self.layer1, self.layer2, self.layer3 = make_stages(WideBlock, 16, widths, (blocks,) * 3, (1, 2, 2))
-        self.bn = nn.BatchNorm2d(widths[-1])
-        self.fc = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.fc.bias)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return F.relu(self.bn(x))
-
-
-def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> WideResNet:
-    """A wide ResNet of depth 6n + 4.
 
     Args:
         depth: Layers: 10, 16, 22, 28, 40, ...
@@ -66,9 +42,22 @@ def wrn(depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int =
     Raises:
         ConfigError: An impossible depth or width.
     """
-    check_whole_number("depth", depth, 10)
-    check_whole_number("width", width, 1)
-    if (depth - 4) % 6:
-        below = depth - (depth - 4) % 6
-        raise ConfigError(f"depth={depth}: a wide ResNet has 6n + 4 layers; nearest are {below} and {below + 6}")
-    return WideResNet((depth - 4) // 6, width, num_classes, in_chans)
+
+    def __init__(self, depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> None:
+        check_whole_number("width", width, 1)
+        blocks = blocks_of_depth(depth, 4, "a wide ResNet")
+        super().__init__((in_chans, 32, 32), num_classes)
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
+        widths = (16 * width, 32 * width, 64 * width)
+        self.layer1, self.layer2, self.layer3 = make_stages(WideBlock, 16, widths, blocks, (1, 2, 2))
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.num_features = widths[-1]
+        self.fc = nn.Linear(widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return F.relu(self.bn(x))
