@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import (
-    add_input_size,
-    add_output,
-    add_width_options,
-    chosen_width,
-    emit,
-    input_size,
-    new_parser,
-    open_network,
-    parse_with_kwargs,
-)
+from thriftnet.cli.common import Parser, chosen_width, emit, open_network, parse_with_kwargs
 from thriftnet.errors import IncompatibleModelError
 
 TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", takes_model=True)
-    add_output(parser)
-    add_width_options(parser)
-    add_input_size(parser)
+    shared = ("--output", "--width", "--width-index", "--input-size")
+    parser = Parser("fold", "Turn a converted network into plain torch.nn layers, and save it.", "model", *shared)
     options, kwargs = parse_with_kwargs(parser, arguments)
     width = chosen_width(options)
 
     from thriftnet.core.fold import fold, freeze, is_foldable
+    from thriftnet.core.provenance import input_size_of
     from thriftnet.core.tied import count_params
     from thriftnet.core.width import set_width
     from thriftnet.measure.difference import relative_difference
@@ -39,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
         raise IncompatibleModelError(
             f"{options.model} has plain layers only: there is nothing to fold. See thriftnet convert"
         )
-    size = input_size(options, model)
+    size = input_size_of(model, options.input_size)
     if width:
         set_width(model, **width)
         folded = freeze(model, **width)

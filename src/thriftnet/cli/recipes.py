@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.common import Parser, emit, parse
 from thriftnet.errors import ConfigError
 from thriftnet.text import table
 
@@ -18,7 +18,7 @@ HEADS = ("recipe", "model", "data", "epochs", "params", "published top-1 %")
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("recipes", "List the training recipes, or show one.")
+    parser = Parser("recipes", "List the training recipes, or show one.")
     parser.add_argument("name", nargs="?", metavar="NAME", help="show all fields of this one")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/recipes.md")
     options = parse(parser, arguments)

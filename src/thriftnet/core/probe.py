@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 
 SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a stated input size
 
@@ -83,7 +83,7 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
         size = input_size_of(model, given)
         error = failure(ghost, size)
         if error is not None:
-            raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
+            raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {first_line(error)}")
         return size
     tried: list[Exception] = []
     for size in _candidates(model):
@@ -92,7 +92,7 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
             return size
         tried.append(error)
     raise IncompatibleModelError(
-        f"{type(model).__name__} runs on none of the image sizes tried: {_first_line(tried[0])}. "
+        f"{type(model).__name__} runs on none of the image sizes tried: {first_line(tried[0])}. "
         "Give the size it was made for: input_size=(C, H, W)"
     )
 
@@ -105,7 +105,7 @@ def calls(model: nn.Module, size: Size) -> list[Call]:
         module.register_forward_hook(lambda _, args, output, name=name: done.append(Call(name, output)))
     error = failure(ghost, size)
     if error is not None:
-        raise IncompatibleModelError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}")
+        raise IncompatibleModelError(f"{type(model).__name__} does not run on input_size={size}: {first_line(error)}")
     return done
 
 
@@ -115,7 +115,3 @@ def _candidates(model: nn.Module) -> list[Size]:
     stem = ends(model)[0]
     channels = int(getattr(stem, "in_channels", 3))
     return [(channels, side, side) for side in SIDES]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
