@@ -79,7 +79,7 @@ MACHINE_OPTIONS: dict[str, dict[str, Any]] = {
     "--threads": {"type": positive, "metavar": "N", "help": "threads within an operation; default: 1 for single images"},
     "--fast-malloc": {
         "action": "store_true",
-        "help": "let glibc (Linux) keep freed memory: faster, memory stays at its peak",
+        "help": "let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
     },
 }
 IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
