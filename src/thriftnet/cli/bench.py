@@ -30,25 +30,15 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Row:
-    """One time, or the reason why there is none.
+    """One time, or the reason why there is none."""
 
-    Args:
-        network: The technique that converted the network, or "as it is".
-        implementation: One of `IMPLEMENTATIONS`.
-        batch_size: Images at a time; None without a time.
-        threads: Threads within an operation; None without a time.
-        ms: Wall-clock time of one batch.
-        speedup: Time of the network as it is, divided by this one.
-        note: The reason.
-    """
-
-    network: str
-    implementation: str
+    network: str  # the technique that converted it, or "as it is"
+    implementation: str  # one of `IMPLEMENTATIONS`
     batch_size: int | None = None
-    threads: int | None = None
-    ms: Spread | None = None
-    speedup: Spread | None = None
-    note: str = ""
+    threads: int | None = None  # within an operation
+    ms: Spread | None = None  # wall-clock time of one batch
+    speedup: Spread | None = None  # time of the network as it is, divided by this one
+    note: str = ""  # the reason
 
     def cells(self) -> list[object]:
         """The row of the table."""

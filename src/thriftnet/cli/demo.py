@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
 from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.cli.fold import checked_fold
 from thriftnet.cli.machine import one_thread, use_machine
 from thriftnet.cli.options import MACHINE_OPTIONS
 from thriftnet.cli.train import Bar
-from thriftnet.errors import IncompatibleModelError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -115,23 +115,17 @@ def _results(
     model: nn.Module, technique: str, source: DataSource, rows: list[dict[str, Any]], seconds: float, output: Path
 ) -> Iterator[Result]:
     """One result for each width of a trained network, folded, checked and saved."""
-    from thriftnet.core.fold import fold, freeze
-    from thriftnet.core.width import set_width, widths
+    from thriftnet.core.width import widths
     from thriftnet.measure import inspect
-    from thriftnet.measure.difference import relative_difference
     from thriftnet.store.model_file import load, save
     from thriftnet.train.evaluate import evaluate
 
     name, size, test = _name(technique), (1, 8, 8), held_out(source)
     folder = save(model.eval(), output / "models" / name, metadata={"metrics": {"top1": rows[-1]["top1"]}})
     for width in widths(model) or (None,):
-        if width is not None:
-            set_width(model, width)
-        folded = fold(model) if width is None else freeze(model, width)
         label = name if width is None else f"{name} at {width:g}"
-        error = relative_difference(model, folded, size) if technique else None
-        if error is not None and not error <= TOLERANCE:
-            raise IncompatibleModelError(f"{label}: the folded network differs by {error:.1e} of the largest output")
+        folded, difference = checked_fold(model, size, TOLERANCE, **({} if width is None else {"width": width}))
+        error = difference if technique else None
         place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded")
         predicted = load(place)(next(iter(test))[0][:PREDICTED]).argmax(1).tolist()
         report, top1 = inspect(model, size), evaluate(model, test).top1

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import Parser, chosen_width, emit, open_network, parse_with_kwargs
 from thriftnet.errors import IncompatibleModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from thriftnet.core.probe import Size
 
 TOLERANCE = 1e-3  # of float32 outputs, relative to the largest
 
@@ -16,11 +22,9 @@ def run(arguments: Sequence[str]) -> None:
     options, kwargs = parse_with_kwargs(parser, arguments)
     width = chosen_width(options)
 
-    from thriftnet.core.fold import fold, freeze, is_foldable
+    from thriftnet.core.fold import is_foldable
     from thriftnet.core.provenance import input_size_of
     from thriftnet.core.tied import count_params
-    from thriftnet.core.width import set_width
-    from thriftnet.measure.difference import relative_difference
     from thriftnet.store.model_file import save
 
     model = open_network(options.model, kwargs).eval()
@@ -28,16 +32,27 @@ def run(arguments: Sequence[str]) -> None:
         raise IncompatibleModelError(
             f"{options.model} has plain layers only: there is nothing to fold. See thriftnet convert"
         )
-    size = input_size_of(model, options.input_size)
-    if width:
-        set_width(model, **width)
-        folded = freeze(model, **width)
-    else:
-        folded = fold(model)
-    error = relative_difference(model, folded, size)
-    if not error <= TOLERANCE:
-        raise IncompatibleModelError(f"the plain network differs by {error:.1e} of the largest output: nothing was saved")
+    folded, error = checked_fold(model, input_size_of(model, options.input_size), TOLERANCE, **width)
     folder = save(folded, options.output)
     result = {"output": str(folder), "params": count_params(folded), "max_relative_error": error}
     text = f"{folder}: {count_params(folded):,} parameters in plain layers, largest relative difference {error:.1e}"
     emit(text, result, as_json=options.json)
+
+
+def checked_fold(model: nn.Module, size: Size, tolerance: float, **width: Any) -> tuple[nn.Module, float]:
+    """The network in plain layers, at a width that it is set to if one is given, and their largest relative difference.
+
+    Raises:
+        IncompatibleModelError: They differ by more than the tolerance.
+    """
+    from thriftnet.core.fold import fold, freeze
+    from thriftnet.core.width import set_width
+    from thriftnet.measure.difference import relative_difference
+
+    if width:
+        set_width(model, **width)
+    folded = freeze(model, **width) if width else fold(model)
+    error = relative_difference(model, folded, size)
+    if not error <= tolerance:
+        raise IncompatibleModelError(f"the plain network differs by {error:.1e} of the largest output: it was not saved")
+    return folded, error

@@ -33,9 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     identity = getattr(imported.model, IDENTITY, None) or {}
     folder = save(imported.model, options.output, metadata=folder_facts(imported)) if options.output else None
     result: dict[str, Any] = {
-        "file": imported.source.file,
-        "system": imported.source.system,
-        "format": imported.source.format,
+        **vars(imported.source),  # file, system and format
         "model": identity.get("name"),
         "kwargs": dict(identity.get("kwargs", {})),
         "params": count_params(imported.model),

@@ -44,10 +44,8 @@ def _show(recipe: Recipe, *, as_json: bool) -> None:
 
 
 def _page(recipes: Mapping[str, Recipe]) -> str:
-    rows = []
-    for name, recipe in recipes.items():
-        about = recipe.about
-        rows.append([name, recipe.model, about["data"], recipe.epochs, _top1(about), about["what"]])
+    facts = [(name, recipe, recipe.about) for name, recipe in recipes.items()]
+    rows = [(name, recipe.model, about["data"], recipe.epochs, _top1(about), about["what"]) for name, recipe, about in facts]
     return table(COLUMNS, rows)
 
 
@@ -68,14 +66,8 @@ def markdown(recipes: Mapping[str, Recipe]) -> str:
     ]
     for name, recipe in recipes.items():
         about = recipe.about
-        cells = (
-            f"[`{name}`](#{name})",
-            f"`{recipe.model}`",
-            about["data"],
-            f"{recipe.epochs}",
-            f"{about['params']:,}",
-            _top1(about),
-        )
+        link, model = f"[`{name}`](#{name})", f"`{recipe.model}`"
+        cells = (link, model, about["data"], f"{recipe.epochs}", f"{about['params']:,}", _top1(about))
         lines.append(f"| {' | '.join(cells)} |")
     for name, recipe in recipes.items():
         lines += _section(name, recipe)
