@@ -84,7 +84,7 @@ def _measure(
     from rich.progress import Progress
     from torch import OutOfMemoryError
 
-    from thriftnet.report.confusion import confusion_matrix
+    from thriftnet.report.plots import confusion_matrix
     from thriftnet.train.evaluate import evaluate
 
     confusion = options.confusion or options.confusion_plot is not None

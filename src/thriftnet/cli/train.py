@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 # options that are named like a field of recipes
 FIELDS = {
-    "--model": OPTIONS["model"]["help"],
-    "--technique": "applied before training, as 'soft-sharing(templates=2)'; may be given several times",
-    "--epochs": "passes over the training images",
-    "--max-steps": "instead: optimizer steps",
-    "--seed": "of weights, order and augmentation",
-    "--precision": "fp32, bf16 or fp16",
-    "--checkpoint-every": "optimizer steps between checkpoints; one is also written after each epoch",
+    "model": OPTIONS["model"]["help"],
+    "technique": "applied before training, as 'soft-sharing(templates=2)'; may be given several times",
+    "epochs": "passes over the training images",
+    "max_steps": "instead: optimizer steps",
+    "seed": "of weights, order and augmentation",
+    "precision": "fp32, bf16 or fp16",
+    "checkpoint_every": "optimizer steps between checkpoints; one is also written after each epoch",
 }
 
 
@@ -45,15 +45,15 @@ def run(arguments: Sequence[str]) -> None:
     add("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
     add("--budget", type=quantity, metavar="MACS", help="for the stage gate: mean MACs per image, as 300M")
     parser.add_shared(*MACHINE_OPTIONS)
-    for option, text in FIELDS.items():
-        add(option, metavar=option[2].upper(), action="append" if option == "--technique" else "store", help=text)
+    for name, text in FIELDS.items():
+        action = "append" if name == "technique" else "store"
+        add(f"--{name.replace('_', '-')}", metavar=name[0].upper(), action=action, help=text)
     options, others = parse_with_kwargs(parser, arguments, literals=False)
 
     from thriftnet.train.trainer import train
 
     given = {name: value for name, value in vars(options).items() if value is not None}
-    fields = {name: given[name] for name in (option[2:].replace("-", "_") for option in FIELDS) if name in given}
-    recipe = make_recipe(options.recipe, fields | others)
+    recipe = make_recipe(options.recipe, {name: given[name] for name in FIELDS if name in given} | others)
     if options.budget is not None:
         recipe = with_budget(recipe, options.budget)
     for name in recipe.needs:
