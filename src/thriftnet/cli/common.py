@@ -34,12 +34,11 @@ class Parser(ArgumentParser):
     """The options of one verb; ``names`` are those of `OPTIONS` that it takes."""
 
     def __init__(self, verb: str, description: str, *names: str) -> None:
-        super().__init__(f"thriftnet {verb}", description=description, formatter_class=_Help)
+        self.takes_model = "model" in names
+        epilog = KWARGS_HELP if self.takes_model else None
+        super().__init__(f"thriftnet {verb}", description=description, epilog=epilog, formatter_class=_Help)
         self.add_argument("--json", action="store_true", help="print the result as JSON, as the last line")
         self.add_shared(*names)
-        self.takes_model = "model" in names
-        if self.takes_model:
-            self.epilog = KWARGS_HELP
 
     def add_shared(self, *names: str, **changes: Any) -> None:
         """Add some of `OPTIONS`."""
@@ -140,11 +139,7 @@ def open_network(source: str, kwargs: Mapping[str, Any], plain: str | None = Non
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
+    """Write a file; one that cannot be written is a ConfigError."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

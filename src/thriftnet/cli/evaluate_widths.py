@@ -48,15 +48,7 @@ class Point:
 def measure_widths(
     model: nn.Module, loader: Loader, calibration: Loader, classes: Sequence[str], options: Namespace
 ) -> tuple[str, dict[str, Any]]:
-    """The result as text and for JSON.
-
-    Args:
-        calibration: Training images, on which the cost of a budget is found.
-
-    Raises:
-        ConfigError: No such mode, or options that do not go with it.
-        IncompatibleModelError: The network has one width only, or no gate.
-    """
+    """The result as text and for JSON; the cost of a budget is found on ``calibration``, training images."""
     if not widths(model):
         raise IncompatibleModelError(f"{type(model).__name__} has one width only: leave --mode and --sweep-budget out")
     mode, _, chosen = (options.mode or "").partition("=")

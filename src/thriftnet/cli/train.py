@@ -106,11 +106,7 @@ def _value(name: str, text: Any) -> Any:
 
 
 def with_budget(recipe: Recipe, budget: float) -> Recipe:
-    """The recipe with a budget of multiply-accumulates per image for its gate.
-
-    Raises:
-        ConfigError: No stage trains a gate.
-    """
+    """The recipe with a budget of multiply-accumulates per image for its gate; one without a gate is refused."""
     found = [entry.get("stage.name", "recalibrate") for entry in recipe.stages] or [recipe.stage.name]
     if "gate" not in found:
         raise ConfigError(
