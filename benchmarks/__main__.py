@@ -15,7 +15,8 @@ import torch
 from benchmarks import TOPICS, cases
 from benchmarks.measuring import Case, Settings, measure
 from benchmarks.report import Results, conditions, floors, picture
-from thriftnet.cli.machine import add_machine_options, use_machine
+from thriftnet.cli.machine import use_machine
+from thriftnet.cli.options import MACHINE_OPTIONS
 from thriftnet.text import table
 
 DESCRIPTION = (
@@ -46,7 +47,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--svg", metavar="FILE", help="draw the ratios beside their targets, or the sweep")
     add("--floors", metavar="FILE", help="draw each case as multiples of its floor, an SVG")
     add("--json", action="store_true", help="print the results as JSON")
-    add_machine_options(parser)
+    for name, how in MACHINE_OPTIONS.items():
+        add(name, **how)
     options = parser.parse_args(arguments)
     unknown = set(options.topics) - set(TOPICS)
     if unknown:

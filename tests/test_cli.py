@@ -12,7 +12,7 @@ import torch
 
 import thriftnet
 from thriftnet.cli import VERBS, main
-from thriftnet.cli.common import new_parser, parse_with_kwargs
+from thriftnet.cli.common import Parser, parse_with_kwargs
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -34,7 +34,6 @@ def test_help_names_every_verb_and_loads_nothing_heavy():
     code = """
 import sys
 from thriftnet.cli import VERBS, main
-from thriftnet.cli.common import new_parser, parse_with_kwargs
 main(["--help"])
 for verb in VERBS:
     try:
@@ -185,8 +184,7 @@ def test_select_needs_a_technique(capsys: pytest.CaptureFixture[str]):
 
 
 def test_further_arguments_are_those_of_the_plain_network_where_one_is_given(tmp_path: Path):
-    parser = new_parser("evaluate", "", takes_model=True)
-    parser.add_argument("--plain")
+    parser = Parser("evaluate", "", "model", "--plain")
     words = [str(tmp_path), "--plain", "mine.nets:build", "--depth", "3"]
     assert parse_with_kwargs(parser, words)[1] == {"depth": 3}
     with pytest.raises(

@@ -16,7 +16,7 @@ from evaluating import measured, measured_by_two, network
 from images import class_folders, png
 from thriftnet.cli import main
 from thriftnet.data.sources import open_data
-from thriftnet.report.confusion import confusion_matrix
+from thriftnet.report.plots import confusion_matrix
 from thriftnet.train.evaluate import evaluate
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from test_importer import MADE, SMALL, SUPERNET, stirred, theirs
-from thriftnet.cli.inputs import augmentation_of, network_of
+from thriftnet.cli.common import open_network
+from thriftnet.cli.inputs import augmentation_of
 from thriftnet.core.tied import unique_tensors
 from thriftnet.data.transforms import eval_transform
 from thriftnet.errors import CheckpointError, ConfigError
@@ -189,7 +190,7 @@ def test_evaluation_prepares_images_as_the_authors_do(
     folder = tn.save(imported.model, tmp_path / "saved", metadata=folder_facts(imported))
     options = SimpleNamespace(mean=None, std=None, image_size=None, resize=None, data="folder:images")
     for place in (path, folder):
-        model = network_of(str(place), {})
+        model = open_network(str(place), {})
         images: Any = SimpleNamespace(input_size=None, mean=(0.1,) * 3, std=(0.2,) * 3)
         augmentation = augmentation_of(options, images, images, model)  # type: ignore[arg-type]
         resize, crop = eval_transform(augmentation).transforms[:2]  # type: ignore[attr-defined]

@@ -42,3 +42,8 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> ConfigError:
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return ConfigError(f"unknown {kind} {got!r}{hint} Possible: {shown or 'none'}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its class if there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

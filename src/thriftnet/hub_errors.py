@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from thriftnet.errors import ThriftnetError
+from thriftnet.errors import ThriftnetError, first_line
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def hub_errors(
     except ThriftnetError:
         raise
     except errors.HFValidationError as error:
-        raise error_type(f"{subject}: it is neither a folder nor a {kind} owner/name: {_first_line(error)}") from error
+        raise error_type(f"{subject}: it is neither a folder nor a {kind} owner/name: {first_line(error)}") from error
     except errors.GatedRepoError as error:
         raise error_type(f"{subject}: it is gated: ask for access on its page, then log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
@@ -45,15 +45,11 @@ def hub_errors(
             raise error_type(f"{subject}: {_status(refusal, token)}") from error
         raise error_type(f"{subject}: the Hub cannot be reached{hint}") from error
     except (OSError, ValueError) as error:
-        raise error_type(f"{subject}: {_first_line(error)}") from error
+        raise error_type(f"{subject}: {first_line(error)}") from error
 
 
 def _status(error: Any, token: str) -> str:
     code = getattr(error.response, "status_code", None)
     if code in (401, 403):
         return f"access denied ({code}). Log in with `hf auth login`{token}, with a token that may do this"
-    return f"the Hub answers {code}: {error.server_message or _first_line(error)}. Try again later"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"the Hub answers {code}: {error.server_message or first_line(error)}. Try again later"

@@ -55,15 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """The text of `thriftnet --help`."""
-    return "\n".join(
-        [
-            "usage: thriftnet VERB [options]        (options: thriftnet VERB --help)",
-            "",
-            "Make ConvNets small: five techniques for any PyTorch network.",
-            "",
-            *(f"  {verb:<11} {text}" for verb, text in VERBS.items()),
-            "",
-            "Every verb that prints a result takes --json.",
-            "",
-        ]
+    verbs = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: thriftnet VERB [options]        (options: thriftnet VERB --help)\n\n"
+        f"Make ConvNets small: five techniques for any PyTorch network.\n\n{verbs}\n\n"
+        "Every verb that prints a result takes --json.\n"
     )

@@ -7,18 +7,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import (
-    add_input_size,
-    check_positive,
-    emit,
-    input_size,
-    new_parser,
-    open_network,
-    parse_with_kwargs,
-    write_text,
-)
-from thriftnet.cli.machine import add_fast_malloc, use_allocator, use_threads
-from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError
+from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.machine import use_allocator, use_threads
+from thriftnet.cli.options import positive
+from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -38,25 +30,15 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Row:
-    """One time, or the reason why there is none.
+    """One time, or the reason why there is none."""
 
-    Args:
-        network: The technique that converted the network, or "as it is".
-        implementation: One of `IMPLEMENTATIONS`.
-        batch_size: Images at a time; None without a time.
-        threads: Threads within an operation; None without a time.
-        ms: Wall-clock time of one batch.
-        speedup: Time of the network as it is, divided by this one.
-        note: The reason.
-    """
-
-    network: str
-    implementation: str
+    network: str  # the technique that converted it, or "as it is"
+    implementation: str  # one of `IMPLEMENTATIONS`
     batch_size: int | None = None
-    threads: int | None = None
-    ms: Spread | None = None
-    speedup: Spread | None = None
-    note: str = ""
+    threads: int | None = None  # within an operation
+    ms: Spread | None = None  # wall-clock time of one batch
+    speedup: Spread | None = None  # time of the network as it is, divided by this one
+    note: str = ""  # the reason
 
     def cells(self) -> list[object]:
         """The row of the table."""
@@ -67,32 +49,26 @@ class Row:
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("bench", DESCRIPTION, takes_model=True)
+    parser = Parser("bench", DESCRIPTION, "model", "--input-size", "--device")
     add = parser.add_argument
-    add(
-        "--technique",
-        action="append",
-        default=[],
-        metavar="T",
-        help="as 'shift()'; each one given makes a network of its own",
-    )
-    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="images at a time; every number given is timed")
-    add("--threads", type=int, nargs="+", metavar="N", help="threads within an operation; default: 1 for single images")
-    add_input_size(parser)
-    add("--device", help="default: cuda if there is a GPU, else cpu")
-    add("--rounds", type=int, default=11, metavar="N", help="turns of each implementation")
+    technique = "as 'shift()'; each one given makes a network of its own"
+    add("--technique", action="append", default=[], metavar="T", help=technique)
+    sizes = "images at a time; every number given is timed"
+    add("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help=sizes)
+    add("--rounds", type=positive, default=11, metavar="N", help="turns of each implementation")
     add("--svg", metavar="FILE", help="draw the times, an SVG")
-    add_fast_malloc(parser)
+    parser.add_shared("--threads", nargs="+")
+    parser.add_shared("--fast-malloc")
     options, kwargs = parse_with_kwargs(parser, arguments)
-    check_positive(options, "batch_size", "threads", "rounds")
 
+    from thriftnet.core.provenance import input_size_of
     from thriftnet.measure.latency import conditions
     from thriftnet.train.distributed import process_group
 
     allocator = use_allocator(fast_malloc=options.fast_malloc)
     with process_group(options.device) as device:
         model = open_network(options.model, kwargs).eval().to(device)
-        size = input_size(options, model)
+        size = input_size_of(model, options.input_size)
         rows = measured(model, options.technique, size, device, options)
     facts = {**conditions(str(device)), "allocator": allocator, "input_size": list(size)}
     if options.svg:
@@ -193,10 +169,9 @@ def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """Folded, and compiled by torch for this batch size."""
     import torch
 
-    from thriftnet.core.fold import fold, is_foldable
+    from thriftnet.core.fold import fold
 
-    plain = fold(model) if any(is_foldable(module) for module in model.modules()) else model
-    return torch.compile(plain, dynamic=False)
+    return torch.compile(fold(model), dynamic=False)
 
 
 # Each takes a network and a batch, and returns a function with the same outputs.
@@ -206,11 +181,6 @@ IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tens
     "packed": packed,
     "compiled": compiled,
 }
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def picture(model: str, rows: Sequence[Row]) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from thriftnet.cli.common import add_convert_options, add_output, emit, new_parser, open_network, parse_with_kwargs
+from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("convert", "Convert a network with a technique, starting from its weights.", takes_model=True)
-    add_convert_options(parser)
+    shared = ("model", "--technique", "--select", "--output")
+    parser = Parser("convert", "Convert a network with a technique, starting from its weights.", *shared)
     parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE")
-    add_output(parser)
     options, kwargs = parse_with_kwargs(parser, arguments)
     if bool(options.technique) == bool(options.plan):
         raise ConfigError("give either --technique or --plan")

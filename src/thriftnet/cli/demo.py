@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
-from thriftnet.cli.common import emit, new_parser, parse
-from thriftnet.cli.machine import add_machine_options, one_thread, use_machine
+from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.cli.fold import checked_fold
+from thriftnet.cli.machine import one_thread, use_machine
+from thriftnet.cli.options import MACHINE_OPTIONS
 from thriftnet.cli.train import Bar
-from thriftnet.errors import IncompatibleModelError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -24,49 +25,35 @@ if TYPE_CHECKING:
     from thriftnet.report.page import Page
     from thriftnet.train.recipe import Recipe
 
+DESCRIPTION = "Train a small ResNet on scikit-learn's digits, plain and with each technique; fold, check, save and predict."
 COLUMNS = ("technique", "stored parameters", "MACs", "test accuracy", "seconds", "folded max error")
 CLOSE = 2.0  # percent points: accuracy within this of plain needs no explanation
+PREDICTED = 12  # test images shown
 TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
 
 
 @dataclass(frozen=True)
 class Result:
-    """The network under one technique (at one width).
+    """The network under one technique (at one width)."""
 
-    Args:
-        name: "plain" or the technique's name, with the width if there are several.
-        technique: The technique's config as text, "" for plain.
-        params: Stored parameters, shared ones once.
-        macs: Executed multiply-accumulates per image.
-        accuracy: Test accuracy in percent.
-        seconds: Training time.
-        fold_error: Largest difference to the folded network, relative to the largest output; None for plain.
-        rows: Metrics of each epoch: ``train_loss``, ``top1`` on the test images in percent, ...
-        predictions: Classes of the first test images by the folded network, loaded from disk.
-        folder: The folder of the trained network.
-    """
-
-    name: str
-    technique: str
-    params: int
-    macs: int
-    accuracy: float
-    seconds: float
-    fold_error: float | None
-    rows: Sequence[Mapping[str, Any]]
-    predictions: tuple[int, ...]
-    folder: str
+    name: str  # "plain" or the technique's name, with the width if there are several
+    technique: str  # its config as text, "" for plain
+    params: int  # stored, shared ones once
+    macs: int  # per image
+    accuracy: float  # on the test images, in percent
+    seconds: float  # of training
+    fold_error: float | None  # largest difference to the folded network, relative to the largest output; None for plain
+    folder: str  # of the trained network
+    rows: Sequence[Mapping[str, Any]]  # metrics of each epoch: train_loss, top1 on the test images in percent, ...
+    predictions: Sequence[int]  # classes of the first test images by the folded network, loaded from disk
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser(
-        "demo",
-        "Train a small ResNet on scikit-learn's digits, plain and with each technique; fold, check, save and predict.",
-    )
+    parser = Parser("demo", DESCRIPTION)
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
     parser.add_argument("--epochs", type=int, help="per technique; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add_machine_options(parser)
+    parser.add_shared(*MACHINE_OPTIONS)
     options = parse(parser, arguments)
 
     from thriftnet.report.page import write_page
@@ -116,10 +103,9 @@ def compare(output: Path, recipe: Recipe, bar: Bar) -> tuple[DataSource, list[Re
         plain = prepare_model(recipe, source)
         results: list[Result] = []
         for technique in ("", *shown()):
-            name = technique.partition("(")[0] or "plain"
-            bar.start(name)
+            bar.start(_name(technique))
             model = convert(plain, technique) if technique else plain
-            run = Path(scratch) / name
+            run = Path(scratch) / _name(technique)
             trained = train(recipe, source, run, model=model, device="cpu", on_progress=bar.on_progress)
             results += _results(model, technique, source, read_metrics(run), trained.seconds, output)
     return source, results
@@ -127,37 +113,27 @@ def compare(output: Path, recipe: Recipe, bar: Bar) -> tuple[DataSource, list[Re
 
 def _results(
     model: nn.Module, technique: str, source: DataSource, rows: list[dict[str, Any]], seconds: float, output: Path
-) -> list[Result]:
+) -> Iterator[Result]:
     """One result for each width of a trained network, folded, checked and saved."""
-    from thriftnet.core.fold import fold, freeze
-    from thriftnet.core.width import set_width, widths
+    from thriftnet.core.width import widths
     from thriftnet.measure import inspect
-    from thriftnet.measure.difference import relative_difference
     from thriftnet.store.model_file import load, save
     from thriftnet.train.evaluate import evaluate
 
-    name = technique.partition("(")[0] or "plain"
-    size = (1, 8, 8)
-    test = held_out(source)
-    model.eval()
-    folder = save(model, output / "models" / name, metadata={"metrics": {"top1": rows[-1]["top1"]}})
-    results = []
+    name, size, test = _name(technique), (1, 8, 8), held_out(source)
+    folder = save(model.eval(), output / "models" / name, metadata={"metrics": {"top1": rows[-1]["top1"]}})
     for width in widths(model) or (None,):
-        if width is not None:
-            set_width(model, width)
-        folded = fold(model) if width is None else freeze(model, width)
         label = name if width is None else f"{name} at {width:g}"
-        error = relative_difference(model, folded, size) if technique else None
-        if error is not None and not error <= TOLERANCE:
-            raise IncompatibleModelError(f"{label}: the folded network differs by {error:.1e} of the largest output")
+        folded, difference = checked_fold(model, size, TOLERANCE, **({} if width is None else {"width": width}))
+        error = difference if technique else None
         place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded")
-        predicted = load(place)(next(iter(test))[0][:12]).argmax(1).tolist()
-        report = inspect(model, size)
-        score = evaluate(model, test).top1
-        results.append(
-            Result(label, technique, report.params, report.macs, score, seconds, error, rows, tuple(predicted), str(folder))
-        )
-    return results
+        predicted = load(place)(next(iter(test))[0][:PREDICTED]).argmax(1).tolist()
+        report, top1 = inspect(model, size), evaluate(model, test).top1
+        yield Result(label, technique, report.params, report.macs, top1, seconds, error, str(folder), rows, predicted)
+
+
+def _name(technique: str) -> str:
+    return technique.partition("(")[0] or "plain"
 
 
 def held_out(source: DataSource) -> Loader:
@@ -192,7 +168,7 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
     from thriftnet.report.page import Page, Picture
 
     names = [r.name for r in results]
-    trained = [r for i, r in enumerate(results) if r.rows is not (results[i - 1].rows if i else None)]
+    trained = {_name(r.technique): r.rows for r in results}
     best = min(results[1:], key=lambda r: r.params)
     summary = [
         "One small ResNet on 1,797 real images of digits: trained plain, then made small with each technique, starting from "
@@ -201,9 +177,8 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
         f"plain, at {best.accuracy:.2f}% test accuracy (plain {results[0].accuracy:.2f}%).",
         *_notes(results),
     ]
-    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in _cells(r)] for r in results]
-    count = len(results[0].predictions)
-    images, labels = next(iter(held_out(source)))
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in _cells(r)] for r in results]
+    images, labels = (batch[:PREDICTED] for batch in next(iter(held_out(source))))
     pictures = [
         Picture(
             "accuracy",
@@ -215,16 +190,16 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
             "training",
             "Training",
             plots.training_curves(
-                [r.technique.partition("(")[0] or "plain" for r in trained],
-                [[row["train_loss"] for row in r.rows] for r in trained],
-                [[row["top1"] for row in r.rows] for r in trained],
+                list(trained),
+                [[row["train_loss"] for row in rows] for rows in trained.values()],
+                [[row["top1"] for row in rows] for rows in trained.values()],
             ),
             "Each technique starts from the trained plain network, whose function the conversion changes at first.",
         ),
         Picture(
             "predictions",
             "Predictions of the folded networks",
-            plots.predictions(images[:count], labels[:count].tolist(), names, [r.predictions for r in results]),
+            plots.predictions(images, labels.tolist(), names, [r.predictions for r in results]),
             "Test images, and what each folded network, loaded from its folder, takes them for. Wrong answers are red.",
         ),
     ]
@@ -235,4 +210,4 @@ def _page(source: DataSource, results: Sequence[Result], recipe: Recipe, seconds
         "versions": f"thriftnet {__version__}, torch {torch.__version__}",
         "time": f"{seconds:.0f} s in all",
     }
-    return Page("thriftnet demo", summary, COLUMNS, rows, pictures, facts)
+    return Page("thriftnet demo", summary, COLUMNS, cells, pictures, facts)

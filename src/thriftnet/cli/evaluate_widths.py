@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from thriftnet.cli.common import quantity, width_from, write_text
+from thriftnet.cli.common import write_text
 from thriftnet.cli.machine import one_thread
-from thriftnet.core.probe import Size
+from thriftnet.cli.options import width_from
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
@@ -28,40 +27,50 @@ from thriftnet.train.distributed import total
 from thriftnet.train.evaluate import evaluate
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
+    from argparse import Namespace
 
 SINGLE = 20  # calls with one image that are timed
+BUDGETS = 7  # in a sweep
 COLUMNS = ("width", "MACs", "top-1, %", "ms for one image", "images/s")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run a network: the width or budget, mean MACs per image, accuracy in percent, and speed."""
+
+    name: str
+    macs: float
+    top1: float
+    latency_ms: float  # one image
+    images_per_second: float  # in batches
 
 
 def measure_widths(
     model: nn.Module, loader: Loader, calibration: Loader, classes: Sequence[str], options: Namespace
 ) -> tuple[str, dict[str, Any]]:
-    """The result as text and for JSON.
-
-    Args:
-        calibration: Training images, on which the cost of a budget is found.
-
-    Raises:
-        ConfigError: No such mode, or options that do not go with it.
-        IncompatibleModelError: The network has one width only, or no gate.
-    """
+    """The result as text and for JSON; the cost of a budget is found on ``calibration``, training images."""
     if not widths(model):
         raise IncompatibleModelError(f"{type(model).__name__} has one width only: leave --mode and --sweep-budget out")
+    mode, _, chosen = (options.mode or "").partition("=")
     if options.sweep_budget is not None:
-        return _sweep(model, loader, calibration, options.sweep_budget)
-    mode, _, chosen = options.mode.partition("=")
+        dynamic = DynamicNetwork(model, input_size=_size(loader)).eval()
+        budgets = _by_budget(dynamic, loader, calibration)
+        names = {format_width(width) for width in dynamic.widths}
+        fixed = [point for point in _every_width(model, loader) if point.name in names]
+        write_text(options.sweep_budget, _curves({"by the gate": budgets, "fixed widths": fixed}))
+        rows = {"budgets": [asdict(point) for point in budgets], "widths": [asdict(point) for point in fixed]}
+        return _text([*budgets, *fixed]), {**rows, "plot": str(options.sweep_budget)}
     if options.budget is not None and mode != "dynamic":
         raise ConfigError("--budget goes with --mode dynamic")
     if mode == "all" and not chosen:
-        points = every_width(model, loader)
+        points = _every_width(model, loader)
         if options.plot is not None:
             write_text(options.plot, _curves({"fixed widths": points}))
         return _text(points), {"widths": [asdict(point) for point in points]}
     if mode == "width":
         if chosen:
             set_width(model, width_from(chosen))
-        point = one_width(model, loader)
+        point = _one_width(model, loader)
         return _text([point]), asdict(point)
     if mode == "dynamic" and not chosen:
         return _dynamic(model, loader, calibration, classes, options)
@@ -74,9 +83,9 @@ def _dynamic(
     """By the gate, within a budget if one is given, with the decisions for each class."""
     dynamic = DynamicNetwork(model, input_size=_size(loader)).eval()
     if options.budget is not None:
-        dynamic.set_budget(quantity("--budget", options.budget), calibration)
-    point = by_gate(dynamic, loader)
-    counts = decisions_by_class(dynamic, loader, len(classes)).tolist()
+        dynamic.set_budget(options.budget, calibration)
+    point = _by_gate(dynamic, loader)
+    counts = _decisions_by_class(dynamic, loader, len(classes))
     names = [format_width(width) for width in dynamic.widths]
     if options.plot is not None:
         write_text(options.plot, plots.decisions(counts, classes, names))
@@ -86,20 +95,9 @@ def _dynamic(
     return text, {**asdict(point), "cost": dynamic.cost, "decisions": by_class}
 
 
-def _sweep(model: nn.Module, loader: Loader, calibration: Loader, path: Path) -> tuple[str, dict[str, Any]]:
-    """The gate at several budgets, beside the fixed widths that it chooses among."""
-    dynamic = DynamicNetwork(model, input_size=_size(loader)).eval()
-    budgets = by_budget(dynamic, loader, calibration)
-    names = {format_width(width) for width in dynamic.widths}
-    fixed = [point for point in every_width(model, loader) if point.name in names]
-    write_text(path, _curves({"by the gate": budgets, "fixed widths": fixed}))
-    rows = {"budgets": [asdict(point) for point in budgets], "widths": [asdict(point) for point in fixed]}
-    return _text([*budgets, *fixed]), {**rows, "plot": str(path)}
-
-
-def _size(loader: Loader) -> Size:
-    _, channels, height, width = next(iter(loader))[0].shape
-    return channels, height, width
+def _size(loader: Loader) -> Sequence[int]:
+    """(C, H, W) of the images."""
+    return next(iter(loader))[0].shape[1:]
 
 
 def _curves(curves: Mapping[str, Sequence[Point]]) -> str:
@@ -112,85 +110,56 @@ def _text(points: Sequence[Point]) -> str:
     return table(COLUMNS, rows)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One way to run a network.
-
-    Args:
-        name: The width, or the budget.
-        macs: Mean multiply-accumulates per image.
-        top1: In percent.
-        latency_ms: For one image, the median.
-        images_per_second: In batches.
-    """
-
-    name: str
-    macs: float
-    top1: float
-    latency_ms: float
-    images_per_second: float
-
-
-def every_width(model: nn.Module, loader: Loader) -> list[Point]:
+def _every_width(model: nn.Module, loader: Loader) -> list[Point]:
     """Each width of a slimmable network; the selected width is restored."""
     before, points = width_of(model), []
     for width in widths(model):
         set_width(model, width)
-        points.append(one_width(model, loader))
+        points.append(_one_width(model, loader))
     set_width(model, before)
     return points
 
 
-def one_width(model: nn.Module, loader: Loader) -> Point:
+def _one_width(model: nn.Module, loader: Loader) -> Point:
     """The selected width of a slimmable network."""
-    return _point(format_width(width_of(model)), model, loader, lambda: inspect(model, _size(loader)).macs)
+    result, macs = evaluate(model, loader), inspect(model, _size(loader)).macs
+    return Point(format_width(width_of(model)), macs, result.top1, _latency(model, loader), result.images_per_second)
 
 
-def by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Point:
+def _by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Point:
     """The widths that the gate chooses."""
-
-    def spent() -> float:
-        counts = total(dynamic.counts)
-        return float((counts * dynamic.macs).sum()) / int(counts.sum())
-
     dynamic.reset()
-    return _point(name, dynamic, loader, spent)
+    result = evaluate(dynamic, loader)
+    dynamic.counts = total(dynamic.counts)
+    macs = dynamic.mean_macs
+    return Point(name, macs, result.top1, _latency(dynamic, loader), result.images_per_second)
 
 
-def _point(name: str, network: nn.Module, loader: Loader, macs: Callable[[], float]) -> Point:
-    """Measure a network; ``macs`` is called after its evaluation."""
-    result = evaluate(network, loader)
-    return Point(name, macs(), result.top1, latency(network, next(iter(loader))[0]), result.images_per_second)
-
-
-def by_budget(dynamic: DynamicNetwork, loader: Loader, calibration: Loader, steps: int = 7) -> list[Point]:
-    """The gate at budgets from its narrowest width to its widest, without training; its cost stays as it was.
-
-    Args:
-        calibration: Images, whose labels are not looked at, on which each budget's cost is found.
-    """
+def _by_budget(dynamic: DynamicNetwork, loader: Loader, calibration: Loader) -> list[Point]:
+    """The gate at budgets from its narrowest width to its widest, without training; its cost is restored."""
     before, points = dynamic.cost, []
     low, high = float(dynamic.macs.min()), float(dynamic.macs.max())
-    for budget in torch.linspace(low, high, steps).tolist():
+    for budget in torch.linspace(low, high, BUDGETS).tolist():
         dynamic.set_budget(min(max(budget, low), high), calibration)
-        points.append(by_gate(dynamic, loader, f"budget {budget / 1e6:.1f}M"))
+        points.append(_by_gate(dynamic, loader, f"budget {budget / 1e6:.1f}M"))
     dynamic.cost = before
     return points
 
 
 @torch.no_grad()
-def decisions_by_class(dynamic: DynamicNetwork, loader: Loader, classes: int) -> Tensor:
-    """How many images of each class take each width: (classes, widths)."""
-    dynamic.eval()
+def _decisions_by_class(dynamic: DynamicNetwork, loader: Loader, classes: int) -> list[list[int]]:
+    """How many images of each class take each width."""
     counts = torch.zeros(classes, len(dynamic.widths), dtype=torch.int64, device=loader.device)
     for images, labels in loader:
         counts.index_put_((labels, dynamic.decisions(images)), torch.ones_like(labels), accumulate=True)
-    return total(counts).cpu()
+    decided: list[list[int]] = total(counts).tolist()
+    return decided
 
 
 @torch.no_grad()
-def latency(network: nn.Module, images: Tensor) -> float:
+def _latency(network: nn.Module, loader: Loader) -> float:
     """Milliseconds for one image, on one thread: the median over some."""
+    images = next(iter(loader))[0]
     network, image = network.eval(), itertools.cycle(images[:, None])
     with one_thread():
         seconds = time_rounds({"one": lambda: network(next(image))}, SINGLE, device=str(images.device), turn=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thriftnet.cli.common import emit, new_parser, parse_with_kwargs
+from thriftnet.cli.common import Parser, emit, parse_with_kwargs
 
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (
@@ -15,7 +15,7 @@ HINTS_HELP = (
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("import", "Import a checkpoint of one of the five original projects, or a plain ResNet's.")
+    parser = Parser("import", "Import a checkpoint of one of the five original projects, or a plain ResNet's.")
     parser.epilog = HINTS_HELP
     parser.add_argument(
         "file", metavar="FILE", help="a file of torch.save, old or new, or safetensors; its name does not matter"
@@ -33,9 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     identity = getattr(imported.model, IDENTITY, None) or {}
     folder = save(imported.model, options.output, metadata=folder_facts(imported)) if options.output else None
     result: dict[str, Any] = {
-        "file": imported.source.file,
-        "system": imported.source.system,
-        "format": imported.source.format,
+        **vars(imported.source),  # file, system and format
         "model": identity.get("name"),
         "kwargs": dict(identity.get("kwargs", {})),
         "params": count_params(imported.model),

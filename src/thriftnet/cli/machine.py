@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from thriftnet.errors import ConfigError
 
@@ -15,28 +14,8 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's 
 NEVER = 2**31 - 1
 
 
-def add_machine_options(parser: Any) -> None:
-    """Add ``--threads`` and ``--fast-malloc``, which `use_machine` reads."""
-    parser.add_argument("--threads", type=int, metavar="N", help="threads within an operation; default: 1 for single images")
-    add_fast_malloc(parser)
-
-
-def add_fast_malloc(parser: Any) -> None:
-    """Add ``--fast-malloc``, which `use_allocator` reads."""
-    parser.add_argument(
-        "--fast-malloc",
-        action="store_true",
-        help="let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
-    )
-
-
 def use_machine(options: Namespace, batch_size: int) -> str:
-    """Set threads and allocator for the rest of this process; returns a description of the allocator.
-
-    Args:
-        options: Parsed, with those of `add_machine_options`.
-        batch_size: Images at a time.
-    """
+    """Set threads and allocator for the rest of this process; returns a description of the allocator."""
     memory = use_allocator(fast_malloc=options.fast_malloc)
     use_threads(batch_size, options.threads)
     return memory
@@ -67,8 +46,6 @@ def use_threads(batch_size: int, threads: int | None = None) -> int:
     """Set torch's threads within an operation, by default 1 for single images (too little work to share); returns the number."""
     import torch
 
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads {threads}: expected an integer >= 1")
     if threads is not None or batch_size == 1:
         torch.set_num_threads(threads or 1)
     return torch.get_num_threads()

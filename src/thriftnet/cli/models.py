@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.common import Parser, emit, parse
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import MODELS, ModelEntry, list_models
 from thriftnet.models.table import NAMES, normalize_name
@@ -17,7 +17,7 @@ FIGURES = ("params", "MACs", "published params", "published FLOPs", "published t
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser(
+    parser = Parser(
         "models", "List the networks of the zoo: parameters and MACs at their paper's input size, and what was published."
     )
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, as 'resnet*'")

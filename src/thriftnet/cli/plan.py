@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import add_convert_options, emit, new_parser, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("plan", "Show what a conversion would do, layer by layer; nothing is changed.", takes_model=True)
-    add_convert_options(parser, required=True)
+    parser = Parser("plan", "Show what a conversion would do, layer by layer; nothing is changed.", "model")
+    parser.add_shared("--technique", required=True)
+    parser.add_shared("--select")
     parser.add_argument("--output", metavar="FILE", help="also write the plan, for thriftnet convert --plan FILE")
     options, kwargs = parse_with_kwargs(parser, arguments)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import emit, new_parser, parse
+from thriftnet.cli.common import Parser, emit, parse
 from thriftnet.errors import ConfigError
 from thriftnet.text import table
 
@@ -18,7 +18,7 @@ HEADS = ("recipe", "model", "data", "epochs", "params", "published top-1 %")
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("recipes", "List the training recipes, or show one.")
+    parser = Parser("recipes", "List the training recipes, or show one.")
     parser.add_argument("name", nargs="?", metavar="NAME", help="show all fields of this one")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/recipes.md")
     options = parse(parser, arguments)
@@ -44,10 +44,8 @@ def _show(recipe: Recipe, *, as_json: bool) -> None:
 
 
 def _page(recipes: Mapping[str, Recipe]) -> str:
-    rows = []
-    for name, recipe in recipes.items():
-        about = recipe.about
-        rows.append([name, recipe.model, about["data"], recipe.epochs, _top1(about), about["what"]])
+    facts = [(name, recipe, recipe.about) for name, recipe in recipes.items()]
+    rows = [(name, recipe.model, about["data"], recipe.epochs, _top1(about), about["what"]) for name, recipe, about in facts]
     return table(COLUMNS, rows)
 
 
@@ -68,14 +66,8 @@ def markdown(recipes: Mapping[str, Recipe]) -> str:
     ]
     for name, recipe in recipes.items():
         about = recipe.about
-        cells = (
-            f"[`{name}`](#{name})",
-            f"`{recipe.model}`",
-            about["data"],
-            f"{recipe.epochs}",
-            f"{about['params']:,}",
-            _top1(about),
-        )
+        link, model = f"[`{name}`](#{name})", f"`{recipe.model}`"
+        cells = (link, model, about["data"], f"{recipe.epochs}", f"{about['params']:,}", _top1(about))
         lines.append(f"| {' | '.join(cells)} |")
     for name, recipe in recipes.items():
         lines += _section(name, recipe)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, MODEL_HELP, emit, new_parser, parse_with_kwargs, quantity
-from thriftnet.cli.inputs import DATA_HELP
-from thriftnet.cli.machine import add_machine_options, use_machine
+from thriftnet.cli.common import KWARGS_HELP, Parser, emit, parse_with_kwargs
+from thriftnet.cli.machine import use_machine
+from thriftnet.cli.options import MACHINE_OPTIONS, OPTIONS, quantity
 from thriftnet.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -19,60 +19,52 @@ if TYPE_CHECKING:
 
 # options that are named like a field of recipes
 FIELDS = {
-    "--model": MODEL_HELP,
-    "--technique": "applied before training, as 'soft-sharing(templates=2)'; may be given several times",
-    "--epochs": "passes over the training images",
-    "--max-steps": "instead: optimizer steps",
-    "--seed": "of weights, order and augmentation",
-    "--precision": "fp32, bf16 or fp16",
-    "--checkpoint-every": "optimizer steps between checkpoints; one is also written after each epoch",
+    "model": OPTIONS["model"]["help"],
+    "technique": "applied before training, as 'soft-sharing(templates=2)'; may be given several times",
+    "epochs": "passes over the training images",
+    "max_steps": "instead: optimizer steps",
+    "seed": "of weights, order and augmentation",
+    "precision": "fp32, bf16 or fp16",
+    "checkpoint_every": "optimizer steps between checkpoints; one is also written after each epoch",
 }
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = new_parser("train", "Train a network; on several processes: torchrun --nproc-per-node N -m thriftnet train ...")
+    description = "Train a network; on several processes: torchrun --nproc-per-node N -m thriftnet train ..."
+    parser = Parser("train", description, "--data")
     parser.epilog = (
         "Each field of a recipe is an option, too: --lr 0.05 (or --optimizer.lr 0.05), --batch-size 256, --flip true "
         f"(docs/training.md lists them). {KWARGS_HELP}"
     )
-    parser.add_argument("--recipe", metavar="R", help="a name that thriftnet recipes lists, or a YAML file")
-    parser.add_argument("--data", metavar="D", required=True, help=DATA_HELP)
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the run")
-    parser.add_argument("--device", metavar="cpu|cuda", help="default: a GPU where there is one")
-    parser.add_argument(
-        "--resume", metavar="auto|none|PATH", default="auto", help="resume the folder's training, none, or a checkpoint"
-    )
-    parser.add_argument("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
-    parser.add_argument("--budget", metavar="MACS", help="for the stage gate: mean MACs per image, as 300M")
-    add_machine_options(parser)
-    for option, text in FIELDS.items():
-        action: Any = {"action": "append"} if option == "--technique" else {}
-        parser.add_argument(option, metavar=option[2].upper(), help=text, **action)
+    add = parser.add_argument
+    add("--recipe", metavar="R", help="a name that thriftnet recipes lists, or a YAML file")
+    add("--output", metavar="DIR", required=True, help="folder of the run")
+    add("--device", metavar="cpu|cuda", help="default: a GPU where there is one")
+    resume = "resume the folder's training, none, or a checkpoint"
+    add("--resume", metavar="auto|none|PATH", default="auto", help=resume)
+    add("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
+    add("--budget", type=quantity, metavar="MACS", help="for the stage gate: mean MACs per image, as 300M")
+    parser.add_shared(*MACHINE_OPTIONS)
+    for name, text in FIELDS.items():
+        action = "append" if name == "technique" else "store"
+        add(f"--{name.replace('_', '-')}", metavar=name[0].upper(), action=action, help=text)
     options, others = parse_with_kwargs(parser, arguments, literals=False)
 
     from thriftnet.train.trainer import train
 
-    names = [option[2:].replace("-", "_") for option in FIELDS]
-    fields = {name: options[name] for name in names if options[name] is not None}
-    recipe = make_recipe(options.recipe, fields | others)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    recipe = make_recipe(options.recipe, {name: given[name] for name in FIELDS if name in given} | others)
     if options.budget is not None:
         recipe = with_budget(recipe, options.budget)
     for name in recipe.needs:
-        if options[name] is None:
+        if name not in given:
             raise ConfigError(
                 f"the recipe {options.recipe} starts from a trained network: give --{name} FOLDER, as RUN/model"
             )
     use_machine(options, recipe.data.batch_size)
     with Bar() as bar:
-        result = train(
-            recipe,
-            options.data,
-            options.output,
-            teacher=options.teacher,
-            device=options.device,
-            resume=options.resume,
-            on_progress=bar.on_progress,
-        )
+        how: Any = {"teacher": options.teacher, "device": options.device, "resume": options.resume}
+        result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress)
     if bar.is_main:
         emit(describe(result), result.to_dict(), as_json=options.json)
 
@@ -113,17 +105,12 @@ def _value(name: str, text: Any) -> Any:
         return text
 
 
-def with_budget(recipe: Recipe, text: str) -> Recipe:
-    """The recipe with a budget of multiply-accumulates per image for its gate.
-
-    Raises:
-        ConfigError: Not a positive number, or no stage trains a gate.
-    """
-    budget = quantity("--budget", text)
+def with_budget(recipe: Recipe, budget: float) -> Recipe:
+    """The recipe with a budget of multiply-accumulates per image for its gate; one without a gate is refused."""
     found = [entry.get("stage.name", "recalibrate") for entry in recipe.stages] or [recipe.stage.name]
     if "gate" not in found:
         raise ConfigError(
-            f"--budget {text} is for a stage gate; this recipe has {', '.join(found)}. "
+            f"--budget is for a stage gate; this recipe has {', '.join(found)}. "
             "Take one with gates, as --recipe ds-net-cifar, or --stage gate for a network that has one"
         )
     prefixes = [f"stages.{number}." for number, name in enumerate(found, 1) if name == "gate"] if recipe.stages else [""]

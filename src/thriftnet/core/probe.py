@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 
 SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a stated input size
 
@@ -81,9 +81,9 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
             return size
         tried.append(error)
     if given is not None:
-        raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {_first_line(tried[0])}")
+        raise ConfigError(f"{type(model).__name__} does not run on input_size={size}: {first_line(tried[0])}")
     raise IncompatibleModelError(
-        f"{type(model).__name__} runs on none of the image sizes tried: {_first_line(tried[0])}. "
+        f"{type(model).__name__} runs on none of the image sizes tried: {first_line(tried[0])}. "
         "Give the size it was made for: input_size=(C, H, W)"
     )
 
@@ -106,7 +106,7 @@ def image_calls(model: nn.Module, size: Size) -> list[Call]:
         return calls(model, partial(run, size=size))
     except Exception as error:  # a network's own code may raise anything
         raise IncompatibleModelError(
-            f"{type(model).__name__} does not run on input_size={size}: {_first_line(error)}"
+            f"{type(model).__name__} does not run on input_size={size}: {first_line(error)}"
         ) from None
 
 
@@ -116,7 +116,3 @@ def _candidates(model: nn.Module) -> list[Size]:
     stem = ends(model)[0]
     channels = int(getattr(stem, "in_channels", 3))
     return [(channels, side, side) for side in SIDES]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

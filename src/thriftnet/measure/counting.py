@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,9 @@ from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.provenance import input_size_of
 from thriftnet.core.width import width, widths
-from thriftnet.errors import IncompatibleModelError
+from thriftnet.errors import IncompatibleModelError, first_line
 from thriftnet.measure.layers import LayerCost, layer_costs
-from thriftnet.measure.report import LayerRow, Report
+from thriftnet.measure.report import Report
 from thriftnet.measure.untouched import untouched
 
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
@@ -63,7 +62,7 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     with untouched(network):
         found = layer_costs(network)
         uncounted = _run(network, size, found)
-        rows = tuple(_row(cost) for cost in found.values() if cost.is_layer)
+    rows = tuple(row for cost in found.values() if (row := cost.row()).matters or cost.is_leaf)
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
 
 
@@ -94,39 +93,12 @@ def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, LayerCos
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise _refusal(model, size, error) from error
+            raise IncompatibleModelError(
+                f"{type(model).__name__} does not run on input_size={size}: {first_line(error).rstrip('.')}. "
+                "Give the size it was made for: inspect(model, input_size=(C, H, W))"
+            ) from error
         meter.settle()
     return dict(sorted(uncounted.ops.items()))
-
-
-def _refusal(model: nn.Module, size: tuple[int, int, int], error: Exception) -> IncompatibleModelError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return IncompatibleModelError(
-        f"{type(model).__name__} does not run on input_size={size}: {reason.rstrip('.')}. "
-        "Give the size it was made for: inspect(model, input_size=(C, H, W))"
-    )
-
-
-def _row(cost: LayerCost) -> LayerRow:
-    return LayerRow(
-        tuple(cost.names),
-        type(cost.module).__name__,
-        cost.params,
-        cost.dense_params,
-        cost.flops // 2,
-        cost.generation_macs,
-        cost.shift_bytes,
-        cost.output,
-        cost.calls,
-    )
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """A running module: the layer its operations are charged to, and their purpose."""
-
-    cost: LayerCost
-    purpose: Purpose
 
 
 class _Meter:
@@ -135,7 +107,7 @@ class _Meter:
     def __init__(self, counter: FlopCounterMode, found: dict[int, LayerCost], root: LayerCost) -> None:
         self.counter, self.found = counter, found
         self.convolutions = {op for op in counter.flop_registry if "conv" in str(op)}
-        self.running = [_Frame(root, "execution")]
+        self.running: list[tuple[LayerCost, Purpose]] = [(root, "execution")]  # modules: what they are charged to, and why
         self.settled = (0, 0)
 
     def _counts(self) -> tuple[int, int]:
@@ -146,27 +118,27 @@ class _Meter:
     def settle(self) -> None:
         """Charge the operations since the last call to the innermost running module."""
         before, self.settled = self.settled, self._counts()
-        flops, convolution_flops = self.settled[0] - before[0], self.settled[1] - before[1]
-        frame = self.running[-1]
-        if frame.purpose == "execution":
-            frame.cost.flops += flops
-        elif frame.purpose == "generated layer":
-            frame.cost.flops += convolution_flops  # the rest computes the weight, whose cost the layer states
-        elif frame.purpose == "weight":
-            frame.cost.generation_macs += flops // 2
+        macs, convolution_macs = ((now - then) // 2 for now, then in zip(self.settled, before, strict=True))
+        cost, purpose = self.running[-1]
+        if purpose == "execution":
+            cost.macs += macs
+        elif purpose == "generated layer":
+            cost.macs += convolution_macs  # the rest computes the weight, whose cost the layer states
+        elif purpose == "weight":
+            cost.generation_macs += macs
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module runs."""
         self.settle()
-        outer, own = self.running[-1], self.found.get(id(module))
-        cost = outer.cost if own is None or outer.cost.is_leaf else own
+        (outer, purpose), own = self.running[-1], self.found.get(id(module))
+        cost = outer if own is None or outer.is_leaf else own
         cost.calls += cost is own
-        self.running.append(_Frame(cost, _purpose(module) if outer.purpose == "execution" else outer.purpose))
+        self.running.append((cost, _purpose(module) if purpose == "execution" else purpose))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
         self.settle()
-        cost = self.running.pop().cost
+        cost, _ = self.running.pop()
         if isinstance(module, GeneratedConv2d | GeneratedLinear):
             cost.generation_macs += module.generation_macs
         if _purpose(module) == "shift" and output is not None:
@@ -197,7 +169,7 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = getattr(func, "overloadpacket", func)
-        in_shift = self.meter.running[-1].purpose == "shift"
+        in_shift = self.meter.running[-1][1] == "shift"
         if op not in self.meter.counter.flop_registry and not in_shift and not getattr(func, "is_view", False):
             self.ops[str(op)] += 1
         return func(*args, **(kwargs or {}))

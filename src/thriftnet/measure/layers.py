@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from thriftnet.measure.report import LayerRow
+
 
 @dataclass
 class LayerCost:
-    """The counts of one layer, as in `LayerRow <thriftnet.measure.report.LayerRow>`.
-
-    Args:
-        module: The layer.
-        is_leaf: Whether it is one layer together with all its submodules.
-        flops: Twice the multiply-accumulates it ran.
-    """
+    """The counts of one layer while they grow, as in `LayerRow`; ``is_leaf``: one layer together with all its submodules."""
 
     module: nn.Module
     is_leaf: bool
-    names: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = ()
     params: int = 0
     dense_params: int = 0
-    flops: int = 0
+    macs: int = 0
     generation_macs: int = 0
     shift_bytes: int = 0
     output: tuple[int, ...] | None = None
     calls: int = 0
 
-    @property
-    def is_layer(self) -> bool:
-        """Whether it is a layer and not a mere container."""
-        counts = (self.params, self.dense_params, self.flops, self.generation_macs, self.shift_bytes)
-        return any(counts) or self.is_leaf
+    def row(self) -> LayerRow:
+        """The counts as a row of the report."""
+        counts = {field.name: getattr(self, field.name) for field in fields(LayerRow) if field.name != "kind"}
+        return LayerRow(kind=type(self.module).__name__, **counts)
 
 
 def layer_costs(model: nn.Module) -> dict[int, LayerCost]:
@@ -44,7 +39,7 @@ def layer_costs(model: nn.Module) -> dict[int, LayerCost]:
         if inside is not None and name.startswith(inside):
             continue
         cost = found.setdefault(id(module), LayerCost(module, is_leaf(module)))
-        cost.names.append(name)
+        cost.names += (name,)
         if cost.is_leaf:
             inside = f"{name}." if name else ""
     _count_parameters(found)
@@ -88,8 +83,7 @@ def _storage_place(tensor: Tensor) -> object:
 
 def _dense_params(module: nn.Module) -> int:
     """Parameters of the plain layer that a module replaces."""
-    declared = declared_dense_params(module)
-    if declared is not None:
+    if (declared := declared_dense_params(module)) is not None:
         return declared
     own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
     if parametrize.is_parametrized(module):

@@ -47,6 +47,10 @@ class LayerRow:
         """Whether it stores or replaces parameters, or costs anything."""
         return any((self.params, self.dense_params, self.macs, self.generation_macs, self.shift_bytes))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row as a JSON-ready dict."""
+        return {**asdict(self), "names": list(self.names), "output": None if self.output is None else list(self.output)}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -109,7 +113,7 @@ class Report:
             "input_size": list(self.input_size),
             "width": self.width,
             **{name: getattr(self, name) for name in totals},
-            "rows": [_row_dict(row) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
             "uncounted": dict(self.uncounted),
         }
 
@@ -130,35 +134,23 @@ class Report:
 
     def _table(self) -> str:
         """The rows that matter, without columns of zeros."""
-        columns = ["layer", "kind", "output", "params", "dense", "MACs", "generation", "shift bytes", "calls"]
-        used = [True] * 6 + [bool(self.generation_macs), bool(self.shift_bytes), True]
-        cells = [
-            (
-                (row.name or "(network)") + (f" +{len(row.names) - 1}" if len(row.names) > 1 else ""),
-                row.kind,
-                "-" if row.output is None else "x".join(map(str, row.output)),
-                row.params,
-                row.dense_params,
-                row.macs,
-                row.generation_macs,
-                row.shift_bytes,
-                row.calls,
-            )
-            for row in self.rows
-            if row.matters
-        ]
-        return table(_only(columns, used), [_only(row, used) for row in cells])
+        rows = [row for row in self.rows if row.matters]
+        columns: dict[str, list[Any]] = {
+            "layer": [(row.name or "(network)") + (f" +{len(row.names) - 1}" if len(row.names) > 1 else "") for row in rows],
+            "kind": [row.kind for row in rows],
+            "output": ["-" if row.output is None else "x".join(map(str, row.output)) for row in rows],
+            "params": [row.params for row in rows],
+            "dense": [row.dense_params for row in rows],
+            "MACs": [row.macs for row in rows],
+            "generation": [row.generation_macs for row in rows],
+            "shift bytes": [row.shift_bytes for row in rows],
+            "calls": [row.calls for row in rows],
+        }
+        shown = {head: cells for head, cells in columns.items() if any(cells) or head not in ("generation", "shift bytes")}
+        return table(list(shown), zip(*shown.values(), strict=True))
 
     def _uncounted_line(self) -> str:
         often = sorted(self.uncounted.items(), key=lambda item: (-item[1], item[0]))
         named = ", ".join(f"{name.removeprefix('aten.')} {count}x" for name, count in often[:NAMED_OPS])
         more = f" and {len(often) - NAMED_OPS} more" if len(often) > NAMED_OPS else ""
         return f"not counted (no formula): {named}{more}"
-
-
-def _row_dict(row: LayerRow) -> dict[str, Any]:
-    return {**asdict(row), "names": list(row.names), "output": None if row.output is None else list(row.output)}
-
-
-def _only(values: list[Any] | tuple[Any, ...], used: list[bool]) -> list[Any]:
-    return [value for value, wanted in zip(values, used, strict=True) if wanted]

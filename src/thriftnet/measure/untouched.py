@@ -39,8 +39,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _restored_buffers(model: nn.Module) -> Iterator[None]:
     """Restore buffers; unchanged ones are not written to, so that autograd graphs stay valid."""
-    buffers = [(module, name) for module in model.modules() for name in module._buffers]
-    saved = [(module, name, module._buffers[name]) for module, name in buffers]
+    saved = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if b is None or b.is_inference() else (b.detach().clone(), b._version) for _, _, b in saved]
     try:
         yield

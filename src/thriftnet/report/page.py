@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,40 +13,24 @@ from thriftnet.files import write_atomically
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the page.
+    """A picture of the page."""
 
-    Args:
-        name: Of the file it is also written to.
-        title: Heading.
-        svg: The picture, an SVG element.
-        caption: What it shows.
-    """
-
-    name: str
+    name: str  # of the file it is also written to
     title: str
-    svg: str
+    svg: str  # an SVG element
     caption: str
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the report says.
-
-    Args:
-        title: Heading of the page.
-        summary: Paragraphs below it.
-        columns: Head of the table; the first column names the row.
-        rows: Cells as text.
-        pictures: Below the table.
-        facts: How it was made: command, versions, ...
-    """
+    """What the report says, from top to bottom."""
 
     title: str
-    summary: Sequence[str]
-    columns: Sequence[str]
+    summary: Sequence[str]  # paragraphs
+    columns: Sequence[str]  # head of the table; the first column names the row
     rows: Sequence[Sequence[str]]
-    pictures: Sequence[Picture] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
+    pictures: Sequence[Picture]
+    facts: Mapping[str, str]  # how it was made: command, versions, ...
 
 
 def write_page(page: Page, path: Path) -> Path:

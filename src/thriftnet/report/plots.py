@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Okabe & Ito: distinguishable for colour-blind readers
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("*", "o", "s", "^", "D", "v", "P")
+NUMBERED = 20  # most classes of a confusion matrix that shows its counts
 
 
 @contextmanager
@@ -160,6 +161,28 @@ def decisions(counts: Sequence[Sequence[int]], classes: Sequence[str], widths: S
         axes.set_xlabel("images, %")
         axes.grid(visible=False)
         drawn.legend(loc="outside right upper", title="width", frameon=False)
+        return svg(drawn)
+
+
+def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """Share of each class (rows) taken for each class (columns), as shades of blue; with few classes also the counts."""
+    count = len(classes)
+    shares = [[100 * value / max(1, sum(row)) for value in row] for row in confusion]
+    side = min(12.0, 2.6 + 0.42 * min(count, NUMBERED))
+    with figure(side + 0.9, side) as drawn:
+        axes = drawn.subplots()
+        axes.grid(visible=False)
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        if count <= NUMBERED:
+            axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(count), classes)
+            for i, row in enumerate(confusion):
+                for j, value in enumerate(row):
+                    colour = "#ffffff" if shares[i][j] > 55 else "#222222"
+                    axes.text(j, i, str(value) if value else "", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        drawn.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
         return svg(drawn)
 
 

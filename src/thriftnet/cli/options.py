@@ -1,0 +1,108 @@
+"""The options that several verbs take, and the types of options; a type's error follows the option's name."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODEL_HELP = (
+    "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, hf-hub:OWNER/NAME, a saved folder, a run, "
+    "or a checkpoint file"
+)
+PLAIN_HELP = "what builds the plain network of a saved one that is not in the zoo, as package.module:callable"
+DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
+
+
+def positive(text: str) -> int:
+    """An integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text}: expected an integer >= 1")
+    return int(text)
+
+
+def numbers(kind: type[int] | type[float], example: str) -> Callable[[str], tuple[Any, ...]]:
+    """Comma-separated numbers."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(map(kind, text.split(",")))
+        except ValueError:
+            raise ArgumentTypeError(f"{text}: expected numbers with commas, as {example}") from None
+
+    return read
+
+
+image_shape, channels = numbers(int, "3,32,32"), numbers(float, "0.5,0.5,0.5")
+
+
+def quantity(text: str) -> float:
+    """A number that may end in K, M or G.
+
+    Example:
+        >>> quantity("1.5M")
+        1500000.0
+    """
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 0.0)
+    try:
+        value = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"{text}: expected a number > 0, as 300000000 or 300M")
+    return value
+
+
+def svg_file(text: str) -> Path:
+    """A file to draw to."""
+    if not text.endswith(".svg"):
+        raise ArgumentTypeError(f"{text}: give a name that ends in .svg")
+    return Path(text)
+
+
+def width_from(text: str) -> float | str:
+    """A width: a ratio, or a name.
+
+    Example:
+        >>> width_from("0.5"), width_from("largest")
+        (0.5, 'largest')
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+# The options that several verbs take, with the arguments of `add_argument`
+MACHINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--threads": {"type": positive, "metavar": "N", "help": "threads within an operation; default: 1 for single images"},
+    "--fast-malloc": {
+        "action": "store_true",
+        "help": "let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
+    },
+}
+IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--data": {"metavar": "D", "required": True, "help": DATA_HELP},
+    "--plain": {"metavar": "MODEL", "help": PLAIN_HELP},
+    "--batch-size": {"type": positive, "default": 256, "metavar": "N", "help": "images at a time"},
+    "--device": {"help": "default: a GPU where there is one"},
+    "--mean": {"type": channels, "metavar": "M,M,M", "help": "each in [0, 1]; default: the network's, else the data's"},
+    "--std": {"type": channels, "metavar": "S,S,S", "help": "the same"},
+    "--image-size": {"type": positive, "metavar": "PIXELS", "help": "default: the network's, else as stored"},
+    "--resize": {"type": positive, "metavar": "PIXELS", "help": "shorter side before the centre crop to the image size"},
+    "--limit": {"type": positive, "metavar": "N", "help": "only N images, evenly spread over the split"},
+    "--workers": {"type": int, "default": 0, "metavar": "N", "help": "processes that decode images"},
+    "--on-corrupt": {"choices": ["error", "skip"], "default": "error", "help": "stop at a broken image, or skip it"},
+    **MACHINE_OPTIONS,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "MODEL", "help": MODEL_HELP},
+    "--technique": {"metavar": "T", "help": "as 'soft-sharing(templates=2)'; docs/techniques lists the fields"},
+    "--select": {"metavar": "REGEX", "help": "which layers, by name; default: all but the stem and the classifier"},
+    "--output": {"metavar": "FOLDER", "required": True, "help": "where to save the network"},
+    "--input-size": {"type": image_shape, "metavar": "C,H,W", "help": "of images, as 3,32,32; default: the network's own"},
+    "--width": {"type": width_from, "metavar": "W", "help": "one of the network's ratios, as 0.5, or smallest or largest"},
+    "--width-index": {"type": int, "metavar": "I", "help": "instead: index into its list of widths, from 0"},
+    **IMAGE_OPTIONS,
+}
