@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,13 +298,17 @@ def test_bad_input(name: str, kwargs: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "message"), [("densenet", "expected 121, 161, 169, 201; nearest is 121"), ("resnext", "nearest is 101")]
+    ("make", "message"),
+    [
+        (densenet.DenseNet, "expected 121, 161, 169, 201; nearest is 121"),
+        (densenet.densenet_shared, "expected 121, 161, 169, 201; nearest is 121"),
+        (resnext.ResNeXt, "nearest is 101"),
+        (resnext.resnext_shared, "nearest is 101"),
+    ],
 )
-def test_impossible_depths(family: str, message: str) -> None:
-    module = {"densenet": densenet, "resnext": resnext}[family]
-    for make in (getattr(module, family), getattr(module, f"{family}_shared")):
-        with pytest.raises(ConfigError, match=message):
-            make(depth=110)
+def test_impossible_depths(make: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(depth=110)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ResNets for small images: three stages of n basic blocks, depth 6n + 2.
+"""ResNets around any blocks, and those for small images: three stages of n basic blocks, depth 6n + 2.
 
 Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2.
 """
