@@ -21,12 +21,16 @@ from thriftnet.train.recipe import Recipe
 
 def input_size(recipe: Recipe, source: DataSource) -> Size:
     """Channels, height and width of the network's input."""
-    stored, wanted = source.input_size, recipe.augmentation.image_size
-    if wanted is not None:
-        return len(recipe.augmentation.for_source(source).normalisation()[0]), wanted, wanted
-    if stored is None:
+    stored, fields = source.input_size, recipe.augmentation
+    size = stored
+    if fields.image_size is not None:
+        size = (len(fields.for_source(source).normalisation()[0]), fields.image_size, fields.image_size)
+    if size is None:
         raise ConfigError(f"the images of {source.spec} differ in size: give the one to resize to, as --image-size 224")
-    return stored
+    for name in ("cutout", "crop_padding"):
+        if getattr(fields, name) > min(size[1:]):
+            raise ConfigError(f"{name}={getattr(fields, name)} is more than the side of the images, {size[1]} x {size[2]}")
+    return size
 
 
 def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = None) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.models.table import normalize_name
 
 RANGES: dict[str, Callable[[float], bool]] = {
     ">= 0": lambda value: 0 <= value < math.inf,
@@ -108,6 +109,10 @@ class ScheduleFields(Group):
             object.__setattr__(self, "points", {float(epoch): factor for epoch, factor in self.points.items()})
         except ValueError:
             raise ConfigError(f"points={self.points!r}: expected epoch -> factor, as {{0: 0, 5: 1, 30: 0}}") from None
+        for name in ("milestones", "points"):
+            for epoch, factor in getattr(self, name).items():
+                if not (0 <= epoch < math.inf and 0 <= factor < math.inf):
+                    raise ConfigError(f"{name} has {epoch!r}: {factor!r}; expected an epoch >= 0 and a factor >= 0")
         if self.name == "multistep" and not self.milestones:
             raise ConfigError("schedule='multistep' needs milestones, as {82: 0.1, 123: 0.1}")
         if self.name == "piecewise" and len(self.points) < 2:
@@ -196,6 +201,15 @@ class Recipe(Group):
     stages: tuple[dict[str, Any], ...] = ()
     needs: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ramps = self.schedule.warmup_epochs + self.schedule.cooldown_epochs
+        if self.max_steps is None and self.schedule.name == "cosine" and ramps >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs={self.schedule.warmup_epochs:g} and cooldown_epochs={self.schedule.cooldown_epochs:g} leave nothing "
+                f"of epochs={self.epochs} for the schedule: give fewer, as --warmup-epochs 0 --cooldown-epochs 0"
+            )
 
     def replace(self, **fields: Any) -> Recipe:
         """The recipe with some fields replaced, in each of its stages.
@@ -359,8 +373,15 @@ def _flat_stage(entry: Any) -> dict[str, Any]:
 
 
 def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With fields replaced, in all stages; ``stages.2.lr`` is that of the second only."""
+    """With fields replaced, in all stages; ``stages.2.lr`` is that of the second only.
+
+    Another ``model`` does not get the arguments of the recipe's, and ``stage`` selects one of several.
+    """
     for_all = _flat({name: value for name, value in fields.items() if not name.startswith("stages.")})
+    if normalize_name(str(for_all.get("model", ""))) not in ("", normalize_name(str(stated.get("model", Recipe.model)))):
+        stated = {path: value for path, value in stated.items() if path.partition(".")[0] != "model_kwargs"}
+    if stated.get("stages") and "stages" not in for_all and "stage.name" in for_all:
+        stated = _one_stage(stated, str(for_all["stage.name"]))
     stages = for_all.get("stages", stated.get("stages", ()))
     if stages and "stages" not in for_all:
         for path in for_all:
@@ -373,6 +394,20 @@ def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, An
         if name.startswith("stages."):
             stages = _with_stage_field(stages, name, value)
     return {**stated, **for_all, **({"stages": stages} if stages else {})}
+
+
+def _one_stage(stated: dict[str, Any], name: str) -> dict[str, Any]:
+    """The recipe of one stage; all but the first start from a trained network."""
+    names = [entry.get("stage.name", "recalibrate") for entry in stated["stages"]]
+    if name not in names or name == "recalibrate":
+        possible = ", ".join(each for each in names if each != "recalibrate")
+        raise ConfigError(
+            f"stage={name!r}: the recipe has {', '.join(names)}. Expected one that trains: {possible}; "
+            "`thriftnet recalibrate` does the other"
+        )
+    rest = {path: value for path, value in stated.items() if path != "stages"}
+    needs = {} if name == names[0] else {"needs": [*stated.get("needs", ()), "model"]}
+    return {**rest, **stated["stages"][names.index(name)], **needs}
 
 
 def _with_stage_field(stages: list[dict[str, Any]], name: str, value: Any) -> list[dict[str, Any]]:
