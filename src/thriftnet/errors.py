@@ -30,14 +30,20 @@ class ExportError(ThriftnetError):
     """A network that could not be exported, or an export that disagrees with it."""
 
 
-def unknown_name(kind: str, got: str, known: Iterable[str]) -> ConfigError:
+def unknown_name(kind: str, got: str, known: Iterable[str], *, first: Iterable[str] = ()) -> ConfigError:
     """The one error for every unknown name, with close matches first.
+
+    Args:
+        kind: What it should be a name of.
+        got: The name.
+        known: Possible names.
+        first: Further possible names, which are listed before the others.
 
     Example:
         >>> str(unknown_name("technique", "soft-sharin", ["shift", "soft-sharing"]))
         "unknown technique 'soft-sharin': did you mean 'soft-sharing'? Possible: shift, soft-sharing"
     """
-    names = sorted(known)
+    names = list(dict.fromkeys((*sorted(first), *sorted(known))))
     close = get_close_matches(got, names, n=3, cutoff=0.5)
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

@@ -7,14 +7,14 @@ import json
 import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from thriftnet.cli.coming_from import hint
 from thriftnet.cli.options import OPTIONS
 from thriftnet.errors import ConfigError, unknown_name
-from thriftnet.models import model_kwargs
-from thriftnet.models.table import NAMES, normalize_name
+from thriftnet.models.table import all_kwargs, is_zoo_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> Namespace:
     """Parse the options of a verb that takes no further ones; close matches for unknown ones."""
     options, others = parse_with_kwargs(parser, arguments)
     if others:
-        raise unknown_name("option", _option(next(iter(others))), parser.known)
+        raise unknown_option(next(iter(others)), parser.known)
     return options
 
 
@@ -80,14 +80,17 @@ def parse_with_kwargs(
     while rest:
         word = rest.pop(0)
         key, equals, value = word.partition("=")
-        if not word.startswith("--") or key in parser.known:
-            own.append(word)
+        if not word.startswith("--") or _option(key[2:]) in parser.known:
+            own.append(_option(key[2:]) + equals + value if word.startswith("--") else word)
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise unknown_name("option", word, parser.known)
+                raise unknown_option(word, parser.known)
             value = rest.pop(0)
-        kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
+        name = key[2:].replace("-", "_")
+        if name in kwargs:
+            raise ConfigError(f"{key} is given twice")
+        kwargs[name] = literal(value) if literals else value
     options = parser.parse_args(own)
     if kwargs and parser.takes_model:
         _check_kwargs(getattr(options, "plain", None) or options.model, kwargs, parser.known)
@@ -96,14 +99,30 @@ def parse_with_kwargs(
 
 def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> None:
     """Refuse arguments that a saved network or one of the zoo does not take: they may be mistyped options."""
-    saved = source.startswith("hf-hub:") or Path(source).exists()
-    if not saved and normalize_name(source) not in NAMES:
-        return  # the builder of another library or of the user's code knows
-    possible = set() if saved else {_option(name) for name in model_kwargs(source)}
-    for option in map(_option, kwargs):
-        if option not in possible:
-            where = f"option for the saved network {source}" if saved else "option"
-            raise unknown_name(where, option, options | possible)
+    possible = possible_kwargs(source)
+    for name in kwargs if possible is not None else ():
+        if name not in (possible or ()):
+            raise unknown_option(name, options, possible or ())
+
+
+def possible_kwargs(source: str) -> set[str] | None:
+    """Names of the arguments that the network called ``source`` takes; None if only the function that builds it knows."""
+    if Path(source).is_file():
+        from thriftnet.importing.systems import known_hints
+
+        return {"num_classes", *known_hints()}
+    if source.startswith("hf-hub:") or Path(source).exists():
+        return {"num_classes"}
+    return all_kwargs(source) if is_zoo_name(source) else None
+
+
+def unknown_option(name: str, options: Iterable[str], kwargs: Iterable[str] = ()) -> ConfigError:
+    """The error for an option that neither the verb nor the network has; it knows those of the original projects."""
+    option = _option(name.removeprefix("--"))
+    meaning = hint(option)
+    if meaning:
+        return ConfigError(f"unknown option {option!r}: {meaning}")
+    return unknown_name("option", option, options, first=map(_option, kwargs))
 
 
 def _option(name: str) -> str:
@@ -127,15 +146,24 @@ def chosen_width(options: Namespace) -> dict[str, Any]:
     return chosen
 
 
-def open_network(source: str, kwargs: Mapping[str, Any], plain: str | None = None) -> nn.Module:
-    """The network that MODEL names; of a saved one that is not in the zoo, ``plain`` builds the plain network."""
-    from thriftnet.resolve import open_model
+def open_network(
+    source: str, kwargs: Mapping[str, Any], plain: str | None = None, size: Sequence[int] | None = None
+) -> nn.Module:
+    """The network that MODEL names, for images of ``size`` where an author's name leaves a choice.
 
-    if plain is None:
-        return open_model(source, **kwargs)
-    from thriftnet.store.model_file import load
+    Of a saved network that is not in the zoo, ``plain`` builds the plain one. A new classifier is announced.
+    """
+    from thriftnet.core.head import note_on
+    from thriftnet.resolve import network_name, open_model
 
-    return load(source, model=open_model(plain, **kwargs))
+    if plain is not None:
+        from thriftnet.store.model_file import load
+
+        return load(source, model=open_model(plain, **kwargs))
+    model = open_model(network_name(source, kwargs, size), **kwargs)
+    if (note := note_on(model)) and "num_classes" in kwargs:
+        sys.stderr.write(f"thriftnet: {source}: {note}\n")
+    return model
 
 
 def write_text(path: str | Path, text: str) -> None:

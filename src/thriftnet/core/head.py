@@ -7,7 +7,7 @@ import math
 
 from torch import nn
 
-from thriftnet.core.history import record
+from thriftnet.core.history import history, record
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.sites import ends, replace
 from thriftnet.core.spec import check_whole_number
@@ -58,6 +58,20 @@ def classifier(model: nn.Module) -> nn.Module:
         found = "no linear layer or 1 x 1 convolution" if head is None else f"a {type(head).__name__}"
         raise IncompatibleModelError(f"{type(model).__name__} ends in {found}: its classifier cannot be replaced")
     return head
+
+
+def outputs(model: nn.Module) -> int:
+    """Number of classes that a network's classifier tells apart; 0 where none is found."""
+    _, head = ends(model)
+    return 0 if head is None or "weight" not in head._parameters else len(head.get_parameter("weight"))
+
+
+def note_on(model: nn.Module) -> str:
+    """For the user, if the last thing done to the network was `replace_head`; else ""."""
+    last = history(model)[-1:]
+    if not last or last[0]["verb"] != "replace_head":
+        return ""
+    return f"a new classifier for {last[0]['num_classes']} classes, with random weights; all other layers keep theirs"
 
 
 def _with_outputs(head: nn.Module, count: int) -> nn.Module:

@@ -80,12 +80,12 @@ def _architecture(evidence: Evidence, depth: int) -> tuple[str, dict[str, Any]]:
         return f"shiftresnet{depth}", _ratio(evidence, "expansion", inners, stated)
     outs = _channels(evidence, "conv2")
     if outs == inners == WIDTHS:
-        return f"resnet{depth}", {"shortcut": "projection"}
+        return f"resnet{depth}_projection", {}
     mode = "block" if outs == WIDTHS else "net"
     if mode == "net" and isinstance(stated.get("reduction"), float) and "reduction" not in evidence.hints:
         stated["reduction"] = round(stated["reduction"] ** 2, 6)  # the authors keep its root
     reduction = _ratio(evidence, mode, inners, stated)
-    return f"resnet{depth}", {"shortcut": "projection", **reduction, "reduction_mode": mode}
+    return f"resnet{depth}_projection", {**reduction, "reduction_mode": mode}
 
 
 def _channels(evidence: Evidence, conv: str) -> tuple[int, ...]:

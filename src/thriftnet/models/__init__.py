@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.core.history import HISTORY
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models.entry import IDENTITY, ModelEntry
-from thriftnet.models.table import MODELS, NAMES, normalize_name
+from thriftnet.models.table import MODELS, builder, model_kwargs, zoo_name
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs"]
+__all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs", "zoo_name"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -32,42 +30,26 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a network of the zoo.
 
     Args:
-        name: One of `list_models()` or an author's name for it; case and underscores do not matter.
+        name: One of `list_models()`, or an author's name that means only one of them (`thriftnet.models.table.zoo_name` says
+            how); case, hyphens and underscores do not matter.
         kwargs: What the network's function takes, as ``num_classes`` (0 for none: pooled features) and ``in_chans``.
 
     Raises:
-        ConfigError: Unknown name or kwarg, with close matches, or a value that the network refuses.
+        ConfigError: Unknown name or kwarg, with close matches; a name of several networks; or a value that the network refuses.
     """
-    entry = _entry(name)
-    expected = model_kwargs(name)
+    if not isinstance(name, str):
+        raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
+    name = zoo_name(name, kwargs=kwargs)
+    entry, expected = MODELS[name], model_kwargs(name)
     for key in kwargs:
         if key not in expected:
             raise unknown_name(f"kwarg of {name}", key, expected)
     headless = type(kwargs.get("num_classes")) is int and kwargs["num_classes"] == 0
     given = {key: value for key, value in kwargs.items() if not (headless and key == "num_classes")}
-    model: Any = _function(entry)(**{**entry.kwargs, **given})
+    model: Any = builder(entry)(**{**entry.kwargs, **given})
     if headless:
         model.reset_classifier(0)
-    setattr(model, IDENTITY, {"name": NAMES[normalize_name(name)], "kwargs": kwargs})
+    setattr(model, IDENTITY, {"name": name, "kwargs": kwargs})
     setattr(model, HISTORY, [])  # conversions so far are part of the network: what `load` replays comes on top of it
     built: nn.Module = model
     return built
-
-
-def model_kwargs(name: str) -> dict[str, Any]:
-    """Keyword arguments of a model and their defaults."""
-    entry = _entry(name)
-    parameters = inspect.signature(_function(entry)).parameters.values()
-    return {p.name: entry.kwargs.get(p.name, p.default) for p in parameters if p.name not in entry.fixed}
-
-
-def _entry(name: str) -> ModelEntry:
-    if not isinstance(name, str):
-        raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
-    if normalize_name(name) not in NAMES:
-        raise unknown_name("model", name, MODELS)
-    return MODELS[NAMES[normalize_name(name)]]
-
-
-def _function(entry: ModelEntry) -> Any:
-    return getattr(importlib.import_module(f"thriftnet.models.{entry.family}"), entry.function)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models.entry import ModelEntry, Published
 
 
@@ -35,6 +40,75 @@ def normalize_name(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def is_zoo_name(name: str) -> bool:
+    """Whether it is a name of the zoo, or an author's."""
+    return normalize_name(name) in NAMES
+
+
+def zoo_name(name: str, *, kwargs: Iterable[str] = (), size: Sequence[int] | None = None, paper: str = "") -> str:
+    """The network that a name means: the name in `MODELS`.
+
+    Authors give one name to networks for CIFAR and for ImageNet, or two projects to different ones. A name of the zoo itself, spelled
+    as there, means that network, unless it does not take the arguments given, or an author of ``paper`` means another by it.
+
+    Args:
+        name: A name of the zoo, or an author's.
+        kwargs: Names of arguments for the network.
+        size: Channels, height and width of the images: the network for the nearest size is meant.
+        paper: Whose recipe it is.
+
+    Raises:
+        ConfigError: Unknown, or it means several networks and nothing decides.
+    """
+    found = NAMES.get(normalize_name(name), ())
+    if not found:
+        raise unknown_name("model", name, MODELS)
+    for decides in (
+        lambda each: {*kwargs} <= {*model_kwargs(each)},
+        lambda each: paper and MODELS[each].paper == paper,
+        lambda each: each == name,
+        lambda each: size is not None and _distance(each, size) == min(_distance(other, size) for other in found),
+    ):
+        found = tuple(filter(decides, found)) or found
+    if len(found) > 1:
+        meant = " or ".join(f"{each} ({MODELS[each].paper}; {'x'.join(map(str, MODELS[each].input_size))})" for each in found)
+        raise ConfigError(f"{name} means {meant}: give one of these names")
+    return found[0]
+
+
+def _distance(name: str, size: Sequence[int]) -> float:
+    """Between the images of a network and others, in powers of their side."""
+    return abs(math.log(MODELS[name].input_size[-1] / size[-1]))
+
+
+def model_kwargs(name: str) -> dict[str, Any]:
+    """Keyword arguments of a model in `MODELS` and their defaults."""
+    entry = MODELS[name]
+    parameters = inspect.signature(builder(entry)).parameters.values()
+    return {p.name: entry.kwargs.get(p.name, p.default) for p in parameters if p.name not in entry.fixed}
+
+
+def all_kwargs(name: str) -> set[str]:
+    """Names of the arguments of every network that a name may mean."""
+    return {key for each in NAMES.get(normalize_name(name), ()) for key in model_kwargs(each)}
+
+
+def builder(entry: ModelEntry) -> Callable[..., Any]:
+    """The function that builds a network."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"thriftnet.models.{entry.family}"), entry.function)
+    return function
+
+
+def _names() -> dict[str, tuple[str, ...]]:
+    """The networks of each normalized name; an alias as ``cifar100_ResNet34`` is also one without the project."""
+    names: dict[str, list[str]] = {}
+    for name, entry in MODELS.items():
+        short = [alias.partition("_")[2] for alias in entry.aliases if alias.startswith(PROJECTS)]
+        for key in dict.fromkeys(map(normalize_name, (name, *entry.aliases, *short))):
+            names.setdefault(key, []).append(name)
+    return {key: tuple(found) for key, found in names.items()}
+
+
+PROJECTS = ("cifar10_", "cifar100_", "ilsvrc_", "shiftresnet_")  # of the authors' names
 MODELS: dict[str, ModelEntry] = _read()
-# every name and alias, normalized -> the name in MODELS
-NAMES: dict[str, str] = {normalize_name(alias): name for name, entry in MODELS.items() for alias in (*entry.aliases, name)}
+NAMES = _names()
