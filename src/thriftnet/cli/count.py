@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError
-from thriftnet.models import MODELS, model_kwargs
+from thriftnet.models import MODELS
 from thriftnet.models.entry import IDENTITY
-from thriftnet.models.table import NAMES, normalize_name
+from thriftnet.models.table import all_kwargs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.measure import inspect
     from thriftnet.techniques import convert
 
-    model = open_network(options.model, kwargs)
+    model = open_network(options.model, kwargs, size=options.input_size)
     size = input_size_of(model, options.input_size)
     if options.technique:
         model = convert(model, options.technique, select=options.select)
@@ -65,8 +65,10 @@ def _compared_with(against: str | None, model: nn.Module) -> tuple[str, dict[str
     name, fixed = (entry.baseline, entry.baseline_kwargs) if entry else ("", {})
     if against is not None:
         name, fixed, ours = against, {}, {key: ours[key] for key in TASK if key in ours}
-    possible = model_kwargs(name) if normalize_name(name) in NAMES else ()
-    return name, {**{key: value for key, value in ours.items() if key in possible}, **fixed}
+    possible = all_kwargs(name)
+    compared = {**{key: value for key, value in ours.items() if key in possible}, **fixed}
+    same = against is None and name == identity.get("name") and all(ours.get(key, value) == value for key, value in fixed.items())
+    return ("", {}) if same else (name, compared)
 
 
 def _factor(ours: int, theirs: int) -> str:

@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str, ModelEntry]:
     """The networks asked for, by name, with numbers in names sorted as numbers."""
-    names = list_models(pattern.lower()) or [NAMES[key] for key in [normalize_name(pattern)] if key in NAMES]
+    names = list_models(pattern.lower()) or list(NAMES.get(normalize_name(pattern), ()))
     if not names:
         raise ConfigError(f"no model matches {pattern!r}. Expected one of {', '.join(list_models())}")
     wanted = None if technique is None else _technique(technique)

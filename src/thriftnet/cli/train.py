@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import KWARGS_HELP, Parser, emit, parse_with_kwargs, possible_kwargs, unknown_option
 from thriftnet.cli.machine import use_machine
 from thriftnet.cli.options import MACHINE_OPTIONS, OPTIONS, quantity
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from thriftnet.train.loop import Progress
@@ -118,13 +118,12 @@ def with_budget(recipe: Recipe, budget: float) -> Recipe:
 
 
 def _check_kwarg(model: str, key: str) -> None:
-    """Refuse a name that neither recipes nor this network of the zoo have."""
-    from thriftnet.models import model_kwargs
-    from thriftnet.models.table import NAMES, normalize_name
+    """Refuse a name that neither recipes nor this network have."""
     from thriftnet.train.recipe import last_names
 
-    if normalize_name(model) in NAMES and key not in model_kwargs(model):
-        raise unknown_name(f"recipe field, nor argument of {model},", key, [*last_names(), *model_kwargs(model)])
+    possible = possible_kwargs(model)
+    if possible is not None and key not in possible:
+        raise unknown_option(key, {f"--{name.replace('_', '-')}" for name in last_names()}, possible)
 
 
 class Bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 from torch import nn
@@ -41,7 +42,7 @@ def replace_head(model: nn.Module, num_classes: int, *, inplace: bool = False) -
     head = classifier(model)
     replace(model, {id(head): _with_outputs(head, num_classes)})
     if hasattr(model, "num_classes"):
-        model.num_classes = num_classes
+        setattr(model, "num_classes", num_classes)  # noqa: B010  # a Module's attributes are tensors to mypy
     add_data_facts(model, {"class_names": None})
     record(model, {"verb": "replace_head", "num_classes": num_classes})
     return model
@@ -83,5 +84,5 @@ def _with_outputs(head: nn.Module, count: int) -> nn.Module:
             setattr(new, name, nn.Parameter(weight.new_empty(count, *old.shape[1:]).uniform_(-bound, bound)))
     setattr(new, "out_features" if weight.ndim == 2 else "out_channels", count)
     if isinstance(new, WidthAware) and new.width_spec is not None:
-        new.width_spec = new.width_spec.with_outs(count)
+        new.width_spec = dataclasses.replace(new.width_spec, outs=(count,) * len(new.width_spec.outs))
     return new

@@ -104,10 +104,12 @@ def check_steps(name: str, value: object) -> None:
         check_whole_number(name, step, 1)
 
 
-def check_number(name: str, value: object, above: float, most: float = sys.float_info.max) -> None:
-    """Raise unless ``value`` is a finite number in ``(above, most]``."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value <= most:
-        expected = f"in ({above:g}, {most:g}]" if most < sys.float_info.max else f"> {above:g}"
+def check_number(name: str, value: object, above: float, most: float = sys.float_info.max, *, closed: bool = False) -> None:
+    """Raise unless ``value`` is a finite number in ``(above, most]``, or equal to ``above`` if the range is ``closed``."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (above < value <= most or (closed and value == above)):  # type: ignore[operator]
+        bounded = f"in {'[' if closed else '('}{above:g}, {most:g}]"
+        expected = bounded if most < sys.float_info.max else f"{'>=' if closed else '>'} {above:g}"
         raise ConfigError(f"{name}={value!r}: expected a number {expected}")
 
 

@@ -35,12 +35,16 @@ SYSTEMS: dict[str, System] = {
 }
 
 
+def known_hints() -> set[str]:
+    """The hints of all systems."""
+    return {*GENERAL, *(name for system in SYSTEMS.values() for name in system.hints)}
+
+
 def check_hints(hints: Mapping[str, Any]) -> None:
     """Raise a `ConfigError` for an unknown system or hint; with ``model``, all others are arguments of that network."""
-    known = [*GENERAL, *(name for system in SYSTEMS.values() for name in system.hints)]
     for name in hints if "model" not in hints else ():
-        if name not in known:
-            raise unknown_name("hint", name, known)
+        if name not in known_hints():
+            raise unknown_name("hint", name, known_hints())
     system = hints.get("system")
     if system is not None and system not in SYSTEMS:
         raise unknown_name("system", str(system), SYSTEMS)

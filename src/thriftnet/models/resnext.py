@@ -109,7 +109,7 @@ def resnext_shared(
     Source: Kang & Kim, section 4.
     """
     model = ResNeXt(depth, num_classes, in_chans)
-    check_number("lambda_r", lambda_r, -1e-300)
+    check_number("lambda_r", lambda_r, 0, closed=True)
     per_group = DEPTHS[depth][1]
     _check_rank("shared_rank", shared_rank, per_group)
     _check_rank("unique_rank", unique_rank, per_group)

@@ -63,11 +63,12 @@ def zoo_name(name: str, *, kwargs: Iterable[str] = (), size: Sequence[int] | Non
     found = NAMES.get(normalize_name(name), ())
     if not found:
         raise unknown_name("model", name, MODELS)
+    nearest = 0.0 if size is None else min(_distance(each, size) for each in found)
     for decides in (
         lambda each: {*kwargs} <= {*model_kwargs(each)},
-        lambda each: paper and MODELS[each].paper == paper,
+        lambda each: MODELS[each].paper == paper,
         lambda each: each == name,
-        lambda each: size is not None and _distance(each, size) == min(_distance(other, size) for other in found),
+        lambda each: size is not None and _distance(each, size) == nearest,
     ):
         found = tuple(filter(decides, found)) or found
     if len(found) > 1:

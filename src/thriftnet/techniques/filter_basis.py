@@ -238,7 +238,7 @@ class FilterBasis:
         if self.rank_channels is not None:
             check_whole_number("rank_channels", self.rank_channels, 1)
         check_choice("init", self.init, ("weights", "random"))
-        check_number("lambda_r", self.lambda_r, -1e-300)
+        check_number("lambda_r", self.lambda_r, 0, closed=True)
 
     def accepts(self, module: nn.Module) -> bool:
         return is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))

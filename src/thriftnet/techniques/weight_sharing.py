@@ -118,7 +118,7 @@ class WeightSharing:
         distribution: Which part of the depth shares: all of it ("uniform"), or the "front", "middle" or "back".
         fusion: How the weights that the layers have become one. The weighted means train a factor per layer, or per
             layer and channel, so they keep all weights until `fold`; the others keep the result only.
-        seed: For the random mapping.
+        seed: For the random mapping; None: that of the training, else 0.
         portion: Fraction of the depth that shares when the distribution is not uniform.
         trained: Train all weights of a group and fuse them in every forward, whatever the fusion (the paper's weight
             fusion); `fold` bakes the result in.
@@ -141,7 +141,7 @@ class WeightSharing:
     mapping: str = "sequential"
     distribution: str = "uniform"
     fusion: str = "mean"
-    seed: int = 0
+    seed: int | None = None
     portion: float = 0.5
     trained: bool = False
     groups: tuple[tuple[str | int, ...], ...] | None = None
@@ -153,7 +153,7 @@ class WeightSharing:
         check_choice("mapping", self.mapping, MAPPINGS)
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_choice("fusion", self.fusion, FUSIONS)
-        check_whole_number("seed", self.seed, 0)
+        check_whole_number("seed", self.seed or 0, 0)
         check_number("portion", self.portion, 0, 1)
         if self.groups is not None:
             if not isinstance(self.groups, list | tuple) or not all(
@@ -182,7 +182,7 @@ class WeightSharing:
         groups: list[list[Site[Layer]]] = []
         for layers in shareable:
             depth = len(layers) - len(layers) % self.rate
-            slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed)))
+            slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed or 0)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
 

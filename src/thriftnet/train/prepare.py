@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +15,9 @@ from thriftnet.core.probe import Size
 from thriftnet.core.tied import unique_tensors
 from thriftnet.data.dataset import DataSource
 from thriftnet.errors import ConfigError
-from thriftnet.models.table import NAMES, normalize_name
-from thriftnet.resolve import open_model
-from thriftnet.techniques import convert
+from thriftnet.models.table import MODELS, model_kwargs
+from thriftnet.resolve import network_name, open_model
+from thriftnet.techniques import convert, resolve
 from thriftnet.train.evaluate import eval_mode
 from thriftnet.train.recipe import Recipe
 
@@ -41,14 +44,21 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
     """
     size = input_size(recipe, source)
     if model is None:
-        kwargs, in_zoo = dict(recipe.model_kwargs), normalize_name(recipe.model) in NAMES
+        kwargs = dict(recipe.model_kwargs)
+        name = network_name(recipe.model, kwargs, size, str(recipe.about.get("paper", "")))
+        in_zoo = name in MODELS and not Path(name).exists()
+        if in_zoo and "seed" in model_kwargs(name):
+            kwargs.setdefault("seed", recipe.seed)
         if in_zoo or recipe.model.startswith(("timm:", "torchvision:")):
             kwargs.setdefault("num_classes", len(source.classes))
         if size[0] != 3 and (in_zoo or recipe.model.startswith("timm:")):
             kwargs.setdefault("in_chans", size[0])
-        model = open_model(recipe.model, **kwargs)
+        model = open_model(name, **kwargs)
     check_classes(model, source, size, recipe.model)
-    for technique in recipe.technique:
+    for text in recipe.technique:
+        technique: Any = resolve(text)
+        if getattr(technique, "seed", 0) is None:
+            technique = dataclasses.replace(technique, seed=recipe.seed)
         model = convert(model, technique, select=recipe.select)
     return model
 

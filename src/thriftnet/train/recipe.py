@@ -280,7 +280,7 @@ def recipe_from(stated: Mapping[str, Any], replaced: Mapping[str, Any] | None = 
     """
     flat = _replaced(_flat(stated), replaced or {})
     nested: dict[str, Any] = {}
-    for path, value in flat.items():
+    for path, value in sorted(flat.items(), key=lambda field: field[0].count(".")):  # a mapping before its entries
         *above, last = path.split(".")
         place = nested
         for name in above:
@@ -380,6 +380,10 @@ def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, An
     for_all = _flat({name: value for name, value in fields.items() if not name.startswith("stages.")})
     if normalize_name(str(for_all.get("model", ""))) not in ("", normalize_name(str(stated.get("model", Recipe.model)))):
         stated = {path: value for path, value in stated.items() if path.partition(".")[0] != "model_kwargs"}
+    for path in for_all:
+        mapping, _, key = path.rpartition(".")
+        if mapping in MAPPINGS and key in for_all.get(mapping, ()):
+            raise ConfigError(f"{key} is given twice, in {mapping} and by itself")
     if stated.get("stages") and "stages" not in for_all and "stage.name" in for_all:
         stated = _one_stage(stated, str(for_all["stage.name"]))
     stages = for_all.get("stages", stated.get("stages", ()))
