@@ -96,7 +96,17 @@ def test_verbs_keep_it(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tn.save(network(*steps), tmp_path / "before")
     model = ["--model", "before"] if verb == "train" else ["before"]
     if verb == "train":
-        arguments = [*arguments, "--image-size", "16", "--crop-padding", "0", "--mean", "[0.1, 0.7, 0.4]", "--std", "[0.9, 0.3, 0.5]"]
+        arguments = [
+            *arguments,
+            "--image-size",
+            "16",
+            "--crop-padding",
+            "0",
+            "--mean",
+            "[0.1, 0.7, 0.4]",
+            "--std",
+            "[0.9, 0.3, 0.5]",
+        ]
         arguments += ["--resize", "20", "--crop-pct", "0.8", "--eval-interpolation", "nearest"]
     assert main([verb, *model, *arguments, "--output", "after"]) == 0, capsys.readouterr().err
     assert data_facts(tn.load("after")) == FACTS

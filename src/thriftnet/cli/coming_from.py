@@ -93,7 +93,6 @@ OPTIONS = {
         "--pretrained": "`--model FILE` in training; the MODEL of `thriftnet evaluate`",
         "--starting_epoch": "nothing: the same command resumes",
         "--dataset_path": "`--data cifar10:DIR`, `cifar100:DIR` or `folder:DIR`",
-        "--model=ResNet34_SingleShared": "the same name: for CIFAR or ImageNet, as the data says",
     },
     "ShiftResNet": {
         "--arch": "the MODEL of a verb; `--model` for `thriftnet train`",
@@ -116,7 +115,7 @@ def hint(option: str) -> str:
     meanings: dict[str, tuple[list[str], str]] = {}
     for project, options in OPTIONS.items():
         for theirs, ours in options.items():
-            if _normalized(theirs) == wanted:
+            if _normalized(theirs) == wanted and not ours.startswith(f"`{theirs}"):  # another name
                 meanings.setdefault(ours, ([], theirs))[0].append(project)
     return "; ".join(
         f"{' and '.join(projects)} {'has' if len(projects) == 1 else 'have'} {theirs}; here it is {ours}"

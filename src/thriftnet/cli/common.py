@@ -91,7 +91,12 @@ def parse_with_kwargs(
         if name in kwargs:
             raise ConfigError(f"{key} is given twice")
         kwargs[name] = literal(value) if literals else value
-    options = parser.parse_args(own)
+    try:
+        options = parser.parse_args(own)
+    except ConfigError:  # what is missing may be there under another project's name
+        for name in filter(lambda each: hint(_option(each)), kwargs):
+            raise unknown_option(name, parser.known) from None
+        raise
     if kwargs and parser.takes_model:
         _check_kwargs(getattr(options, "plain", None) or options.model, kwargs, parser.known)
     return options, kwargs

@@ -67,7 +67,11 @@ def _compared_with(against: str | None, model: nn.Module) -> tuple[str, dict[str
         name, fixed, ours = against, {}, {key: ours[key] for key in TASK if key in ours}
     possible = all_kwargs(name)
     compared = {**{key: value for key, value in ours.items() if key in possible}, **fixed}
-    same = against is None and name == identity.get("name") and all(ours.get(key, value) == value for key, value in fixed.items())
+    same = (
+        against is None
+        and name == identity.get("name")
+        and all(ours.get(key, value) == value for key, value in fixed.items())
+    )
     return ("", {}) if same else (name, compared)
 
 

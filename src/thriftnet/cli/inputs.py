@@ -51,13 +51,16 @@ def augmentation_of(options: Namespace, source: DataSource, images: ImageDataset
     side = options.image_size or (size[1] if size else None)
     if side is None and stored is None:
         raise ConfigError(f"the images of {options.data} differ in size: give the network's, as --image-size 224")
-    how: dict[str, Any] = {"resize": options.resize}
-    if side is not None:
-        how["resize"] = options.resize or facts.resize
-        how |= {"crop_pct": facts.crop_pct, "eval_interpolation": facts.eval_interpolation}
-    elif options.resize is not None and stored is not None:
+    given = {"resize": options.resize, "crop_pct": options.crop_pct, "eval_interpolation": options.interpolation}
+    if options.resize is not None and options.crop_pct is not None:
+        raise ConfigError("--resize and --crop-pct both say how much is cropped: give one of them")
+    if side is None and stored is not None and any(value is not None for value in given.values()):
         side = stored[1]
-    how = {name: value for name, value in how.items() if value is not None}
+    of_network: dict[str, Any] = {} if side is None else {name: getattr(facts, name) for name in given}
+    if options.crop_pct is not None:
+        of_network["resize"] = None
+    how: dict[str, Any] = {name: value for name, value in of_network.items() if value is not None}
+    how |= {name: value for name, value in given.items() if value is not None}
     return Augmentation(mean=mean, std=std, image_size=side, **how)
 
 

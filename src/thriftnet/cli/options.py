@@ -91,6 +91,8 @@ IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "--std": {"type": channels, "metavar": "S,S,S", "help": "the same"},
     "--image-size": {"type": positive, "metavar": "PIXELS", "help": "default: the network's, else as stored"},
     "--resize": {"type": positive, "metavar": "PIXELS", "help": "shorter side before the centre crop to the image size"},
+    "--crop-pct": {"type": float, "metavar": "SHARE", "help": "instead: image size as a share of that side, as 0.875"},
+    "--interpolation": {"choices": ["nearest", "bilinear", "bicubic"], "help": "of resizing; default: the network's"},
     "--limit": {"type": positive, "metavar": "N", "help": "only N images, evenly spread over the split"},
     "--workers": {"type": int, "default": 0, "metavar": "N", "help": "processes that decode images"},
     "--on-corrupt": {"choices": ["error", "skip"], "default": "error", "help": "stop at a broken image, or skip it"},

@@ -72,7 +72,9 @@ def zoo_name(name: str, *, kwargs: Iterable[str] = (), size: Sequence[int] | Non
     ):
         found = tuple(filter(decides, found)) or found
     if len(found) > 1:
-        meant = " or ".join(f"{each} ({MODELS[each].paper}; {'x'.join(map(str, MODELS[each].input_size))})" for each in found)
+        meant = " or ".join(
+            f"{each} ({MODELS[each].paper}; {'x'.join(map(str, MODELS[each].input_size))})" for each in found
+        )
         raise ConfigError(f"{name} means {meant}: give one of these names")
     return found[0]
 

@@ -36,7 +36,8 @@ from thriftnet.store.config import CARD, CONFIG, MODEL, NO_CHECKSUM, Config, che
 from thriftnet.store.hub import HUB, download
 from thriftnet.techniques import convert
 
-RUN, RUN_MODEL = "run.json", "model"  # of a training: what it is, and the folder of its network in its own
+# of a training: what it is, the folder of its network in its own, and what it says of itself at the end
+RUN, RUN_MODEL, FINISHED = "run.json", "model", "finished"
 ENTRY = "thriftnet"  # the config among the header's metadata
 START = b'{"__metadata__":{"%s":"{\\"sha256\\":\\"' % ENTRY.encode()  # of the header; the checksum follows
 CHECKSUM = slice(8 + len(START), 8 + len(START) + len(NO_CHECKSUM))
@@ -132,13 +133,25 @@ def read_config(source: str | os.PathLike[str]) -> Config:
 
 
 def model_path(source: str | os.PathLike[str]) -> Path:
-    """The model file in a model folder, in the folder of a training, or the file itself."""
+    """The model file in a model folder, in the folder of a training or of its last finished stage, or the file itself."""
     place = _path(source)
     if place.is_file():
         return place
-    if (place / RUN).is_file() and not (place / MODEL).exists():
-        place = place / RUN_MODEL
-    return place / MODEL
+    if (place / MODEL).exists():
+        return place / MODEL
+    if not (place / RUN).exists():
+        stages = [run.parent for run in place.glob(f"[0-9]*-*/{RUN}") if _is_finished(run)]
+        place = max(stages, key=lambda stage: int(stage.name.partition("-")[0]), default=place)
+    return place / RUN_MODEL / MODEL if (place / RUN).exists() else place / MODEL
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether the training that wrote this file has ended."""
+    try:
+        with open_regular(run) as file:
+            return json.load(file).get(FINISHED) is True
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def is_model_file(path: Path) -> bool:

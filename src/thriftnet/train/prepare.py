@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from thriftnet.core.probe import Size
+from thriftnet.core.provenance import data_facts
 from thriftnet.core.tied import unique_tensors
+from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import DataSource
 from thriftnet.errors import ConfigError
 from thriftnet.models.table import MODELS, model_kwargs
@@ -34,6 +36,14 @@ def input_size(recipe: Recipe, source: DataSource) -> Size:
         if getattr(fields, name) > min(size[1:]):
             raise ConfigError(f"{name}={getattr(fields, name)} is more than the side of the images, {size[1]} x {size[2]}")
     return size
+
+
+def augmentation_for(model: nn.Module, recipe: Recipe, source: DataSource) -> Augmentation:
+    """The recipe's, normalising as a network that was trained before did, else as suits the data, where it does not say."""
+    fields, known = recipe.augmentation, data_facts(model).normalisation
+    if known is not None and fields.mean is None and fields.std is None and len(known["mean"]) == len(source.mean):
+        return dataclasses.replace(fields, mean=known["mean"], std=known["std"])
+    return fields.for_source(source)
 
 
 def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = None) -> nn.Module:
@@ -75,8 +85,9 @@ def check_classes(model: nn.Module, source: DataSource, size: Size, name: str) -
         raise ConfigError(f"{name} does not take images of {size[0]} x {size[1]} x {size[2]}: {problem}") from None
     if not isinstance(outputs, torch.Tensor) or outputs.shape != (1, len(source.classes)):
         found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        count = len(source.classes)
         raise ConfigError(
-            f"{name} gives {found} outputs, {source.spec} has {len(source.classes)} classes: give num_classes={len(source.classes)}"
+            f"{name} gives {found} outputs, {source.spec} has {count} classes: give num_classes={count} (--num-classes {count})"
         )
 
 

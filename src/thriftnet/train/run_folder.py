@@ -22,7 +22,7 @@ from thriftnet.core.tied import unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import locked, write_atomically
 from thriftnet.report.plots import run_curves
-from thriftnet.store.model_file import RUN, RUN_MODEL, model_path, read_model, save
+from thriftnet.store.model_file import FINISHED, RUN, RUN_MODEL, model_path, read_model, save
 from thriftnet.train.recipe import GROUPS, RESUMABLE_FIELDS
 
 LOCK, LINES, TABLE, CURVES = ".lock", "metrics.jsonl", "metrics.csv", "curves.svg"
@@ -64,7 +64,7 @@ class RunFolder:
         differing = {
             name.removeprefix("recipe."): (before.get(name), now.get(name))
             for name in {**before, **now}
-            if before.get(name) != now.get(name) and name not in ("device", "versions")
+            if before.get(name) != now.get(name) and name not in ("device", "versions", FINISHED)
         }
         fatal = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in differing.items() if name not in RESUMABLE_FIELDS]
         if fatal:

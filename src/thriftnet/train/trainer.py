@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.core.head import note_on
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
+from thriftnet.core.spec import check_choice
 from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import Loader, make_loader
@@ -24,11 +26,12 @@ from thriftnet.data.split import train_validation
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
 from thriftnet.resolve import open_model
+from thriftnet.store.model_file import FINISHED
 from thriftnet.train.distributed import Distributed
 from thriftnet.train.evaluate import evaluate
 from thriftnet.train.loop import Interrupts, Progress, TrainLoop
-from thriftnet.train.prepare import check_classes, input_size, prepare_model, seed_everything, weights_hash
-from thriftnet.train.recipe import Recipe
+from thriftnet.train.prepare import augmentation_for, check_classes, input_size, prepare_model, seed_everything, weights_hash
+from thriftnet.train.recipe import Recipe, RunFields
 from thriftnet.train.run_folder import RunFolder
 from thriftnet.train.stages import GateStage, make_stage
 
@@ -122,7 +125,7 @@ def train(
     network = prepare_model(recipe, source, model)
     check_stages(parts, network, source)
     results: list[TrainResult] = []
-    notes: list[str] = []
+    notes = [note for note in [note_on(network)] if note]
     with RunFolder(Path(output), is_main=distributed.is_main).locked():
         for number, (part, entry) in enumerate(parts, 1):
             name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
@@ -145,10 +148,14 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
         ConfigError: No stage trains, unknown options, or a budget out of reach.
         IncompatibleModelError: A network that a stage cannot train.
     """
+    from accelerate.utils import LoggerType
+
     trained = [part for part, entry in parts if "recalibrate" not in entry]
     if not trained:
         raise ConfigError("none of the recipe's stages trains: one must have a field stage")
     for part in trained:
+        for name in part.run.trackers:
+            check_choice("tracker", name, tuple(LoggerType.list()))
         size = input_size(part, source)
         stage = make_stage(part.stage.name, model, part.stage.options, size)
         if isinstance(stage, GateStage):
@@ -161,7 +168,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, source: DataSource, model: nn.Module, folder: Path, distributed: Distributed) -> None:
         self.recipe, self.source, self.distributed = recipe, source, distributed
         self.folder = RunFolder(folder, is_main=distributed.is_main)
-        self.augmentation, self.input_size = recipe.augmentation.for_source(source), input_size(recipe, source)
+        self.augmentation = augmentation_for(model, recipe, source)
+        self.input_size = input_size(recipe, source)
         self.model = model.to(distributed.device)
         mean, std = self.augmentation.normalisation()
         facts: dict[str, Any] = {
@@ -207,12 +215,14 @@ class Trainer:
         seed_everything(recipe.seed + distributed.rank)
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
         versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
-        self.folder.write({**description, "device": distributed.device.type, "versions": versions})
+        description |= {"device": distributed.device.type, "versions": versions}
+        self.folder.write(description)
         self._start_trackers()
         with Interrupts() as interrupts:
             while not self.loop.finished:
                 self._end_epoch(self.loop.train_epoch(interrupts))
         self.folder.write_curves()
+        self.folder.write({**description, FINISHED: True})
         self.loop.release()
         return self._result(resumed_from, time.perf_counter() - start)
 
@@ -223,13 +233,15 @@ class Trainer:
         name = self.folder.path.name
         if self.folder.model.exists():
             self.folder.load_kept(self.model)
-            return f"{name}: loaded from {self.folder.path}"
-        loader = self.train_loader(self.source.split("train"), 1, drop_last=True)  # every batch counts alike
-        recalibrate(self.model, loader, **options)
-        self.folder.write(description)
-        self.folder.keep(self.model, {"data": self.source.spec})
+            note = f"{name}: loaded from {self.folder.path}"
+        else:
+            loader = self.train_loader(self.source.split("train"), 1, drop_last=True)  # every batch counts alike
+            recalibrate(self.model, loader, **options)
+            self.folder.keep(self.model, {"data": self.source.spec})
+            note = f"{name}: statistics recomputed on the training images"
+        self.folder.write({**description, FINISHED: True})
         self.distributed.accelerator.wait_for_everyone()
-        return f"{name}: statistics recomputed on the training images"
+        return note
 
     def evaluated(self, result: TrainResult) -> TrainResult:
         """The result of an earlier training, for the network as it is now."""
@@ -289,8 +301,11 @@ class Trainer:
         from accelerate import tracking
 
         accelerator = self.distributed.accelerator
-        possible = {str(name): name for name in tracking.get_available_trackers()}
-        accelerator.log_with = [possible[name] for name in self.recipe.run.trackers if name in possible]
+        available = {str(name): name for name in tracking.get_available_trackers()}
+        chosen = self.recipe.run.trackers
+        accelerator.log_with = [available[name] for name in chosen if name in available]
+        if missing := [name for name in chosen if name not in available and chosen != RunFields.trackers]:
+            self.notes.append(f"no library for the trackers {', '.join(missing)} is installed: they are left out")
         if accelerator.log_with and self.distributed.is_main:
             accelerator.project_configuration.set_directories(str(self.folder.path))
             accelerator.init_trackers("trackers")
