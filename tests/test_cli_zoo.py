@@ -90,7 +90,7 @@ def test_count_compares_with_the_plain_network(capsys: pytest.CaptureFixture[str
     result = read(capsys, "count", "shiftresnet20", "--expansion", "3")
     assert (result["params"], result["macs"]) == (95642, 16433792)
     against = result["against"]
-    assert (against["model"], against["params"], against["macs"]) == ("resnet20", 272474, 40813184)
+    assert (against["model"], against["params"], against["macs"]) == ("resnet20_projection", 272474, 40813184)
     assert round(against["params_reduction"], 2) == 2.85
 
 
@@ -106,9 +106,9 @@ def test_count_against_another_network(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "plain"),
     [
-        (["shiftresnet20", "--num-classes", "100"], ("resnet20", {"shortcut": "projection", "num_classes": 100})),
-        (["depthwiseresnet20", "--reduction", "0.38"], ("resnet20", {"shortcut": "projection", "reduction": 1.0})),
-        (["resnet20_block28"], ("resnet20", {"shortcut": "projection"})),
+        (["shiftresnet20", "--num-classes", "100"], ("resnet20_projection", {"num_classes": 100})),
+        (["depthwiseresnet20", "--reduction", "0.38"], ("resnet20_projection", {"reduction": 1.0})),
+        (["resnet20_block28"], ("resnet20_projection", {})),
         (["swrn", "--depth", "16", "--width", "1", "--templates", "2"], ("wrn", {"depth": 16, "width": 1})),
         (["swrn16_1_2", "--in-chans", "1", "--input-size", "1,16,16"], ("wrn", {"depth": 16, "width": 1, "in_chans": 1})),
     ],

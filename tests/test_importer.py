@@ -184,12 +184,12 @@ def is_dead(key: str, name: str) -> bool:
 MADE: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
     "shift": ("shiftresnet20", {"expansion": 1.5, "num_classes": 3}, shiftresnet.layout, {}),
     "block": (
-        "resnet20",
-        {"shortcut": "projection", "reduction": 7.5, "reduction_mode": "block", "num_classes": 3},
+        "resnet20_projection",
+        {"reduction": 7.5, "reduction_mode": "block", "num_classes": 3},
         shiftresnet.layout,
         {},
     ),
-    "net": ("resnet20", {"shortcut": "projection", "reduction": 9.3, "num_classes": 3}, shiftresnet.layout, {}),
+    "net": ("resnet20_projection", {"reduction": 9.3, "num_classes": 3}, shiftresnet.layout, {}),
     "depthwise": ("depthwiseresnet20", {"reduction": 3.7, "num_classes": 3}, shiftresnet.layout, {}),
     "swrn": ("swrn", {"depth": 16, "width": 1, "templates": 3, "num_classes": 3}, soft_sharing.layout, {}),
     "wrn": ("wrn", {"depth": 10, "width": 2, "num_classes": 3}, soft_sharing.layout, {}),

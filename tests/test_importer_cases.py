@@ -144,7 +144,7 @@ def test_weights_or_their_moving_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_extra_shortcuts_of_november_2017_are_kept(everywhere: bool) -> None:
     """In every block, as reduced networks had them, or in some: then the network is none of the zoo."""
-    model = tn.create_model("resnet20", shortcut="projection", reduction=3, reduction_mode="block")
+    model = tn.create_model("resnet20_projection", reduction=3, reduction_mode="block")
     for stage in (model.layer1, model.layer2, model.layer3):
         for block in stage if everywhere else list(stage)[:2]:
             outs = block.conv2.out_channels

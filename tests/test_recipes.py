@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import json
 import re
 import shlex
@@ -14,21 +15,25 @@ import torch
 import yaml
 from torch import nn
 
+import thriftnet as tn
 from images import arrays
 from thriftnet.cli import main
 from thriftnet.cli.train import make_recipe
+from thriftnet.core.provenance import data_facts
 from thriftnet.core.tied import count_params
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS, model_kwargs
-from thriftnet.models.table import NAMES, normalize_name
+from thriftnet.models.table import all_kwargs, is_zoo_name, zoo_name
 from thriftnet.resolve import open_model
 from thriftnet.techniques import convert
 from thriftnet.train import train
+from thriftnet.train.distributed import Distributed
 from thriftnet.train.optim import decay_groups
 from thriftnet.train.recipe import GROUPS, Recipe, field_names, full_name, list_recipes, load_recipe, recipe_from
 from thriftnet.train.stages import STAGES
+from thriftnet.train.trainer import Trainer
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = list_recipes()
@@ -98,12 +103,9 @@ def test_each_recipe_states_where_it_comes_from_and_what_to_expect(name: str):
 def test_each_option_that_a_recipe_names_is_one(name: str):
     recipe = load_recipe(name)
     known = {"teacher", "data", "output", "budget", "stages"}
-    if normalize_name(recipe.model) in NAMES:
-        known |= set(model_kwargs(recipe.model))
-        double = {
-            normalize_name(row["options"].split()[1]) for row in recipe.about.get("rows", ()) if "--model" in row["options"]
-        }
-        known |= {kwarg for model in double for kwarg in model_kwargs(NAMES[model])}
+    if is_zoo_name(recipe.model):
+        rows = [row["options"].split()[1] for row in recipe.about.get("rows", ()) if "--model" in row["options"]]
+        known |= {kwarg for model in (recipe.model, *rows) for kwarg in all_kwargs(model)}
     for text in recipe.about.values():
         for option in re.findall(r"--([a-z][a-z0-9-]*)", str(text)):
             assert option.replace("-", "_") in known or full_name(option.replace("-", "_")), option
@@ -127,7 +129,7 @@ def test_each_row_of_a_table_is_the_network_that_was_published(name: str, row: d
     assert count_params(network(recipe, CLASSES[data])) == row["params"]
     if row["top1"] == "not stated":
         return
-    published = MODELS[NAMES[normalize_name(recipe.model)]].published
+    published = MODELS[zoo_name(recipe.model)].published
     defaults = {key: model_kwargs(recipe.model)[key] for key in recipe.model_kwargs}
     if recipe.model_kwargs == defaults and data in published.top1:
         assert published.top1[data] == row["top1"]
@@ -149,6 +151,86 @@ def test_the_expected_accuracy_is_the_published_one(name: str):
     elif recipe.about["expected_top1"] != "not stated":
         assert entry is not None
         assert f"{recipe.about['expected_top1']:g}" in entry.published.note
+
+
+# --- options take effect
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batch_size_model_and_data_options_take_effect(name: str, tmp_path: Path):
+    """In every stage, whatever the recipe states."""
+    options = {"model": "convmixer", "model_kwargs.dim": 4, "model_kwargs.depth": 1, "model_kwargs.patch_size": 4}
+    options |= {"batch_size": 6, "workers": 0, "image_size": 16, "resize": 16, "crop_padding": 3, "cutout": 5, "flip": False}
+    options |= {"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.5, 0.5], "random_erasing": 0.0, "rand_augment": None}
+    recipe = make_recipe(name, options)
+    stages = [recipe.for_stage(entry) for entry in recipe.stages] or [recipe]
+    for stage in stages:
+        model = tn.create_model(stage.model, num_classes=4, **stage.model_kwargs)
+        assert (stage.model_kwargs, stage.augmentation.crop_padding, stage.augmentation.cutout) == (
+            {"dim": 4, "depth": 1, "patch_size": 4},
+            3,
+            5,
+        )
+        trainer = Trainer(stage, source(12, train=24), model, tmp_path / "run", Distributed("cpu", "fp32"))
+        images, labels = next(iter(trainer.train_loader(trainer.source.split("train"), 1, drop_last=True)))
+        assert (images.shape, labels.shape) == ((6, 3, 16, 16), (6,))
+        facts = data_facts(model)
+        assert (facts.input_size, facts.resize) == ((3, 16, 16), 16)
+        assert facts.normalisation == {"mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 0.5)}
+
+
+def test_one_stage_of_several():
+    gate = load_recipe("ds-net-imagenet", stage="gate")
+    assert (gate.stages, gate.stage.name, gate.epochs, gate.optimizer.weight_decay) == ((), "gate", 40, 0.01)
+    assert gate.needs == ("model",)
+    first = load_recipe("ds-net-imagenet", stage="supernet", lr=0.2)
+    assert (first.stages, first.stage.name, first.needs, first.optimizer.lr) == ((), "supernet", (), 0.2)
+    with pytest.raises(tn.ConfigError, match=r"stage='recalibrate'.*supernet, gate.*thriftnet recalibrate"):
+        load_recipe("ds-net-imagenet", stage="recalibrate")
+    with pytest.raises(tn.ConfigError, match=r"stage='widths'.*Expected one that trains: supernet, gate"):
+        load_recipe("ds-net-imagenet", stage="widths")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"epochs": 300, "warmup_epochs": 500}, "warmup_epochs=500 and cooldown_epochs=0 leave nothing of epochs=300"),
+        ({"schedule": "piecewise", "points": {0: 0, 5: -1}}, r"points has 5\.0: -1"),
+        ({"schedule": "piecewise", "points": {-1: 0, 5: 1}}, r"points has -1\.0: 0"),
+        ({"schedule": "multistep", "milestones": {3: -0.1}}, r"milestones has 3: -0\.1"),
+    ],
+)
+def test_schedules_without_a_meaning_are_refused(fields: dict[str, Any], problem: str):
+    with pytest.raises(tn.ConfigError, match=problem):
+        Recipe().replace(**fields)
+
+
+@pytest.mark.parametrize("field", ["cutout", "crop_padding"])
+def test_a_square_larger_than_the_image_is_refused(field: str, tmp_path: Path):
+    with pytest.raises(tn.ConfigError, match=rf"{field}=13 is more than the side of the images, 12 x 12"):
+        train(Recipe(augmentation=Augmentation(**{field: 13})), source(12), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_are_known(tmp_path: Path):
+    recipe = load_recipe("digits", max_steps=1, trackers=["tensorbord"])
+    with pytest.raises(tn.ConfigError, match="unknown tracker 'tensorbord': did you mean 'tensorboard'"):
+        train(recipe, "digits", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    absent = next(name for name in ("clearml", "wandb", "dvclive") if importlib.util.find_spec(name) is None)
+    result = train(
+        load_recipe(
+            "digits",
+            max_steps=1,
+            trackers=[absent],
+            model="convmixer",
+            model_kwargs={"dim": 4, "depth": 1},
+            **{"model_kwargs.patch_size": 4},
+        ),
+        "digits",
+        tmp_path,
+    )
+    assert any(absent in note for note in result.notes)
 
 
 # --- one step of each

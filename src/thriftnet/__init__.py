@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "thriftnet.core.fold": ("eval_fold", "fold", "freeze"),
+    "thriftnet.core.head": ("replace_head",),
     "thriftnet.core.penalty": ("param_groups", "penalty"),
     "thriftnet.core.plan": ("Plan",),
     "thriftnet.core.recalibrate": ("recalibrate",),
@@ -51,6 +52,7 @@ __all__ = sorted((*_where(), "TECHNIQUES", "convert", "plan"))
 if TYPE_CHECKING:
     from thriftnet import kernels as kernels
     from thriftnet.core.fold import eval_fold, fold, freeze
+    from thriftnet.core.head import replace_head
     from thriftnet.core.penalty import param_groups, penalty
     from thriftnet.core.plan import Plan
     from thriftnet.core.recalibrate import recalibrate

@@ -55,6 +55,7 @@ STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "convert": lambda step: _is_object(step.get("plan")) and _is_object(step["plan"].get("technique")),
     "freeze": lambda step: set(step) <= {"verb", "width", "index", "fold_norms", "input_size"},
     "add_gate": lambda step: _is_text(step.get("after")),
+    "replace_head": lambda step: type(step.get("num_classes")) is int and step["num_classes"] >= 1,
     "tie": lambda step: isinstance(step.get("groups"), list) and all(map(_is_names, step["groups"])),
     "pack": lambda step: CHECKS["input_size"][0](step.get("input_size")),
 }
@@ -164,6 +165,7 @@ def check_sizes(config: Config, stored: int, path: Path) -> None:
     limit = max(10_000, stored)
     asked: list[tuple[str, Any]] = [] if config["model"] is None else [("kwargs", config["model"]["kwargs"])]
     asked += [("technique", step["plan"]["technique"]) for step in config["history"] if step["verb"] == "convert"]
+    asked += [("num_classes", step["num_classes"]) for step in config["history"] if step["verb"] == "replace_head"]
     while asked:
         name, value = asked.pop()
         if isinstance(value, dict):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.convert import tie
 from thriftnet.core.fold import fold, freeze
+from thriftnet.core.head import replace_head
 from thriftnet.core.history import history
 from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
@@ -175,12 +176,16 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
             model = freeze(model, **{name: value for name, value in step.items() if name != "verb"})
         elif verb == "add_gate":
             model = add_gate(model, step["after"])
+        elif verb == "replace_head":
+            model = replace_head(model, step["num_classes"])
         elif verb == "tie":
             model = tie(model, step["groups"])
         elif verb == "pack":
             model = pack(model, input_size=step["input_size"])
         else:
-            raise ConfigError(f"unknown step {verb!r} in its history; expected convert, add_gate, fold, freeze, pack or tie")
+            raise ConfigError(
+                f"unknown step {verb!r} in its history; expected add_gate, convert, fold, freeze, pack, replace_head or tie"
+            )
         model = model.eval()
     return model
 
