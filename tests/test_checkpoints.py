@@ -548,7 +548,7 @@ def test_a_file_is_opened_by_the_importer(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_names_that_lead_nowhere(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no folder or file"):
+    with pytest.raises(ConfigError, match="no such file"):
         open_model(str(tmp_path / "nothing"))
 
 

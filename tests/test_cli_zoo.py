@@ -85,8 +85,10 @@ def test_authors_spellings_are_found(capsys: pytest.CaptureFixture[str]):
 
 def test_count_compares_with_the_plain_network(capsys: pytest.CaptureFixture[str]):
     *_, head, last = run(capsys, "count", "shiftresnet20", "--expansion", "3").splitlines()
-    assert head == "against plain resnet20, the network that the paper starts from:"
-    assert last == ("parameters 95,642, plain resnet20 272,474: 2.85x fewer; MACs 16,433,792, plain 40,813,184: 2.48x fewer")
+    assert head == "against plain resnet20_projection, the network that the paper starts from:"
+    assert last == (
+        "parameters 95,642, plain resnet20_projection 272,474: 2.85x fewer; MACs 16,433,792, plain 40,813,184: 2.48x fewer"
+    )
     result = read(capsys, "count", "shiftresnet20", "--expansion", "3")
     assert (result["params"], result["macs"]) == (95642, 16433792)
     against = result["against"]
@@ -130,7 +132,9 @@ def test_plain_networks_are_compared_with_nothing(capsys: pytest.CaptureFixture[
 
 def test_a_saved_network_is_compared_too(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     folder = tn.save(tn.create_model("shiftresnet20", expansion=3), tmp_path / "m")
-    assert run(capsys, "count", str(folder)).splitlines()[-1].startswith("parameters 95,642, plain resnet20 272,474")
+    assert (
+        run(capsys, "count", str(folder)).splitlines()[-1].startswith("parameters 95,642, plain resnet20_projection 272,474")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.baseline])

@@ -188,7 +188,8 @@ def test_evaluation_prepares_images_as_the_authors_do(
     torch.save(theirs(tn.create_model(name, **kwargs), layout), path)
     imported = import_checkpoint(path, **hints)
     folder = tn.save(imported.model, tmp_path / "saved", metadata=folder_facts(imported))
-    options = SimpleNamespace(mean=None, std=None, image_size=None, resize=None, data="folder:images")
+    unset = dict.fromkeys(("mean", "std", "image_size", "resize", "crop_pct", "interpolation"))
+    options = SimpleNamespace(**unset, data="folder:images")
     for place in (path, folder):
         model = open_network(str(place), {})
         images: Any = SimpleNamespace(input_size=None, mean=(0.1,) * 3, std=(0.2,) * 3)

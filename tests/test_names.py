@@ -169,8 +169,6 @@ def test_an_argument_given_twice_is_refused(capsys: pytest.CaptureFixture[str]):
         == 2
     )
     assert "depth is given twice" in capsys.readouterr().err
-    assert main(["count", "convmixer", "--depth", "2", "--depth", "3"]) == 2
-    assert "--depth is given twice" in capsys.readouterr().err
 
 
 def test_another_classifier_for_a_saved_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -87,10 +87,7 @@ def parse_with_kwargs(
             if not rest or rest[0].startswith("--"):
                 raise unknown_option(word, parser.known)
             value = rest.pop(0)
-        name = key[2:].replace("-", "_")
-        if name in kwargs:
-            raise ConfigError(f"{key} is given twice")
-        kwargs[name] = literal(value) if literals else value
+        kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
     try:
         options = parser.parse_args(own)
     except ConfigError:  # what is missing may be there under another project's name

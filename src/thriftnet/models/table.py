@@ -85,8 +85,8 @@ def _distance(name: str, size: Sequence[int]) -> float:
 
 
 def model_kwargs(name: str) -> dict[str, Any]:
-    """Keyword arguments of a model in `MODELS` and their defaults."""
-    entry = MODELS[name]
+    """Keyword arguments of a network of the zoo and their defaults."""
+    entry = MODELS[name if name in MODELS else zoo_name(name)]
     parameters = inspect.signature(builder(entry)).parameters.values()
     return {p.name: entry.kwargs.get(p.name, p.default) for p in parameters if p.name not in entry.fixed}
 
