@@ -543,8 +543,9 @@ def test_a_file_is_opened_by_the_importer(tmp_path: Path, monkeypatch: pytest.Mo
         resolve, "import_checkpoint", lambda given: SimpleNamespace(model=expected) if Path(given) == path else None
     )
     assert open_model(str(path)) is expected
-    with pytest.raises(ConfigError, match="no further arguments"):
-        open_model(str(path), num_classes=5)
+    assert open_model(str(path), num_classes=5).fc.out_features == 5
+    with pytest.raises(ConfigError, match=r"takes no arguments but num_classes, got \['depth'\]"):
+        open_model(str(tn.save(expected, tmp_path / "ours")), depth=5)
 
 
 def test_names_that_lead_nowhere(tmp_path: Path):

@@ -502,9 +502,9 @@ def test_one_thing_has_one_name_in_python_and_on_the_command_line():
     [
         ({"lrr": 1}, "unknown recipe field 'lrr': did you mean 'lr'"),
         ({"augmentation": {"flop": True}}, "unknown field of augmentation 'flop': did you mean 'flip'"),
-        ({"lr": "fast"}, "optimizer.lr='fast': expected float"),
+        ({"lr": "fast"}, "optimizer.lr='fast': expected a number"),
         ({"lr": 0}, "lr=0.*: expected a number > 0"),
-        ({"max_steps": "many"}, "max_steps='many': expected int or null"),
+        ({"max_steps": "many"}, "max_steps='many': expected an integer or null"),
         ({"schedule": "cosin"}, "schedule.name='cosin': expected .*'cosine'"),
         ({"no_decay": ["nrm"]}, "optimizer.no_decay='nrm': expected 'technique', 'norm', 'bias'"),
         ({"augmentation": 3}, "augmentation=3: expected a mapping"),

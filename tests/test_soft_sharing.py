@@ -293,3 +293,19 @@ def test_a_step_of_zero_is_refused(arguments: dict[str, Any]) -> None:
     if "stride" in arguments:
         with pytest.raises(tn.ConfigError, match="stride=0: expected an integer >= 1"):
             tn.ShiftConv2d(4, 4, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"stride": 0}, "stride=0: expected an integer >= 1"),
+        ({"padding": -1}, "padding=-1: expected an integer >= 0"),
+        ({"padding": "sam"}, "unknown padding 'sam': did you mean 'same'"),
+        ({"dilation": (1, 0)}, "dilation=0: expected an integer >= 1"),
+    ],
+)
+def test_geometry_without_a_meaning_is_refused(arguments: dict[str, object], problem: str) -> None:
+    with pytest.raises(tn.ConfigError, match=problem):
+        tn.SConv2d(tn.TemplateBank(2, 3, 4, 3), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(tn.ConfigError, match="kernel_size=0: expected an integer >= 1"):
+        tn.TemplateBank(2, 3, 4, 0)

@@ -368,7 +368,9 @@ REFUSED = {
         "stages.4.lr: expected stages.N.FIELD with N from 1 to 3",
     ),
     "no stages": (["--recipe", "digits", "--stages.1.lr", "1"], "stages.1.lr: the recipe has no stages"),
-    "which stage": (["--recipe", "ds-net-digits", "--stage", "gate"], "belongs to one of them: say stages.3.stage"),
+    "which stage": (["--recipe", "ds-net-digits", "--stage.options.drawn", "2"], "belongs to one of them: say stages.3.stage"),
+    "a stage that starts from a network": (["--recipe", "ds-net-digits", "--stage", "gate"], "give --model FOLDER"),
+    "no such stage": (["--recipe", "ds-net-digits", "--stage", "widths"], "Expected one that trains: supernet, gate"),
 }
 
 

@@ -98,10 +98,10 @@ def check_whole_number(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
 
 
-def check_steps(name: str, value: object) -> None:
-    """Raise unless ``value`` is an int of at least 1, or two of them."""
+def check_steps(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is an int of at least ``least``, or two of them."""
     for step in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-        check_whole_number(name, step, 1)
+        check_whole_number(name, step, least)
 
 
 def check_number(name: str, value: object, above: float, most: float = sys.float_info.max, *, closed: bool = False) -> None:

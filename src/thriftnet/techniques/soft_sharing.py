@@ -44,6 +44,7 @@ class TemplateBank(Tied):
 
     def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, int]) -> None:
         super().__init__()
+        check_steps("kernel_size", kernel_size)
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         for name, value in (("num_templates", num_templates), ("in_planes", in_planes), ("out_planes", out_planes)):
             check_whole_number(name, value, 1)
@@ -99,6 +100,9 @@ class SConv2d(GeneratedConv2d):
     ) -> None:
         check_steps("stride", stride)
         check_steps("dilation", dilation)
+        check_choice("padding", padding, ("valid", "same")) if isinstance(padding, str) else check_steps(
+            "padding", padding, 0
+        )
         check_whole_number("groups", groups, 1)
         templates, outs, ins, kh, kw = bank.templates.shape
         options: dict[str, Any] = {"bias": False, "padding_mode": padding_mode, "device": "meta"}

@@ -46,6 +46,18 @@ SHIPPED = Path(__file__).parent / "recipes"
 RECALIBRATION = ("widths", "indices", "momentum", "batches")
 
 
+IN_WORDS = {  # types as jsonargparse names them
+    "tuple[float, ...]": "a list of numbers",
+    "tuple[float, float]": "two numbers, as [0.08, 1]",
+    ", NoneType": " or null",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "an integer",
+    "dict": "a mapping",
+    "str": "text",
+}
+
+
 def number(default: float | None, expected: str) -> Any:
     """A field for a number in one of the `RANGES`, or its default None."""
     return field(default=default, metadata={"expected": expected})
@@ -453,6 +465,8 @@ def _in_one_line(message: str) -> str:
     single = re.match(r"Expected a (.*)\. Got value: (.*)", problem)
     if union or single:
         expected, got = (union or single).groups()  # type: ignore[union-attr]
-        kinds = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", expected).replace(", NoneType", " or null")
+        kinds = re.sub(r"<class '(\w+)'>|typing\.Literal\[([^]]*)\]", r"\1\2", expected)
+        for kind, words in IN_WORDS.items():
+            kinds = kinds.replace(kind, words)
         return f"{name}={got!r}: expected {kinds}"
     return f"{name}: {problem}"

@@ -25,6 +25,8 @@ from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
+from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import MODELS, is_zoo_name
 from thriftnet.resolve import open_model
 from thriftnet.store.model_file import FINISHED
 from thriftnet.train.distributed import Distributed
@@ -126,6 +128,9 @@ def train(
     check_stages(parts, network, source)
     results: list[TrainResult] = []
     notes = [note for note in [note_on(network)] if note]
+    built = getattr(network, IDENTITY, {}).get("name", recipe.model)
+    if model is None and is_zoo_name(recipe.model) and built in MODELS and built != recipe.model:
+        notes.append(f"{recipe.model} is {built} in this training")
     with RunFolder(Path(output), is_main=distributed.is_main).locked():
         for number, (part, entry) in enumerate(parts, 1):
             name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
