@@ -55,6 +55,18 @@ def test_all_that_is_known_of_a_network(capsys: pytest.CaptureFixture[str]):
     assert "CVPR 2018" in page
 
 
+def test_top_5_accuracies_stand_beside_top_1(capsys: pytest.CaptureFixture[str]):
+    (entry,) = read(capsys, "models", "mobilenetv2_shared")["models"]
+    assert entry["published"]["top5"] == {"ImageNet": 90.66}
+    assert "ImageNet 72.8 (91.07)" in run(capsys, "models", "resnet34_double_shared")
+    assert "top-5 91.46 %" in MODELS["resnet34_double_shared"].published.note
+    published = MODELS["dsnet"].published
+    assert published == MODELS["slimmable_mobilenetv1"].published
+    assert published.top1.keys() == published.top5.keys()
+    assert list(published.top5.values())[::13] == [89.4, 92.0]
+    assert "sub-network 0 70.1 (89.4), 1 70.4 (89.6)," in run(capsys, "models", "dsnet")
+
+
 def test_every_difference_is_explained_below_the_table(capsys: pytest.CaptureFixture[str]):
     lines = run(capsys, "models").splitlines()
     notes = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines[lines.index("notes") + 1 :]}
