@@ -23,7 +23,7 @@ from thriftnet.measure import inspect
 from thriftnet.measure.latency import time_rounds
 from thriftnet.report import plots
 from thriftnet.text import table
-from thriftnet.train.distributed import total
+from thriftnet.train.distributed import total, total_counts
 from thriftnet.train.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _by_gate(dynamic: DynamicNetwork, loader: Loader, name: str = "gate") -> Poi
     """The widths that the gate chooses."""
     dynamic.reset()
     result = evaluate(dynamic, loader)
-    dynamic.counts = total(dynamic.counts)
+    total_counts(dynamic)
     macs = dynamic.mean_macs
     return Point(name, macs, result.top1, _latency(dynamic, loader), result.images_per_second)
 

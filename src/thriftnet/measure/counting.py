@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.provenance import input_size_of
+from thriftnet.core.tied import first_names
 from thriftnet.core.width import width, widths
 from thriftnet.errors import IncompatibleModelError, first_line
 from thriftnet.measure.layers import LayerCost, layer_costs
@@ -63,7 +64,9 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         found = layer_costs(network)
         uncounted = _run(network, size, found)
     rows = tuple(row for cost in found.values() if (row := cost.row()).matters or cost.is_leaf)
-    return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
+    saved = [value for value in first_names(network).values() if isinstance(value, Tensor)]
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None, size_bytes)
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -158,7 +161,7 @@ def _purpose(module: nn.Module) -> Purpose:
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records operations without a formula, except views, which compute nothing, and those of shifts, counted in bytes."""
+    """Records operations without a formula, except those that compute nothing, and those of shifts, counted in bytes."""
 
     supports_higher_order_operators = True
 
@@ -170,7 +173,8 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = getattr(func, "overloadpacket", func)
         in_shift = self.meter.running[-1][1] == "shift"
-        if op not in self.meter.counter.flop_registry and not in_shift and not getattr(func, "is_view", False):
+        computes = not getattr(func, "is_view", False) and str(op) not in BOOKKEEPING
+        if op not in self.meter.counter.flop_registry and not in_shift and computes:
             self.ops[str(op)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -179,6 +183,25 @@ def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * matrix[0] * matrix[1]
 
 
+BOOKKEEPING = {  # operations that allocate or copy
+    f"aten.{name}"
+    for name in (
+        *(
+            "_to_copy",
+            "_unsafe_view",
+            "arange",
+            "clone",
+            "contiguous",
+            "copy_",
+            "detach_",
+            "empty",
+            "empty_like",
+            "empty_strided",
+        ),
+        *("fill_", "full", "full_like", "lift_fresh", "new_empty", "new_full", "new_zeros", "ones", "ones_like", "resize_"),
+        *("reshape", "scalar_tensor", "zero_", "zeros", "zeros_like"),
+    )
+}
 VECTOR_PRODUCTS = {  # matrix products that torch's table lacks
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.addmv: lambda _, matrix, *args, **kwargs: _matrix_vector_flops(matrix),
