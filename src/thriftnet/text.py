@@ -42,3 +42,8 @@ def short_count(count: float) -> str:
     """
     power = max(i for i in range(4) if i == 0 or abs(count) >= 999.5 * 1000 ** (i - 1))
     return f"{count / 1000**power:.3g}{('', 'K', 'M', 'G')[power]}"
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most ``limit`` characters of a text."""
+    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
