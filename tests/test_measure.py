@@ -364,6 +364,8 @@ def test_the_size_is_that_of_the_saved_tensors() -> None:
     net.register_buffer("scratch", torch.zeros(99), persistent=False)
     report = inspect(net, (32, 16, 16))
     assert report.size_bytes == 2 * (2 * WEIGHT + 4 * 2) + 8 == report.to_dict()["size_bytes"]
+    tied = one_tensor()
+    assert inspect(tied, (32, 16, 16)).size_bytes == 4 * WEIGHT
     large = Report("Net", (3, 8, 8), (), size_bytes=82_300_000)
     assert "\nsize: 78.5 MiB as saved, with buffers\n" in str(large)
 

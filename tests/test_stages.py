@@ -27,7 +27,7 @@ from thriftnet.data.sources import open_data
 from thriftnet.dynamic.gate import gate_of
 from thriftnet.errors import ConfigError
 from thriftnet.importing.layout import read
-from thriftnet.train import train
+from thriftnet.train import distributed, train
 from thriftnet.train.loop import Interrupted, Progress
 from thriftnet.train.loss import Criterion
 from thriftnet.train.recipe import LossFields, Recipe, load_recipe
@@ -300,6 +300,16 @@ def test_ds_net_trains_on_digits_within_a_budget(tmp_path: Path, capsys: pytest.
     mean, std = open_data("digits").mean, open_data("digits").std
     dynamic((test.float() / 255 - mean[0]) / std[0])
     assert round(dynamic.mean_macs) == result["facts"]["macs"]
+
+
+def test_facts_of_a_gate_are_those_of_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "total", lambda value: 3 * value)  # three processes with the same images
+    model = tn.convert(tn.create_model("resnet20"), "slimmable(widths=(0.5, 1.0), gate=True)").eval()
+    dynamic = tn.DynamicNetwork(model, input_size=(3, 8, 8)).eval()
+    dynamic.forced(torch.zeros(3, 3, 16, 16), torch.tensor([0, 1, 1]))
+    low, high = tn.DynamicNetwork(model, input_size=(3, 16, 16)).macs.tolist()
+    facts = make_stage("gate", model, {}, (3, 8, 8)).facts(dynamic)
+    assert facts == {"macs": round((low + 2 * high) / 3), "decisions": {"0.5": 3, "1.0": 6}}
 
 
 def test_the_network_of_a_slimmable_recipe_has_fresh_statistics(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from thriftnet.measure.report import LayerRow, Report
+from thriftnet.measure.report import Report
 
 
 def published_flops(report: Report, paper: str) -> tuple[int, str] | None:
@@ -32,11 +32,8 @@ def _shift(report: Report) -> int:
 
 def _filter_basis(report: Report) -> int:
     """2 x (MACs + 2 per element of a batch norm)"""
-    return 2 * (report.macs + 2 * sum(map(_elements, (row for row in report.rows if row.kind == "BatchNorm2d"))))
-
-
-def _elements(row: LayerRow) -> int:
-    return row.calls * math.prod(row.output or (0,))
+    elements = sum(row.calls * math.prod(row.output or (0,)) for row in report.rows if row.kind == "BatchNorm2d")
+    return 2 * (report.macs + 2 * elements)
 
 
 RULES: dict[str, Callable[[Report], int]] = {"Wu et al., Shift": _shift, "Kang & Kim": _filter_basis}

@@ -21,10 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.provenance import input_size_of
-from thriftnet.core.tied import first_names
 from thriftnet.core.width import width, widths
 from thriftnet.errors import IncompatibleModelError, first_line
-from thriftnet.measure.layers import LayerCost, layer_costs
+from thriftnet.measure.layers import LayerCost, layer_costs, saved_tensors
 from thriftnet.measure.report import Report
 from thriftnet.measure.untouched import untouched
 
@@ -64,8 +63,7 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         found = layer_costs(network)
         uncounted = _run(network, size, found)
     rows = tuple(row for cost in found.values() if (row := cost.row()).matters or cost.is_leaf)
-    saved = [value for value in first_names(network).values() if isinstance(value, Tensor)]
-    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(network))
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None, size_bytes)
 
 
@@ -183,25 +181,11 @@ def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * matrix[0] * matrix[1]
 
 
-BOOKKEEPING = {  # operations that allocate or copy
-    f"aten.{name}"
-    for name in (
-        *(
-            "_to_copy",
-            "_unsafe_view",
-            "arange",
-            "clone",
-            "contiguous",
-            "copy_",
-            "detach_",
-            "empty",
-            "empty_like",
-            "empty_strided",
-        ),
-        *("fill_", "full", "full_like", "lift_fresh", "new_empty", "new_full", "new_zeros", "ones", "ones_like", "resize_"),
-        *("reshape", "scalar_tensor", "zero_", "zeros", "zeros_like"),
-    )
-}
+ALLOCATING = (
+    "empty empty_like empty_strided full full_like new_empty new_full new_zeros ones ones_like resize_ zeros zeros_like"
+)
+COPYING = "_to_copy _unsafe_view arange clone contiguous copy_ detach_ fill_ lift_fresh reshape scalar_tensor zero_"
+BOOKKEEPING = {f"aten.{name}" for name in (*ALLOCATING.split(), *COPYING.split())}
 VECTOR_PRODUCTS = {  # matrix products that torch's table lacks
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.addmv: lambda _, matrix, *args, **kwargs: _matrix_vector_flops(matrix),
