@@ -82,6 +82,31 @@ def test_count_takes_model_arguments_technique_and_baseline(capsys: pytest.Captu
     assert soft["macs"] == soft["against"]["macs"] == 40551040
 
 
+def test_count_sweeps_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    picture = tmp_path / "sweep.svg"
+    axes = ["--sweep", "shared-rank=4,8", "--sweep", "unique_rank=0,1,-1"]
+    command = ["count", "resnet32_double_shared", "--num-classes", "7", *axes]
+    found = json.loads(run(capsys, *command, "--plot", str(picture), "--json"))
+    assert [tuple(row["arguments"].values()) for row in found["sweep"]] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    for row in found["sweep"]:
+        model = thriftnet.create_model("resnet32_double_shared", num_classes=7, **row["arguments"])
+        report = thriftnet.inspect(model)
+        assert (row["params"], row["macs"]) == (report.params, report.macs)
+    assert [row["arguments"]["unique_rank"] for row in found["refused"]] == [-1, -1]
+    assert picture.read_text().startswith("<svg")
+    head, *rows = run(capsys, *command).splitlines()
+    assert head.split() == ["shared_rank", "unique_rank", "parameters", "MACs"]
+    assert len(rows) == 6
+    assert rows[-1].startswith("left out: shared_rank=8, unique_rank=-1: unique_rank=-1")
+
+
+def test_count_sweeps_words_and_converts(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    options = ["--technique", "soft-sharing(templates=2)", "--plot", str(tmp_path / "sweep.svg")]
+    rows = json.loads(run(capsys, "count", "resnet20", "--sweep", "shortcut=pad,projection", *options, "--json"))["sweep"]
+    assert [row["arguments"]["shortcut"] for row in rows] == ["pad", "projection"]
+    assert rows[0]["params"] == 122298 < rows[1]["params"]
+
+
 def test_count_reads_any_callable(capsys: pytest.CaptureFixture[str]):
     result = json.loads(
         run(
@@ -155,6 +180,12 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["count", "timm:resnet5"], "did you mean"),
         (["count", "no.such.module:thing"], "package.module:callable"),
         (["count"], "required"),
+        (["count", "resnet20", "--sweep", "num_clases=3,4"], "did you mean 'num_classes'"),
+        (["count", "resnet20", "--sweep", "num_classes"], "expected an argument and its values"),
+        (["count", "resnet20", "--sweep", "num_classes=3", "--num-classes", "4"], "num_classes is given twice"),
+        (["count", "resnet20", "--sweep", "num_classes=-3"], "takes none of these combinations"),
+        (["count", "resnet20", "--plot", "x.svg"], "--plot draws what --sweep counts"),
+        (["count", "resnet20", "--sweep", "num_classes=3", "--against", "resnet32"], "give one of them"),
         (["count", "resnet20", "--jsn"], "did you mean '--json'"),
         (["plan", "resnet20", "--technique", "shift", "--select", "("], "not a regular expression"),
         (["plan", "resnet20", "--technique", "shift", "--select", "layer9"], "matches no layer"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import thriftnet as tn
 from images import class_folders
 from thriftnet.cli import main
+from thriftnet.cli.train import Bar
+from thriftnet.train.loop import Progress
 
 KEYS = {
     "run",
@@ -89,6 +93,72 @@ def test_several_processes_started_by_torchrun(tmp_path: Path):
     printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(printed) == 1
     assert json.loads(printed[0])["world_size"] == 2
+    assert sum("left" in line for line in done.stderr.splitlines() if line.startswith("epoch ")) == 1, "the main process's"
+
+
+EPOCH = r"epoch {}: train loss \d+\.\d{{3}}, top-1 \d+\.\d\d %, [\d,]+ images/s, \d:\d\d:\d\d left"
+
+
+def test_each_epoch_is_a_line_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = [
+        "train",
+        "--model",
+        "resnet20",
+        "--epochs",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+        *SHORT,
+        "--batch-size",
+        "512",
+    ]
+    assert main([*command, "--json"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 2
+    assert all(re.fullmatch(EPOCH.format(f"{number}/2"), line) for number, line in enumerate(lines, 1)), lines
+    assert lines[1].endswith(" 0:00:00 left")
+    assert len(captured.out.splitlines()) == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+STEPS = (
+    Progress(1, 2, 0.5, 64),
+    Progress(2, 2, 1.0, 64, {"train_loss": 0.25, "seconds": 1.0, "images_per_second": 128.0}),
+)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_on_a_terminal_each_stage_leaves_its_bar(rank: str, monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("COLUMNS", "120")
+    with Bar() as bar:
+        for progress in STEPS * 2:  # two stages of a recipe
+            bar.on_progress(progress)
+    text = terminal.getvalue()
+    if rank == "1":
+        assert not text
+        return
+    *_, first, second = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text).strip().splitlines()
+    for line in (first, second):
+        assert line.strip().startswith("epoch 1.0 ")
+        assert "2/2" in line
+        assert "train loss 0.250" in line
+    assert "left" not in text
+
+
+def test_lines_of_a_named_training_and_without_accuracy(capsys: pytest.CaptureFixture[str]):
+    with Bar() as bar:
+        bar.start("shift")
+        for progress in STEPS:
+            bar.on_progress(progress)
+    assert capsys.readouterr().err == "shift            epoch 1/1: train loss 0.250, 128 images/s, 0:00:00 left\n"
 
 
 MISTAKES = {
@@ -115,8 +185,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_gives_one_clear_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    import re
-
     options, wanted = MISTAKES[name]
     line = refused(capsys, *SHORT, "--model", "resnet20", "--output", str(tmp_path / "run"), *options)
     assert re.search(wanted, line), line

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import thriftnet as tn
+from images import png
 from thriftnet.cli import main
 from thriftnet.core.width import width
 from thriftnet.data.augmentation import Augmentation
@@ -51,6 +54,7 @@ def test_every_width_and_one(gated: str, tmp_path: Path, capsys: pytest.CaptureF
     assert (by_index["name"], by_index["top1"]) == ("0.5", plain["top1"])
     widest = result(capsys, "evaluate", gated, "--data", "digits", "--mode", "width", "--width", "1")
     assert (widest["name"], widest["top1"]) == ("1", rows[3]["top1"])  # not the second width
+    assert one["top5"] == rows[1]["top5"] == plain["top5"] >= one["top1"]
     assert one["macs"] == rows[1]["macs"] == tn.inspect(tn.freeze(tn.load(gated), 0.5), (1, 8, 8)).macs
 
 
@@ -76,6 +80,59 @@ def test_a_sweep_of_budgets_lies_beside_the_fixed_widths(gated: str, tmp_path: P
     assert fixed[0] <= spent[0] <= spent[-1] <= fixed[-1] + 1000  # the gate itself costs a little
     assert picture.read_text().startswith("<svg")
     assert width(tn.load(gated)) == 1.0
+
+
+def test_every_top_k_asked_for_is_a_column(gated: str, capsys: pytest.CaptureFixture[str]):
+    options = ["evaluate", gated, "--data", "digits", "--limit", "50", "--mode", "all"]
+    every = result(capsys, *options, "--topk", "3,99")
+    assert all(row["top1"] <= row["top3"] <= row["top99"] == 100 for row in every["widths"])  # type: ignore[attr-defined]
+    assert not any("top5" in row for row in every["widths"])  # type: ignore[attr-defined]
+    assert main([*options, "--topk", "3,99"]) == 0
+    assert "top-1, %  top-3, %  top-99, %" in capsys.readouterr().out
+    assert main(options) == 0
+    assert "top-1, %  top-5, %  ms" in capsys.readouterr().out
+
+
+def test_tables_of_many_widths_and_long_names_are_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All sub-networks of a DS-Net, and 30 classes with names as long as ImageNet's."""
+    stages = (((8, 16), 1, 3, 2, "ds", False), (tuple(range(8, 64, 4)), 1, 3, 2, "ds", True))
+    torch.manual_seed(0)
+    model = tn.create_model("dsnet", num_classes=30, stem=(8, 16), stages=stages, gate_choices=list(range(14)))
+    tn.save(model.eval(), tmp_path / "ds", metadata={"input_size": [3, 16, 16]})
+    for number in range(30):
+        place = tmp_path / "data" / "test" / (f"class {number}, " + "also known by another name, " * 5)
+        place.mkdir(parents=True)
+        (place / "image.png").write_bytes(png(number))
+    shutil.copytree(tmp_path / "data" / "test", tmp_path / "data" / "train")
+    command = ["evaluate", str(tmp_path / "ds"), "--data", f"folder:{tmp_path / 'data'}"]
+    for mode, rows in (("all", 15), ("dynamic", 20)):
+        assert main([*command, "--mode", mode]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 120
+        assert len(lines) == (rows + 1 if mode == "all" else rows + 5)
+    assert lines[3] == "images of the 20 classes that cost most by the width chosen:"
+    assert all("…  " in line for line in lines[5:])
+    decisions = result(capsys, *command, "--mode", "dynamic")["decisions"]
+    assert len(decisions) == 30  # type: ignore[arg-type]
+
+
+def test_budgets_below_a_million_are_read(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["evaluate", gated, "--data", "digits", "--limit", "30", "--sweep-budget", str(tmp_path / "sweep.svg")]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("budget 996K     995,")
+    assert re.search(r" \d,\d{3},\d{3} ", lines[-1])
+
+
+@pytest.mark.parametrize("option", [("--width", "4"), ("--width-index", "1")])
+@pytest.mark.parametrize("network", ["wrn16_4", "wrn", "timm:resnet18"])
+def test_a_width_is_never_an_argument_of_the_network(
+    network: str, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+):
+    """WideResNets are built with a width, but have one only."""
+    shape = [] if network == "wrn16_4" else ["--in-chans", "1"]
+    assert main(["evaluate", network, *shape, "--data", "digits", *option]) == 2
+    assert "has one width only" in capsys.readouterr().err
 
 
 def test_recalibrate_changes_statistics_only(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -108,6 +165,8 @@ MISTAKES = {
     "width": (["evaluate", "--mode", "width=0.3"], "no width 0.3"),
     "budget out of reach": (["evaluate", "--mode", "dynamic", "--budget", "9G"], "out of reach: expected"),
     "budget of a fixed width": (["evaluate", "--mode", "all", "--budget", "1M"], "--budget goes with --mode dynamic"),
+    "width of all": (["evaluate", "--mode", "all", "--width", "0.5"], "go with --mode width"),
+    "two widths": (["evaluate", "--mode", "width=0.5", "--width-index", "0"], "go with --mode width"),
     "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: expected a number > 0"),
     "picture": (["evaluate", "--mode", "all", "--plot", "x.png"], "ends in .svg"),
     "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: expected"),

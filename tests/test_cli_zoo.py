@@ -12,6 +12,7 @@ import pytest
 
 import thriftnet as tn
 from thriftnet.cli import main
+from thriftnet.measure.as_published import published_flops
 from thriftnet.models import MODELS
 
 
@@ -55,6 +56,18 @@ def test_all_that_is_known_of_a_network(capsys: pytest.CaptureFixture[str]):
     assert "CVPR 2018" in page
 
 
+def test_top_5_accuracies_stand_beside_top_1(capsys: pytest.CaptureFixture[str]):
+    (entry,) = read(capsys, "models", "mobilenetv2_shared")["models"]
+    assert entry["published"]["top5"] == {"ImageNet": 90.66}
+    assert "ImageNet 72.8 (91.07)" in run(capsys, "models", "resnet34_double_shared")
+    assert "top-5 91.46 %" in MODELS["resnet34_double_shared"].published.note
+    published = MODELS["dsnet"].published
+    assert published == MODELS["slimmable_mobilenetv1"].published
+    assert published.top1.keys() == published.top5.keys()
+    assert list(published.top5.values())[::13] == [89.4, 92.0]
+    assert "sub-network 0 70.1 (89.4), 1 70.4 (89.6)," in run(capsys, "models", "dsnet")
+
+
 def test_every_difference_is_explained_below_the_table(capsys: pytest.CaptureFixture[str]):
     lines = run(capsys, "models").splitlines()
     notes = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines[lines.index("notes") + 1 :]}
@@ -84,11 +97,13 @@ def test_authors_spellings_are_found(capsys: pytest.CaptureFixture[str]):
 
 
 def test_count_compares_with_the_plain_network(capsys: pytest.CaptureFixture[str]):
-    *_, head, last = run(capsys, "count", "shiftresnet20", "--expansion", "3").splitlines()
-    assert head == "against plain resnet20_projection, the network that the paper starts from:"
-    assert last == (
-        "parameters 95,642, plain resnet20_projection 272,474: 2.85x fewer; MACs 16,433,792, plain 40,813,184: 2.48x fewer"
+    *_, plain, published = run(capsys, "count", "shiftresnet20", "--expansion", "3").splitlines()
+    assert plain == (
+        "the plain network that the paper starts from, resnet20_projection: 272,474 parameters: 2.85x fewer; "
+        "40,813,184 MACs: 2.48x fewer"
     )
+    assert published.startswith("as the paper counts: 16,581,248 FLOPs (MACs, with the stem counted as 3 x 3 filters")
+    assert published.endswith("the plain network 40,960,640")
     result = read(capsys, "count", "shiftresnet20", "--expansion", "3")
     assert (result["params"], result["macs"]) == (95642, 16433792)
     against = result["against"]
@@ -97,10 +112,9 @@ def test_count_compares_with_the_plain_network(capsys: pytest.CaptureFixture[str
 
 
 def test_count_against_another_network(capsys: pytest.CaptureFixture[str]):
-    last = run(capsys, "count", "shiftresnet20", "--expansion", "9", "--against", "resnet20").splitlines()[-1]
-    assert last.startswith(
-        "parameters 277,850, resnet20 269,722: 1.03x more; MACs 47,891,072, resnet20 40,551,040: 1.18x more"
-    )
+    *_, against, last = run(capsys, "count", "shiftresnet20", "--expansion", "9", "--against", "resnet20").splitlines()
+    assert last.startswith("as the paper counts: 48,038,528 FLOPs")
+    assert against == "against resnet20: 269,722 parameters: 1.03x more; 40,551,040 MACs: 1.18x more"
     both = read(capsys, "count", "shiftresnet20", "--num-classes", "100", "--against", "shiftresnet20")["against"]
     assert both["params_reduction"] == both["macs_reduction"] == 1
 
@@ -132,9 +146,45 @@ def test_plain_networks_are_compared_with_nothing(capsys: pytest.CaptureFixture[
 
 def test_a_saved_network_is_compared_too(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     folder = tn.save(tn.create_model("shiftresnet20", expansion=3), tmp_path / "m")
-    assert (
-        run(capsys, "count", str(folder)).splitlines()[-1].startswith("parameters 95,642, plain resnet20_projection 272,474")
-    )
+    assert "from, resnet20_projection: 272,474 parameters: 2.85x fewer" in run(capsys, "count", str(folder))
+
+
+def in_units(published: str) -> tuple[float, float]:
+    """A published count and its last digit's half, doubled where a count in G was rounded before it was doubled."""
+    if not published.endswith("G"):
+        return float(published.replace(",", "")), 0.5
+    return 1e9 * float(published[:-1]), 2 * 0.005e9
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, entry in MODELS.items() if entry.published.flops and "to" not in entry.published.flops]
+)
+def test_flops_are_counted_as_the_paper_does(name: str):
+    entry = MODELS[name]
+    found = published_flops(tn.inspect(tn.create_model(name), entry.input_size), entry.paper)
+    stated, half = in_units(entry.published.flops)
+    assert found is not None
+    assert abs(found[0] - stated) <= half + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stated"),
+    [
+        (["cifar_resnet34_single_shared", "--shared-rank", "8"], "0.79G"),
+        (["cifar_resnet34_single_shared", "--shared-rank", "32"], "1.55G"),
+        (["resnet32_single_shared", "--shared-rank", "8"], "0.10G"),
+        (["shiftresnet20", "--expansion", "3", "--num-classes", "0"], "16580608"),
+    ],
+)
+def test_published_flops_of_other_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], stated: str):
+    wanted, half = in_units(stated)
+    found = read(capsys, "count", *arguments)["published_flops"]
+    assert abs(found["flops"] - wanted) <= half + 1
+
+
+def test_a_paper_that_states_no_flops_has_no_such_line(capsys: pytest.CaptureFixture[str]):
+    assert published_flops(tn.inspect(tn.create_model("resnet20")), MODELS["dsnet"].paper) is None
+    assert "as the paper counts" not in run(capsys, "count", "swrn16_1_2")
 
 
 @pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.baseline])

@@ -70,10 +70,11 @@ def test_every_image_gets_what_its_width_gives(name: str, fold_norms: bool) -> N
     assert_close(dynamic.forced(x, decisions), expected, 1e-11, "forced")
     assert list(dynamic.histogram.values()) == torch.bincount(decisions).tolist()
     macs = torch.tensor([tn.inspect(network, (3, 32, 32)).macs for network in alone.values()]).double()
-    gate = (DynamicNetwork(model, input_size=(3, 32, 32)).macs - macs).unique()
+    at_32 = DynamicNetwork(model, input_size=(3, 32, 32)).macs
+    gate = (at_32 - macs).unique()
     assert gate.numel() == 1, "the gate costs the same whatever it says"
     assert 0 < float(gate) < 0.01 * float(macs.min())
-    assert dynamic.mean_macs == pytest.approx(float(dynamic.macs[decisions].mean()))
+    assert dynamic.mean_macs == pytest.approx(float(at_32[decisions].mean()))
 
 
 @pytest.mark.parametrize("name", ["ds", "ds-any"])
@@ -107,6 +108,24 @@ def test_other_sizes_of_images() -> None:
     model = ds_net()
     dynamic, x = DynamicNetwork(model, input_size=(3, 32, 32)), images(3, 48)
     assert_close(dynamic.forced(x, torch.tensor([0, 1, 2]))[1], tn.freeze(model, index=1)(x)[1].detach(), 1e-11, "48 pixels")
+
+
+def test_what_is_spent_follows_the_size_of_the_images() -> None:
+    model = ds_net()
+    dynamic = DynamicNetwork(model, input_size=(3, 32, 32))
+    at = {side: DynamicNetwork(model, input_size=(3, side, side)).macs for side in (32, 48)}
+    before, weighed = dynamic.decisions(images(3)), dynamic.macs.clone()
+    small, large = torch.tensor([0, 1, 1]), torch.tensor([2, 2])
+    dynamic.forced(images(3), small)
+    dynamic.forced(images(2, 48), large)
+    spent = float(at[32][small].sum() + at[48][large].sum())
+    assert int(dynamic.spent) == spent > float(at[32][torch.cat([small, large])].sum())
+    assert dynamic.mean_macs == pytest.approx(spent / 5)
+    assert torch.equal(dynamic.macs, weighed), "decisions weigh what they did"
+    assert torch.equal(dynamic.decisions(images(3)), before)
+    twin = copy.deepcopy(dynamic)
+    twin.reset()
+    assert twin.mean_macs == 0 < dynamic.mean_macs
 
 
 def test_what_is_refused() -> None:

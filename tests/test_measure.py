@@ -348,12 +348,38 @@ def test_rows_and_json_and_text() -> None:
     ]
     text = str(report).splitlines()
     assert text[0] == "Sequential on 3x12x12, batch 1"
-    assert text[1] == f"parameters: {report.params:,} stored, {report.dense_params:,} in the plain network (1.79x)"
-    assert text[2] == f"MACs: {report.macs:,}"
-    assert text[4].split() == ["layer", "kind", "output", "params", "dense", "MACs", "calls"]
-    assert [line.split()[0] for line in text[5:9]] == ["0.stem", "0.body.0", "0.body.2", "0.fc"]
+    plain = f"{report.dense_params:,} if every converted layer were the plain layer that it replaces (1.79x)"
+    assert text[1] == f"parameters: {report.params:,} stored; {plain}"
+    assert text[2] == "size: 0.0 MiB as saved, with buffers"
+    assert text[3] == f"MACs: {report.macs:,}"
+    assert text[5].split() == ["layer", "kind", "output", "params", "dense", "MACs", "calls"]
+    assert [line.split()[0] for line in text[6:10]] == ["0.stem", "0.body.0", "0.body.2", "0.fc"]
     assert not any("ReLU" in line for line in text)
     assert text[-1] == "not counted (no formula): mean 1x, relu 1x"
+
+
+def test_the_size_is_that_of_the_saved_tensors() -> None:
+    net = banked().half()
+    net.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    net.register_buffer("scratch", torch.zeros(99), persistent=False)
+    report = inspect(net, (32, 16, 16))
+    assert report.size_bytes == 2 * (2 * WEIGHT + 4 * 2) + 8 == report.to_dict()["size_bytes"]
+    tied = one_tensor()
+    assert inspect(tied, (32, 16, 16)).size_bytes == 4 * WEIGHT
+    large = Report("Net", (3, 8, 8), (), size_bytes=82_300_000)
+    assert "\nsize: 78.5 MiB as saved, with buffers\n" in str(large)
+
+
+class Careful(nn.Module):
+    """Copies its input in several ways before it computes anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x).copy_(x.detach().clone()).transpose(1, 2).contiguous().double()
+        return torch.relu(y + torch.zeros_like(y))
+
+
+def test_operations_that_allocate_or_copy_are_no_computation() -> None:
+    assert inspect(Careful(), (3, 8, 8)).uncounted == {"aten.add": 1, "aten.relu": 1}
 
 
 class Restless(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import reference
 import thriftnet as tn
 from laws import assert_close, law_fold_is_equal, ties
 from networks import NETWORKS, perturb
+from thriftnet.cli import main
 from thriftnet.techniques.soft_sharing import agreement, best_fit
 
 SNIPPET = Path(__file__).parent / "data" / "soft_sharing_readme.txt"
@@ -239,6 +241,8 @@ def looping() -> nn.Module:
 
 def test_recurrence_is_folded() -> None:
     model, x = looping(), NETWORKS["chain"].image()
+    assert tn.recurrences(model, threshold=0.999) == [["convs.0", "convs.2"], ["convs.1", "convs.3"]]
+    assert tn.recurrences(model, threshold=1.0) == [["convs.0", "convs.2"]]
     before = model(x)
     folded = tn.fold_recurrence(model, threshold=0.999)
     assert folded.convs[0] is folded.convs[2]
@@ -266,6 +270,7 @@ def test_scaled_copies_are_no_recurrence() -> None:
         tn.IncompatibleModelError, match=r"no two layers agree to threshold=0\.9: the closest pair reaches 0\.8"
     ):
         tn.fold_recurrence(model, threshold=0.9)
+    assert tn.recurrences(model, threshold=0.9) == []
 
 
 def test_layers_of_another_stride_are_no_recurrence() -> None:
@@ -278,6 +283,60 @@ def test_layers_of_another_stride_are_no_recurrence() -> None:
 def test_bad_thresholds(threshold: float) -> None:
     with pytest.raises(tn.ConfigError, match=r"threshold=.*: expected a number in \(0, 1\]"):
         tn.fold_recurrence(looping(), threshold=threshold)
+
+
+def loops_saved(folder: Path) -> tuple[str, nn.Module]:
+    """A ResNet whose first two layers of the first bank have learned the same mix, but the other two not, and its folder."""
+    torch.manual_seed(0)
+    model = tn.convert(tn.create_model("resnet20"), tn.SoftSharing(templates=2))
+    layers = [module for module in model.modules() if isinstance(module, tn.SConv2d)]
+    with torch.no_grad():
+        for angle, layer in enumerate(layers):
+            layer.coefficients.copy_(torch.tensor([angle, 1.0 - angle]).sin())
+        layers[1].coefficients.copy_(layers[0].coefficients * 1.01)
+    return str(tn.save(model, folder / "model")), model
+
+
+def test_the_command_shows_and_ties_what_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, model = loops_saved(tmp_path)
+    picture, looped = tmp_path / "similarity.svg", str(tmp_path / "looped")
+    options = ["--plot", str(picture), "--output", looped, "--threshold", "0.9999"]
+    assert main(["similarity", place, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for bank, expected in tn.similarity(model).items():
+        assert tuple(found["banks"][bank]["layers"]) == expected.layers
+        assert torch.equal(torch.tensor(found["banks"][bank]["similarity"]), expected.matrix)
+        assert bool((expected.matrix <= 1).all())
+    first, second = found["recurrences"][0]
+    assert (first, second) == ("layer1.0.conv1", "layer1.0.conv2")
+    tied = tn.load(looped)
+    assert tied.get_submodule(first) is tied.get_submodule(second)
+    assert (found["params_before"], found["params"]) == tuple(tn.inspect(net).params for net in (model, tied))
+    assert found["params"] < found["params_before"]
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg")
+    assert all(f"<!-- {layer} -->" in drawn for bank in found["banks"].values() for layer in bank["layers"])
+    assert main(["similarity", place, "--threshold", "0.9999"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "layer1.0.conv1.bank"
+    assert lines[2].split()[:4] == ["1", "layer1.0.conv1", "1.00", "1.00"]
+    assert "one layer at threshold 0.9999: layer1.0.conv1, layer1.0.conv2" in lines
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, _ = loops_saved(tmp_path)
+    looped = str(tmp_path / "looped")
+    for arguments, expected in (
+        (["resnet20"], "no template bank"),
+        ([place, "--threshold", "2"], "threshold=2.0: expected a number in (0, 1]"),
+        ([place, "--threshold", "1", "--output", looped], "no two layers agree to threshold=1.0"),
+        ([place, "--plot", "x.png"], "ends in .svg"),
+    ):
+        assert main(["similarity", *arguments]) == 2
+        assert expected in capsys.readouterr().err
+    assert not Path(looped).exists()
+    assert main(["similarity", place, "--threshold", "1"]) == 0
+    assert "no two layers agree at threshold 1" in capsys.readouterr().out
 
 
 def test_layers_print_their_geometry() -> None:

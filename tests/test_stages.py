@@ -27,7 +27,7 @@ from thriftnet.data.sources import open_data
 from thriftnet.dynamic.gate import gate_of
 from thriftnet.errors import ConfigError
 from thriftnet.importing.layout import read
-from thriftnet.train import train
+from thriftnet.train import distributed, train
 from thriftnet.train.loop import Interrupted, Progress
 from thriftnet.train.loss import Criterion
 from thriftnet.train.recipe import LossFields, Recipe, load_recipe
@@ -302,6 +302,16 @@ def test_ds_net_trains_on_digits_within_a_budget(tmp_path: Path, capsys: pytest.
     assert round(dynamic.mean_macs) == result["facts"]["macs"]
 
 
+def test_facts_of_a_gate_are_those_of_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "total", lambda value: 3 * value)  # three processes with the same images
+    model = tn.convert(tn.create_model("resnet20"), "slimmable(widths=(0.5, 1.0), gate=True)").eval()
+    dynamic = tn.DynamicNetwork(model, input_size=(3, 8, 8)).eval()
+    dynamic.forced(torch.zeros(3, 3, 16, 16), torch.tensor([0, 1, 1]))
+    low, high = tn.DynamicNetwork(model, input_size=(3, 16, 16)).macs.tolist()
+    facts = make_stage("gate", model, {}, (3, 8, 8)).facts(dynamic)
+    assert facts == {"macs": round((low + 2 * high) / 3), "decisions": {"0.5": 3, "1.0": 6}}
+
+
 def test_the_network_of_a_slimmable_recipe_has_fresh_statistics(tmp_path: Path) -> None:
     """What is told of it at the end is told of that network, not of the one before."""
     how = recipe(stages=[{"stage": "supernet", "ema_decay": 0.8}, {"recalibrate": {}}], select_on="last")
@@ -368,9 +378,15 @@ REFUSED = {
         "stages.4.lr: expected stages.N.FIELD with N from 1 to 3",
     ),
     "no stages": (["--recipe", "digits", "--stages.1.lr", "1"], "stages.1.lr: the recipe has no stages"),
-    "which stage": (["--recipe", "ds-net-digits", "--stage.options.drawn", "2"], "belongs to one of them: say stages.3.stage"),
+    "which stage": (
+        ["--recipe", "ds-net-digits", "--stage.options.drawn", "2"],
+        "belongs to one of them: say stages.3.stage",
+    ),
     "a stage that starts from a network": (["--recipe", "ds-net-digits", "--stage", "gate"], "give --model FOLDER"),
-    "no such stage": (["--recipe", "ds-net-digits", "--stage", "widths"], "Expected one that trains: supernet, gate"),
+    "no stage of the recipe": (
+        ["--recipe", "ds-net-digits", "--stage", "widths"],
+        "Expected one that trains: supernet, gate",
+    ),
 }
 
 

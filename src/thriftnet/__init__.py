@@ -78,7 +78,14 @@ if TYPE_CHECKING:
     from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
     from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
     from thriftnet.techniques.slimmable import Slimmable
-    from thriftnet.techniques.soft_sharing import SConv2d, SoftSharing, TemplateBank, fold_recurrence, similarity
+    from thriftnet.techniques.soft_sharing import (
+        SConv2d,
+        SoftSharing,
+        TemplateBank,
+        fold_recurrence,
+        recurrences,
+        similarity,
+    )
     from thriftnet.techniques.weight_sharing import WeightSharing
     from thriftnet.train.evaluate import evaluate
 

@@ -31,3 +31,19 @@ def _cell(value: object) -> tuple[str, bool]:
     if isinstance(value, int):
         return f"{value:,}", True
     return (f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"), True
+
+
+def short_count(count: float) -> str:
+    """A count in three digits or so, as the options that take one are written.
+
+    Example:
+        >>> short_count(970), short_count(42_000), short_count(1_600_000), short_count(131_997_952)
+        ('970', '42K', '1.6M', '132M')
+    """
+    power = max(i for i in range(4) if i == 0 or abs(count) >= 999.5 * 1000 ** (i - 1))
+    return f"{count / 1000**power:.3g}{('', 'K', 'M', 'G')[power]}"
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most ``limit`` characters of a text."""
+    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"

@@ -22,6 +22,7 @@ VERBS = {
     "bench": "time a network as it is, converted, folded, packed and compiled",
     "recalibrate": "estimate batch-norm statistics again from training images, at every width",
     "search": "find the best widths of a trained slimmable network within a budget of MACs; saves a plain network",
+    "similarity": "show which layers of a network with soft sharing have learned the same, and tie them",
     "fold": "turn a converted network into plain layers, check that the outputs are equal, and save it",
 }
 MODULES = {"import": "import_"}  # a verb that is a keyword of Python

@@ -13,7 +13,7 @@ from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.text import table
 
 PLAIN = "plain"  # in place of the technique of a network that has none
-FIGURES = ("params", "MACs", "published params", "published FLOPs", "published top-1 %")
+FIGURES = ("params", "MACs", "published params", "published FLOPs", "published top-1 (top-5) %")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def _in_order(name: str) -> list[tuple[bool, int, str]]:
 def _as_dict(name: str, entry: ModelEntry) -> dict[str, Any]:
     """One network, JSON-ready."""
     keys = ("paper", "technique", "params", "macs", "input_size", "aliases", "baseline", "note")
-    published = {**vars(entry.published), "top1": dict(entry.published.top1)}
+    published = {**vars(entry.published), "top1": dict(entry.published.top1), "top5": dict(entry.published.top5)}
     return {"name": name, **{key: getattr(entry, key) for key in keys}, "published": published}
 
 
@@ -124,10 +124,15 @@ def _markdown(chosen: Mapping[str, ModelEntry]) -> str:
 
 def _row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[object, ...]:
     published = entry.published
-    top1 = ", ".join(f"{data} {figure:g}" for data, figure in published.top1.items())
+    top5 = {data: f" ({figure:g})" for data, figure in published.top5.items()}
+    accuracies, before = [], ""
+    for data, figure in published.top1.items():
+        common, _, last = data.rpartition(" ")  # "ImageNet, sub-network" is written once
+        accuracies.append(f"{last if common and common == before else data} {figure:g}{top5.get(data, '')}")
+        before = common
     notes = ", ".join(numbers[note] for note in _notes(entry))
     counts = (entry.params, entry.macs, published.params, published.flops)
-    return (name, entry.technique, *counts, top1, _short(entry.paper), notes)
+    return (name, entry.technique, *counts, ", ".join(accuracies), _short(entry.paper), notes)
 
 
 def _notes(entry: ModelEntry) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import KWARGS_HELP, Parser, emit, parse_with_kwargs, possible_kwargs, unknown_option
@@ -127,7 +128,7 @@ def _check_kwarg(model: str, key: str) -> None:
 
 
 class Bar:
-    """On a terminal, a progress bar with rate and time left for each training; nothing elsewhere."""
+    """On stderr: a progress bar for each training on a terminal, elsewhere a line for each epoch; from the main process only."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -153,6 +154,7 @@ class Bar:
         """Give the next training a bar of its own."""
         self.name, self.note = name and f"{name:<16} ", ""
         self.task: Any = None
+        self.step = 0
 
     def __enter__(self) -> Bar:
         self.bars.start()
@@ -163,20 +165,26 @@ class Bar:
 
     def on_progress(self, progress: Progress) -> None:
         """Show one step."""
-        if self.bars.disable:
+        if not self.is_main:
             return
-        now = time.perf_counter()
-        if self.task is None:
+        now, row = time.perf_counter(), progress.row or {}
+        if self.task is None or progress.step <= self.step:  # each stage of a recipe counts from 1
             fields: Any = {"epochs": 0.0, "rate": 0.0, "note": ""}
             self.task = self.bars.add_task(self.name, total=progress.steps, completed=progress.step, **fields)
-            self.seen, self.since = 0, now
+            self.first, self.seen, self.since = progress.step - 1, 0, now - row.get("seconds", 0.0)
+        self.step = progress.step
         self.seen += progress.images
-        if progress.row is not None:
-            self.note = f"train loss {progress.row['train_loss']:.3f}"
-            if "top1" in progress.row:
-                self.note += f", top-1 {progress.row['top1']:.2f} %"
+        if row:
+            accuracy = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
+            self.note = f"train loss {row['train_loss']:.3f}{accuracy}"
         rate = self.seen / max(now - self.since, 1e-9)
         self.bars.update(self.task, completed=progress.step, epochs=progress.epochs, rate=rate, note=self.note)
+        if row and self.bars.disable:
+            left = (progress.steps - progress.step) * (now - self.since) / (progress.step - self.first)
+            epochs = f"{progress.epochs:g}/{progress.epochs * progress.steps / progress.step:g}"
+            speed = f"{row['images_per_second']:,.0f} images/s, {timedelta(seconds=round(left))} left"
+            sys.stderr.write(f"{self.name}epoch {epochs}: {self.note}, {speed}\n")
+            sys.stderr.flush()
 
 
 def describe(result: TrainResult) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from thriftnet.core.fold import freeze
 from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.norm import PlainBatchNorm2d
+from thriftnet.core.probe import IgnoreOuterModes, on_meta
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.width import Width, WidthAware, format_width, width_index
 from thriftnet.core.width import widths as widths_of
@@ -60,8 +61,9 @@ class DynamicNetwork(nn.Module):
         4
     """
 
-    macs: Tensor
-    counts: Tensor
+    macs: Tensor  # of each width, on images of the input size: what decisions weigh
+    counts: Tensor  # images that took each width
+    spent: Tensor  # multiply-accumulates on these images, at their own sizes
 
     def __init__(
         self,
@@ -88,19 +90,20 @@ class DynamicNetwork(nn.Module):
         self.image_channels = size[0]
         if cost is not None:
             self.cost = cost
-        macs = [inspect(network, size).macs for network in frozen]
         self.kept = tuple(dict.fromkeys((*split.cuts, self.reads)))
         self.cuts = [self.kept.index(name) for name in split.cuts]
-        self.front = _deployed(Front(freeze(model, gate.widths[0]), split, self.kept), [size], fold_norms, compile)
+        front = Front(freeze(model, gate.widths[0]), split, self.kept)
+        self.macs_at = _MacsAt(front, self.kept.index(self.reads), gate, frozen)
+        self.front = _deployed(front, [size], fold_norms, compile)
         like = next(gate.parameters())
         with torch.no_grad():
             shapes = [tuple(out.shape[1:]) for out in self.front(like.new_zeros(1, *size))]
         inputs = [shapes[index] for index in self.cuts]
         self.tails = nn.ModuleList(_deployed(Tail(network, split), inputs, fold_norms, compile, size) for network in frozen)
-        of_gate = inspect(gate, shapes[self.kept.index(self.reads)]).macs
-        of_widths = torch.tensor([each + of_gate for each in macs], dtype=torch.float64, device=like.device)
+        of_widths = torch.tensor(self.macs_at(size), dtype=torch.float64, device=like.device)
         self.register_buffer("macs", of_widths, persistent=False)
         self.register_buffer("counts", torch.zeros_like(of_widths, dtype=torch.int64), persistent=False)
+        self.register_buffer("spent", self.counts.sum(), persistent=False)
         self.train(model.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicNetwork:
@@ -164,6 +167,7 @@ class DynamicNetwork(nn.Module):
         chosen = decisions.tolist()
         counts = [chosen.count(choice) for choice in range(len(self.widths))]
         self.counts += torch.tensor(counts, device=self.counts.device)
+        self.spent += sum(count * macs for count, macs in zip(counts, self.macs_at(shape), strict=True))
         used = [choice for choice, count in enumerate(counts) if count]
         if len(used) == 1:
             return self.tails[used[0]](features, shape)  # type: ignore[no-any-return]
@@ -194,13 +198,13 @@ class DynamicNetwork(nn.Module):
 
     @property
     def mean_macs(self) -> float:
-        """Multiply-accumulates per image since the last `reset`, including the gate's; 0 if there were no images."""
-        total = int(self.counts.sum())
-        return float((self.counts * self.macs).sum()) / total if total else 0.0
+        """Multiply-accumulates per image since the last `reset`, at the images' sizes and including the gate's; 0 without images."""
+        return int(self.spent) / max(int(self.counts.sum()), 1)
 
     def reset(self) -> None:
         """Set the counts to zero."""
         self.counts.zero_()
+        self.spent.zero_()
 
     @torch.no_grad()
     def set_budget(self, macs: float, loader: Iterable[Any]) -> float:
@@ -229,6 +233,25 @@ class DynamicNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"widths=({', '.join(map(format_width, self.widths))}), cost={self.cost:g}"
+
+
+class _MacsAt:
+    """Multiply-accumulates of each width, the gate's included, for images of a size: counted once each, on the meta device."""
+
+    def __init__(self, front: Front, read: int, gate: nn.Module, networks: Sequence[nn.Module]) -> None:
+        self.front, self.read, self.gate = on_meta(front), read, on_meta(gate)
+        self.networks = [on_meta(network) for network in networks]
+        self.known: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def __call__(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        if size not in self.known:
+            with IgnoreOuterModes():
+                read = self.front(next(self.gate.parameters()).new_empty(1, *size))[self.read]
+                of_gate = inspect(self.gate, read.shape[1:]).macs
+                self.known[size] = tuple(inspect(network, size).macs + of_gate for network in self.networks)
+        return self.known[size]
 
 
 def mixture(choice: Tensor, outputs: Tensor) -> Tensor:

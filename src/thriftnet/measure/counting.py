@@ -23,7 +23,7 @@ from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.provenance import input_size_of
 from thriftnet.core.width import width, widths
 from thriftnet.errors import IncompatibleModelError, first_line
-from thriftnet.measure.layers import LayerCost, layer_costs
+from thriftnet.measure.layers import LayerCost, layer_costs, saved_tensors
 from thriftnet.measure.report import Report
 from thriftnet.measure.untouched import untouched
 
@@ -63,7 +63,8 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
         found = layer_costs(network)
         uncounted = _run(network, size, found)
     rows = tuple(row for cost in found.values() if (row := cost.row()).matters or cost.is_leaf)
-    return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None)
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved_tensors(network))
+    return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None, size_bytes)
 
 
 def _refuse_lazy(model: nn.Module) -> None:
@@ -158,7 +159,7 @@ def _purpose(module: nn.Module) -> Purpose:
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records operations without a formula, except views, which compute nothing, and those of shifts, counted in bytes."""
+    """Records operations without a formula, except those that compute nothing, and those of shifts, counted in bytes."""
 
     supports_higher_order_operators = True
 
@@ -170,7 +171,8 @@ class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = getattr(func, "overloadpacket", func)
         in_shift = self.meter.running[-1][1] == "shift"
-        if op not in self.meter.counter.flop_registry and not in_shift and not getattr(func, "is_view", False):
+        computes = not getattr(func, "is_view", False) and str(op) not in BOOKKEEPING
+        if op not in self.meter.counter.flop_registry and not in_shift and computes:
             self.ops[str(op)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -179,6 +181,11 @@ def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * matrix[0] * matrix[1]
 
 
+ALLOCATING = (
+    "empty empty_like empty_strided full full_like new_empty new_full new_zeros ones ones_like resize_ zeros zeros_like"
+)
+COPYING = "_to_copy _unsafe_view arange clone contiguous copy_ detach_ fill_ lift_fresh reshape scalar_tensor zero_"
+BOOKKEEPING = {f"aten.{name}" for name in (*ALLOCATING.split(), *COPYING.split())}
 VECTOR_PRODUCTS = {  # matrix products that torch's table lacks
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.addmv: lambda _, matrix, *args, **kwargs: _matrix_vector_flops(matrix),

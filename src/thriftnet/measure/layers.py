@@ -76,6 +76,12 @@ def _count_parameters(found: dict[int, LayerCost]) -> None:
             cost.dense_params = len(cost.names) * _dense_params(cost.module)
 
 
+def saved_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of the state dict, each once."""
+    tensors = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+    return list({_storage_place(tensor): tensor for tensor in tensors}.values())
+
+
 def _storage_place(tensor: Tensor) -> object:
     """Equal for parameters that are one tensor in memory (`data_ptr` is 0 on the meta device)."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()

@@ -60,14 +60,15 @@ class Report:
         model: Class name of the network.
         input_size: Channels, height and width of the input it was measured on, at batch 1.
         rows: All layers, in registration order.
-        uncounted: Number of runs of each operation without a formula (norms, activations, additions, ...); views are left out,
-            and shifts, whose bytes are counted.
+        uncounted: Number of runs of each operation without a formula (norms, activations, additions, ...); views, copies and
+            allocations are left out, and shifts, whose bytes are counted.
         width: The width it was measured at; None for a network of one width.
+        size_bytes: Of its parameters and buffers as they are saved, shared ones once.
 
     Example:
         >>> print(Report("Net", (3, 16, 16), (LayerRow(("conv",), "Conv2d", 216, 216, 55296, 0, 0, (1, 8, 16, 16), 1),)))
         Net on 3x16x16, batch 1
-        parameters: 216 stored, 216 in the plain network (1.00x)
+        parameters: 216
         MACs: 55,296
         <BLANKLINE>
         layer  kind    output     params  dense    MACs  calls
@@ -79,6 +80,7 @@ class Report:
     rows: tuple[LayerRow, ...]
     uncounted: Mapping[str, int] = field(default_factory=dict)
     width: float | int | str | None = None
+    size_bytes: int = 0
 
     @property
     def params(self) -> int:
@@ -113,6 +115,7 @@ class Report:
             "input_size": list(self.input_size),
             "width": self.width,
             **{name: getattr(self, name) for name in totals},
+            "size_bytes": self.size_bytes,
             "rows": [row.to_dict() for row in self.rows],
             "uncounted": dict(self.uncounted),
         }
@@ -120,10 +123,10 @@ class Report:
     def __str__(self) -> str:
         width = self.width if isinstance(self.width, str | None) else f"{self.width:g}"
         at_width = "" if width is None else f", width {width}"
-        factor = f" ({self.dense_params / self.params:.2f}x)" if self.params else ""
         lines = [
             f"{self.model} on {'x'.join(map(str, self.input_size))}, batch 1{at_width}",
-            f"parameters: {self.params:,} stored, {self.dense_params:,} in the plain network{factor}",
+            f"parameters: {self.params:,}{self._explained()}",
+            *([f"size: {self.size_bytes / 2**20:.1f} MiB as saved, with buffers"] if self.size_bytes else []),
             f"MACs: {self.macs:,}"
             + (f", and {self.generation_macs:,} for computing weights" if self.generation_macs else "")
             + (f"; shifts move {self.shift_bytes:,} bytes" if self.shift_bytes else ""),
@@ -131,6 +134,13 @@ class Report:
             self._table(),
         ]
         return "\n".join(lines + (["", self._uncounted_line()] if self.uncounted else []))
+
+    def _explained(self) -> str:
+        """What the parameters are compared with, if layers are converted or shared."""
+        if self.params in (0, self.dense_params):
+            return ""
+        factor = f"{self.dense_params / self.params:.2f}x"
+        return f" stored; {self.dense_params:,} if every converted layer were the plain layer that it replaces ({factor})"
 
     def _table(self) -> str:
         """The rows that matter, without columns of zeros."""

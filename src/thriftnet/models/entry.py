@@ -18,12 +18,14 @@ class Published:
         params: Parameters, as written, as "0.24M".
         flops: FLOPs or multiply-adds, as written, as "0.16G".
         top1: Top-1 accuracy in percent, by data set.
+        top5: Top-5 accuracy in percent, by data set, where they state it.
         note: Why their figures differ from ours, where they do.
     """
 
     params: str = ""
     flops: str = ""
     top1: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    top5: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     note: str = ""
 
 

@@ -171,19 +171,83 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     side = min(12.0, 2.6 + 0.42 * min(count, NUMBERED))
     with figure(side + 0.9, side) as drawn:
         axes = drawn.subplots()
-        axes.grid(visible=False)
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        if count <= NUMBERED:
-            axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(count), classes)
-            for i, row in enumerate(confusion):
-                for j, value in enumerate(row):
-                    colour = "#ffffff" if shares[i][j] > 55 else "#222222"
-                    axes.text(j, i, str(value) if value else "", ha="center", va="center", fontsize=7, color=colour)
+        written = [[str(value) if value else "" for value in row] for row in confusion] if count <= NUMBERED else None
+        image = _shades(axes, shares, 100, classes, written)
         axes.set_xlabel("taken for")
         axes.set_ylabel("class")
         drawn.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
         return svg(drawn)
+
+
+def similarities(banks: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]) -> str:
+    """Magnitudes of cosines between layers, as shades of blue with their values, one matrix for each bank.
+
+    Args:
+        banks: For each bank's name: its layers, and the matrix.
+    """
+    sides = [1.9 + 0.36 * len(layers) for layers, _ in banks.values()]
+    with figure(max(sides) + 1.6, sum(sides)) as drawn:
+        stacked = list(drawn.subplots(len(banks), 1, squeeze=False, height_ratios=sides).flat)
+        for axes, (bank, (layers, matrix)) in zip(stacked, banks.items(), strict=True):
+            image = _shades(axes, matrix, 1, layers, [[f"{value:.2f}" for value in row] for row in matrix])
+            axes.set_title(bank, fontsize=10, loc="left")
+        drawn.colorbar(image, ax=stacked, label="|cosine| between coefficients", shrink=0.8)
+        return svg(drawn)
+
+
+def _shades(
+    axes: Any, matrix: Sequence[Sequence[float]], top: float, names: Sequence[str], written: Sequence[Sequence[str]] | None
+) -> Any:
+    """A square matrix of values in [0, top] as shades of blue; names and the text in each cell if any is written."""
+    axes.grid(visible=False)
+    if written is not None:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for i, row in enumerate(written):
+            for j, text in enumerate(row):
+                colour = "#ffffff" if matrix[i][j] > 0.55 * top else "#222222"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    return axes.imshow(matrix, cmap="Blues", vmin=0, vmax=top)
+
+
+def sweep(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Parameters and multiply-accumulates over the first argument, a line for each setting of the others.
+
+    Args:
+        rows: For each network its ``arguments``, ``params`` and ``macs``.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    first = next(iter(rows[0]["arguments"]))
+    values: list[Any] = []
+    values += (row["arguments"][first] for row in rows if row["arguments"][first] not in values)
+    numeric = all(type(value) in (int, float) for value in values)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(setting({name: value for name, value in row["arguments"].items() if name != first}), []).append(row)
+    with figure(9.6, 4.0) as drawn:
+        for axes, (count, title) in zip(drawn.subplots(1, 2), {"params": "parameters", "macs": "MACs"}.items(), strict=True):
+            for i, line in enumerate(lines.values()):
+                places = [row["arguments"][first] if numeric else values.index(row["arguments"][first]) for row in line]
+                points = sorted(zip(places, (row[count] for row in line), strict=True))
+                axes.plot(*zip(*points, strict=True), marker=MARKERS[(i + 1) % 7], color=COLOURS[i % 7])
+            if numeric and min(values) > 0 and max(values) >= 8 * min(values):
+                axes.set_xscale("log")
+                axes.minorticks_off()
+            axes.set_xticks(values if numeric else range(len(values)), map(str, values))
+            if max(row[count] for row in rows) >= 20 * min(row[count] for row in rows) > 0:
+                axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xlabel(first)
+            axes.set_title(title, fontsize=10, loc="left")
+        if len(lines) > 1:
+            drawn.legend(axes.lines, lines, loc="outside right upper", frameon=False)
+        return svg(drawn)
+
+
+def setting(arguments: Mapping[str, Any]) -> str:
+    """Arguments and their values, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def latencies(title: str, panels: Mapping[str, Mapping[str, tuple[float, float, float, str]]]) -> str:

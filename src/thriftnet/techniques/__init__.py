@@ -57,7 +57,7 @@ class Registry(Mapping[str, "type[Technique]"]):
 TECHNIQUES = Registry(
     {
         "weight-sharing": ("WeightSharing",),
-        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "fold_recurrence"),
+        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "recurrences", "fold_recurrence"),
         "filter-basis": ("FilterBasis", "BasisConv2d"),
         "shift": ("Shift", "Shift2d", "ShiftConv2d"),
         "slimmable": ("Slimmable",),

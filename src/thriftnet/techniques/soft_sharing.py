@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any, ClassVar
 
 import torch
@@ -240,41 +241,53 @@ def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
     result = {}
     for bank, layers in _layers_of_banks(model).items():
         rows = F.normalize(torch.stack([layer.coefficients.detach() for _, layer in layers]), dim=1)
-        result[bank] = LayerSimilarity(tuple(name for name, _ in layers), (rows @ rows.T).abs())
+        result[bank] = LayerSimilarity(tuple(name for name, _ in layers), (rows @ rows.T).abs().clamp(max=1))
     return result
 
 
-def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
-    """Make implicit recurrence explicit: layers whose coefficients agree become one layer, used several times.
+def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
+    """The names of layers that have learned the same mix, a list for each loop; empty if there is none.
 
     Two layers agree when ``2 <a, b> / (|a|^2 + |b|^2) >= threshold``, which is 1 only for equal coefficients (the cosine
-    alone would also tie scaled copies, whose function differs). They must agree in stride, padding and so on, too; the
-    common layer gets the mean of their coefficients and biases.
+    alone would also tie scaled copies, whose function differs). They must agree in stride, padding and so on, too.
 
     Raises:
         ConfigError: A threshold outside (0, 1].
-        IncompatibleModelError: No bank, or no two layers that agree.
+        IncompatibleModelError: The network has no bank.
     """
     check_number("threshold", threshold, 0, 1)
-    groups: list[list[str]] = []
-    closest = 0.0
+    found: list[list[str]] = []
     for layers in _layers_of_banks(model).values():
         loops: list[list[tuple[str, SConv2d]]] = []
         for name, layer in layers:
             scores = [min(agreement(layer, other) for _, other in loop) for loop in loops]
-            closest = max([closest, *scores])
             best = max(range(len(scores)), key=scores.__getitem__, default=-1)
             if scores and scores[best] >= threshold:
                 loops[best].append((name, layer))
             else:
                 loops.append([(name, layer)])
-        groups += [[name for name, _ in loop] for loop in loops if len(loop) > 1]
-    if not groups:
+        found += [[name for name, _ in loop] for loop in loops if len(loop) > 1]
+    return found
+
+
+def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
+    """Make implicit recurrence explicit: the layers of each of the `recurrences` become one layer, used several times.
+
+    It gets the mean of their coefficients and biases.
+
+    Raises:
+        ConfigError: A threshold outside (0, 1].
+        IncompatibleModelError: No bank, or no two layers that agree.
+    """
+    loops = recurrences(model, threshold)
+    if not loops:
+        pairs = (pair for layers in _layers_of_banks(model).values() for pair in combinations(layers, 2))
+        closest = max((agreement(one, other) for (_, one), (_, other) in pairs), default=0.0)
         raise IncompatibleModelError(
             f"no two layers agree to threshold={threshold}: the closest pair reaches {closest:.3f}. Use a lower threshold"
         )
-    tied = tie(model, groups)
-    for names in groups:
+    tied = tie(model, loops)
+    for names in loops:
         set_to_mean(tied.get_submodule(names[0]), [model.get_submodule(name) for name in names])
     return tied
 

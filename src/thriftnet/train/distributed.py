@@ -16,6 +16,8 @@ from thriftnet.errors import ConfigError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from thriftnet.dynamic.network import DynamicNetwork
+
 
 def launched() -> tuple[int, int]:
     """Rank and world size as ``torchrun`` set them; (0, 1) without it."""
@@ -33,6 +35,11 @@ def total(value: Tensor) -> Tensor:
     if joined()[1] > 1:
         dist.all_reduce(value)
     return value
+
+
+def total_counts(dynamic: DynamicNetwork) -> None:
+    """Add up what all processes have counted since the last reset, on each of them."""
+    dynamic.counts, dynamic.spent = total(dynamic.counts), total(dynamic.spent)
 
 
 def largest(value: Tensor) -> Tensor:

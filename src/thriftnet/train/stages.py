@@ -20,7 +20,7 @@ from thriftnet.core.width import Width, set_width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of
 from thriftnet.errors import ConfigError, unknown_name
-from thriftnet.train.distributed import total
+from thriftnet.train.distributed import total_counts
 
 if TYPE_CHECKING:
     from thriftnet.train.loss import Criterion
@@ -229,9 +229,9 @@ class GateStage(Stage):
 
     def facts(self, measured: nn.Module) -> dict[str, Any]:
         dynamic = cast(DynamicNetwork, measured)
-        counts = total(dynamic.counts)
-        spent = float((counts * dynamic.macs).sum()) / max(int(counts.sum()), 1)
-        return {"macs": round(spent), "decisions": dict(zip(map(str, dynamic.widths), counts.tolist(), strict=True))}
+        total_counts(dynamic)
+        decisions = {str(width): count for width, count in dynamic.histogram.items()}
+        return {"macs": round(dynamic.mean_macs), "decisions": decisions}
 
 
 def _gate(model: nn.Module, size: Size, temperature: float = 1.0, **objective: Any) -> Stage:
