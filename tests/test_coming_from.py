@@ -17,7 +17,7 @@ import thriftnet as tn
 from images import png
 from test_importer import stirred, theirs
 from thriftnet.cli import VERBS, main
-from thriftnet.cli.coming_from import OPTIONS, hint, options_table
+from thriftnet.cli.coming_from import hint, options_of_projects, options_table
 from thriftnet.importing import dsnet, filter_basis, shiftresnet, soft_sharing, weight_sharing
 
 PAGES = Path(__file__).parent.parent / "docs" / "coming-from"
@@ -179,5 +179,10 @@ def test_options_named_in_hints_exist():
         "--schedule",
     }
     known |= {"--stage", "--stage.options.teacher", "--stage.options.ensemble"}
-    named = {word for options in OPTIONS.values() for text in options.values() for word in re.findall(r"--[\w.-]+", text)}
+    named = {
+        word
+        for options in options_of_projects().values()
+        for text in options.values()
+        for word in re.findall(r"--[\w.-]+", text)
+    }
     assert sorted(named - known) == []

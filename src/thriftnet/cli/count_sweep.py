@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import literal, write_text
+from thriftnet.cli.common import literal, possible_kwargs, write_text
 from thriftnet.cli.count import counted
 from thriftnet.errors import ConfigError, ThriftnetError, unknown_name
-from thriftnet.models import model_kwargs
-from thriftnet.models.table import NAMES, normalize_name
 from thriftnet.report import plots
 from thriftnet.text import table
 
@@ -43,6 +41,7 @@ def sweep_arguments(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[str,
 def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """The values of each argument; one that the network does not take is refused, with close matches."""
     axes: dict[str, Sequence[Any]] = {}
+    possible = possible_kwargs(options.model)
     for text in options.sweep:
         option, _, values = text.partition("=")
         name = option.replace("-", "_")
@@ -50,8 +49,8 @@ def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[A
             raise ConfigError(f"--sweep {text}: expected an argument and its values, as shared_rank=8,16,32")
         if name in axes or name in kwargs:
             raise ConfigError(f"--sweep {text}: {name} is given twice")
-        if normalize_name(options.model) in NAMES and name not in model_kwargs(options.model):
-            raise unknown_name(f"argument of {options.model}", name, model_kwargs(options.model))
+        if possible is not None and name not in possible:
+            raise unknown_name(f"argument of {options.model}", name, possible)
         read = literal(f"({values},)")  # stays text where a value is not a literal, as projection
         axes[name] = read if isinstance(read, tuple) else [literal(value) for value in values.split(",")]
     return axes
