@@ -243,15 +243,18 @@ class _MacsAt:
         self.networks = [on_meta(network) for network in networks]
         self.known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def __call__(self, size: tuple[int, ...]) -> tuple[int, ...]:
         if size not in self.known:
-            with IgnoreOuterModes():
-                read = self.front(next(self.gate.parameters()).new_empty(1, *size))[self.read]
-                of_gate = inspect(self.gate, read.shape[1:]).macs
-                self.known[size] = tuple(inspect(network, size).macs + of_gate for network in self.networks)
+            self.known[size] = self._count(size)
         return self.known[size]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _count(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        with IgnoreOuterModes():
+            read = self.front(next(self.gate.parameters()).new_empty(1, *size))[self.read]
+            of_gate = inspect(self.gate, read.shape[1:]).macs
+            return tuple(inspect(network, size).macs + of_gate for network in self.networks)
 
 
 def mixture(choice: Tensor, outputs: Tensor) -> Tensor:
