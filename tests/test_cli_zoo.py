@@ -213,9 +213,3 @@ def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
     assert not captured.out
     assert captured.err.count("\n") == 1
     assert expected in captured.err
-
-
-def test_the_zoo_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
-    assert main(["models", "--markdown"]) == 0
-    page = Path(__file__).parent.parent / "docs" / "zoo.md"
-    assert capsys.readouterr().out == page.read_text(encoding="utf-8"), "run: thriftnet models --markdown > docs/zoo.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import thriftnet as tn
 from thriftnet.cli import VERBS, main
 from thriftnet.techniques import TECHNIQUES
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +65,13 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["zoo.md", "recipes.md"])
+def test_pages_that_follow_from_tables_are_up_to_date(page: str):
+    spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    assert pages.PAGES[page]() + "\n" == (DOCS / page).read_text(encoding="utf-8"), "run: python docs/pages.py"

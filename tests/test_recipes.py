@@ -447,12 +447,6 @@ def test_momentum_is_reset_each_epoch_where_that_is_asked_for(resets: bool, tmp_
 # --- what is said of them elsewhere
 
 
-def test_the_page_of_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
-    assert main(["recipes", "--markdown"]) == 0
-    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out == page, "run: thriftnet recipes --markdown > docs/recipes.md"
-
-
 def test_one_recipe_is_shown_with_all_its_fields(capsys: pytest.CaptureFixture[str]):
     assert main(["recipes", "ws-convmixer-imagenet"]) == 0
     assert recipe_from(yaml.safe_load(capsys.readouterr().out)) == load_recipe("ws-convmixer-imagenet")
@@ -460,7 +454,7 @@ def test_one_recipe_is_shown_with_all_its_fields(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["shiftresnet-cifar"], "shiftresnet-cifar10"), (["digits", "--markdown"], "leave 'digits' or --markdown out")],
+    [(["shiftresnet-cifar"], "shiftresnet-cifar10"), (["digits", "--pattern", "x"], "unknown option '--pattern'")],
 )
 def test_what_cannot_be_listed_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["recipes", *arguments]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     use_machine(options, recipe.data.batch_size)
     output = Path(options.output)
     start = time.perf_counter()
-    with Bar() as bar:
+    with Bar() as bar, one_thread() if options.threads is None else nullcontext():
         source, results = compare(output, recipe, bar)
     report = write_page(_page(source, results, recipe, time.perf_counter() - start), output / "report.html")
     notes = _notes(results)
@@ -98,7 +99,7 @@ def compare(output: Path, recipe: Recipe, bar: Bar) -> tuple[DataSource, list[Re
     from thriftnet.train.trainer import train
 
     source = open_data("digits")
-    with one_thread(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         seed_everything(recipe.seed)
         plain = prepare_model(recipe, source)
         results: list[Result] = []

@@ -23,11 +23,10 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, as 'resnet*'")
     parser.add_argument("--technique", help=f"only networks of this technique, as soft-sharing; or {PLAIN}")
     parser.add_argument("--paper", help="only networks of this paper: any part of its authors, title or venue")
-    parser.add_argument("--markdown", action="store_true", help="print the page docs/zoo.md")
     options = parse(parser, arguments)
     chosen = _chosen(options.pattern, options.technique, options.paper)
     result = {"models": [_as_dict(name, entry) for name, entry in chosen.items()]}
-    emit(_markdown(chosen) if options.markdown else _page(chosen), result, as_json=options.json)
+    emit(_page(chosen), result, as_json=options.json)
 
 
 def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str, ModelEntry]:
@@ -39,7 +38,7 @@ def _chosen(pattern: str, technique: str | None, paper: str | None) -> dict[str,
     papers = None if paper is None else _papers(paper)
     chosen = {
         name: MODELS[name]
-        for name in sorted(names, key=_in_order)
+        for name in sorted(names, key=in_order)
         if (wanted is None or MODELS[name].technique == wanted) and (papers is None or MODELS[name].paper in papers)
     }
     if not chosen:
@@ -75,7 +74,7 @@ def _short(paper: str) -> str:
     return " ".join([paper.split(",")[0], *years[-1:]])
 
 
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
+def in_order(name: str) -> list[tuple[bool, int, str]]:
     """Sorts resnet20 before resnet110."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.findall(r"\d+|\D+", name)]
 
@@ -89,9 +88,9 @@ def _as_dict(name: str, entry: ModelEntry) -> dict[str, Any]:
 
 def _page(chosen: Mapping[str, ModelEntry]) -> str:
     """A table without empty columns, and below it the papers and notes that its rows refer to."""
-    numbers = _numbers(chosen)
+    numbers = numbered_notes(chosen)
     columns = ("name", "technique", *FIGURES, "paper", "notes")
-    rows = [_row(name, entry, numbers) for name, entry in chosen.items()]
+    rows = [zoo_row(name, entry, numbers) for name, entry in chosen.items()]
     used = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
     parts = [table([columns[i] for i in used], [[row[i] for i in used] for row in rows]), ""]
     papers = {entry.paper: f"{_short(entry.paper)}: {entry.paper}" for entry in chosen.values()}
@@ -101,28 +100,7 @@ def _page(chosen: Mapping[str, ModelEntry]) -> str:
     return "\n".join(parts)
 
 
-def _markdown(chosen: Mapping[str, ModelEntry]) -> str:
-    """The page of the documentation: one table for each paper."""
-    numbers = _numbers(chosen)
-    lines = [
-        "# The zoo",
-        "",
-        "Every network of `create_model`, with its stored parameters and executed multiply-accumulates at the stated input size,",
-        "beside what the authors published. This page is what `thriftnet models --markdown` prints.",
-    ]
-    for paper in dict.fromkeys(entry.paper for entry in chosen.values()):
-        heads = ("name", "technique", "input", *FIGURES, "notes")
-        lines += ["", f"## {paper}", "", f"| {' | '.join(heads)} |", "|---|---|---|--:|--:|--:|--:|---|---|"]
-        for name, entry in chosen.items():
-            if entry.paper == paper:
-                row = _row(name, entry, numbers)
-                size = "x".join(map(str, entry.input_size))
-                cells = (f"`{row[0]}`", row[1] or PLAIN, size, f"{row[2]:,}", f"{row[3]:,}", *row[4:7], row[8])
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", "## Notes", "", *(f"{number}. {note}" for note, number in numbers.items())])
-
-
-def _row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[object, ...]:
+def zoo_row(name: str, entry: ModelEntry, numbers: Mapping[str, str]) -> tuple[object, ...]:
     published = entry.published
     top5 = {data: f" ({figure:g})" for data, figure in published.top5.items()}
     accuracies, before = [], ""
@@ -140,7 +118,7 @@ def _notes(entry: ModelEntry) -> Iterable[str]:
     return (note for note in (entry.published.note, entry.note) if note)
 
 
-def _numbers(chosen: Mapping[str, ModelEntry]) -> dict[str, str]:
+def numbered_notes(chosen: Mapping[str, ModelEntry]) -> dict[str, str]:
     """The number of each note, in the order of their networks."""
     notes = dict.fromkeys(note for entry in chosen.values() for note in _notes(entry))
     return {note: str(number) for number, note in enumerate(notes, 1)}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.width import eval_mode
 from thriftnet.data.loaders import Batch, Loader
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 from thriftnet.train.distributed import largest, total
@@ -114,18 +114,6 @@ def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
     if isinstance(loader, Loader):
         return loader.device
     return next((p.device for p in network.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put all modules into eval mode, and restore their modes afterwards."""
-    before = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 class _Counts:

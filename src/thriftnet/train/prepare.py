@@ -14,13 +14,13 @@ from torch import nn
 from thriftnet.core.probe import Size
 from thriftnet.core.provenance import data_facts
 from thriftnet.core.tied import unique_tensors
+from thriftnet.core.width import eval_mode
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import DataSource
 from thriftnet.errors import ConfigError
 from thriftnet.models.table import MODELS, model_kwargs
 from thriftnet.resolve import network_name, open_model
 from thriftnet.techniques import convert, resolve
-from thriftnet.train.evaluate import eval_mode
 from thriftnet.train.recipe import Recipe
 
 
