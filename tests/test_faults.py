@@ -88,7 +88,9 @@ def test_what_should_not_happen_to_a_file_is_noticed(way: Any, said: str, tmp_pa
 
 def test_memory_and_hangs_and_crashes_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def large(path: Path) -> torch.nn.Module:
-        fresh = mmap.mmap(-1, watch.CONSTANT + watch.ROOM // 2)  # what is allocated may lie in memory that the parent had freed
+        fresh = mmap.mmap(
+            -1, watch.CONSTANT + watch.ROOM // 2
+        )  # what is allocated may lie in memory that the parent had freed
         for start in range(0, len(fresh), mmap.PAGESIZE):
             fresh[start] = 1
         return torch.nn.Linear(2, 2)
