@@ -20,8 +20,9 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-def pytest_collection_finish() -> None:
-    """The objects of thousands of collected tests stay: each garbage collection need not look at them."""
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What thousands of collected tests and the libraries made stays: garbage collections need not look at it each time."""
     gc.collect()
     gc.freeze()
 
