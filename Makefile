@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench performance faults docs clean
+.PHONY: help setup demo test test-slow check bench performance faults docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install thriftnet with all its tools
 
@@ -18,7 +18,10 @@ demo: $(STAMP) ## train a small ResNet plain and with each technique on real dig
 	$(BIN)/thriftnet demo $(ARGS)
 
 test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the rest: large networks, and a whole one through the compiler
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, and which room imports which
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,32 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from thriftnet.train import run_folder
+
 torch.set_num_threads(1)  # `make test` has two workers: two threads in all; tiny networks gain nothing from more
 settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What thousands of collected tests and the libraries made stays: garbage collections need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Drawing the curves of a tiny training takes longer than the training: tests/test_train.py does it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "run_curves", lambda rows: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,11 @@
-"""Two processes that evaluate one network: what each of them runs. Spawned processes import this module."""
+"""Two processes that evaluate one network: what each of them runs."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +13,7 @@ from images import arrays
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.loaders import make_loader
 from thriftnet.train.evaluate import evaluate
+from training import in_children
 
 NORMALISATION = Augmentation(mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -37,16 +36,11 @@ def measured(images: int, rank: int = 0, world_size: int = 1, *, wrap: bool = Fa
 
 def measured_by_two(counts: tuple[int, ...], folder: Path) -> list[list[dict[str, object]]]:
     """The same on two processes, for each number of images; what each process says."""
-    torch.multiprocessing.spawn(_work, args=(counts, str(folder)), nprocs=2)
-    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
-
-def _work(rank: int, counts: tuple[int, ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        results = [measured(images, rank, 2, wrap=True) for images in counts]
-        torch.save(results, Path(folder) / f"results-{rank}.pt")
-    finally:
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        torch.save([measured(images, rank, 2, wrap=True) for images in counts], folder / f"results-{rank}.pt")
         torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads may abort an interpreter that ends by itself: thriftnet/__main__.py
+
+    assert in_children(work, 2) == [0, 0]
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]

@@ -1,19 +1,12 @@
-"""A process that writes folders, for tests that kill it or run several.
-
-``python saver.py save PLACE A B SAVES`` saves a network full of A's, then one full of B's, and so on.
-``python saver.py kill PLACE KILLS SEED`` lets such processes start, kills each at a random moment of its first save or a
-later one, and prints which network was in the folder after each kill, as JSON. Whatever is not whole raises.
-"""
+"""Processes that write folders, for tests that kill them or run several."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import select
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -47,15 +40,16 @@ def value_of(folder: Path) -> float:
     return value
 
 
-def save_alternately(place: str, values: tuple[float, float], saves: int, report: int) -> None:
-    """Save two networks by turns, for ever if ``saves`` is 0; a byte is written to ``report`` before each save."""
+def save_alternately(place: Path, values: tuple[float, float], saves: int, report: int | None = None) -> None:
+    """Save two networks by turns, for ever if ``saves`` is 0; a byte is written to the pipe ``report`` before each save."""
     models = [network(value) for value in values]
     for count in range(saves) if saves else itertools.count():
-        os.write(report, b".")
+        if report is not None:
+            os.write(report, b".")
         tn.save(models[count % 2], place, metadata={"value": values[count % 2]})
 
 
-def killed(place: str, chance: random.Random, duration: float) -> float:
+def killed(place: Path, chance: random.Random, duration: float) -> float:
     """Start a process that saves for ever, kill it, and tell which network is in the folder then."""
     reading, writing = os.pipe()
     process = os.fork()
@@ -71,21 +65,12 @@ def killed(place: str, chance: random.Random, duration: float) -> float:
     _, status = os.waitpid(process, 0)
     os.close(reading)
     assert os.WIFSIGNALED(status), "the process ended by itself"
-    return value_of(Path(place))
+    return value_of(place)
 
 
-def main(verb: str, place: str, *arguments: str) -> None:
-    torch.set_num_threads(1)
-    if verb == "save":
-        first, second, saves = arguments
-        save_alternately(place, (float(first), float(second)), int(saves), sys.stderr.fileno())
-        return
-    kills, seed = map(int, arguments)
+def killed_savers(place: Path, kills: int, seed: int) -> list[float]:
+    """Let processes save for ever, kill each at a random moment of its first save or a later one; gives what was found then."""
     began = time.perf_counter()
     tn.save(network(1.0), place, metadata={"value": 1.0})
     duration, chance = time.perf_counter() - began, random.Random(seed)
-    print(json.dumps([killed(place, chance, duration) for _ in range(kills)]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return [killed(place, chance, duration) for _ in range(kills)]

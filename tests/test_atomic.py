@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import thriftnet as tn
-from saver import network, value_in, value_of
+from saver import killed_savers, network, save_alternately, value_in, value_of
 from thriftnet.errors import CheckpointError
+from training import in_children, limit_files
 
-SAVER = Path(__file__).parent / "saver.py"
 NAMES = ["README.md", "config.json", "model.safetensors"]
 
 
@@ -25,22 +21,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SAVER), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for the end, and give what was printed."""
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return printed
-
-
 def test_kills_leave_the_old_or_the_new_folder(tmp_path: Path):
     place = tmp_path / "m"
-    seen = json.loads(finish(start("kill", str(place), "10", "0")))
+    seen = killed_savers(place, kills=10, seed=0)
     assert len(seen) == 10
     assert len(set(seen)) > 1, f"always {seen[0]} in the folder: no save came to its end"
     tn.save(network(4.0), place, metadata={"value": 4.0})
@@ -51,50 +34,38 @@ def test_kills_leave_the_old_or_the_new_folder(tmp_path: Path):
 def test_two_writers_and_a_reader(tmp_path: Path):
     place = tmp_path / "m"
     tn.save(network(1.0), place, metadata={"value": 1.0})
-    writers = [start("save", str(place), "2", "3", "20"), start("save", str(place), "4", "5", "20")]
-    reads = []
-    while any(writer.poll() is None for writer in writers):
+    reads: list[float] = []
+    enough = tmp_path / "enough"
+
+    def write(rank: int) -> None:
+        while not enough.exists():
+            save_alternately(place, (2.0 + 2 * rank, 3.0 + 2 * rank), 2)
+
+    def read() -> None:
         reads.append(value_in(place))
-    for writer in writers:
-        finish(writer)
+        if (len(reads) >= 40 and len(set(reads)) > 1) or len(reads) == 10_000:
+            enough.touch()
+
+    assert in_children(write, 2, together=False, meanwhile=read) == [0, 0]
     assert set(reads) <= {1.0, 2.0, 3.0, 4.0, 5.0}
     assert len(set(reads)) > 1, "the reader saw no change: the test shows nothing"
     assert value_of(place) in (3.0, 5.0)
     assert names(place) == NAMES
 
 
-def limited(script: str, *arguments: str, file_size: int | None = None, user: int | None = None) -> str:
-    """Run a script under limits and give what it prints."""
-
-    def limit() -> None:
-        if file_size is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=limit, cwd=SAVER.parent, user=user, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-SAVE_TWICE = """
-import sys
-import thriftnet as tn
-from saver import network
-model = network(2.0)
-try:
-    tn.save(model, sys.argv[1], metadata={"value": 2.0})
-except tn.CheckpointError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize("size", [100, 1000, 30_000])
 def test_a_full_disk_leaves_the_old_folder(size: int, tmp_path: Path):
     place = tn.save(network(1.0), tmp_path / "m", metadata={"value": 1.0})
-    said = limited(SAVE_TWICE, str(place), file_size=size)
+    pipe = os.pipe()
+
+    def save(_: int) -> None:
+        limit_files(size)
+        with pytest.raises(CheckpointError) as caught:
+            tn.save(network(2.0), place, metadata={"value": 2.0})
+        os.write(pipe[1], f"{caught.value}\n".encode())
+
+    assert in_children(save) == [0]
+    said = os.read(pipe[0], 10_000).decode()
     assert said.startswith(f"cannot write {place}: ")
     assert "File too large" in said
     assert said.count("\n") == 1

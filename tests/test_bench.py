@@ -176,9 +176,10 @@ def no_compiler(model: nn.Module, images: torch.Tensor) -> Any:
 
 
 def bench_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    network = ["wrn", "--depth", "16", "--width", "1"]
     threads = torch.get_num_threads()
     try:
-        assert main(["bench", "resnet20", "--rounds", "2", "--device", "cpu", *arguments, "--json"]) == 0
+        assert main(["bench", *network, "--rounds", "2", "--device", "cpu", *arguments, "--json"]) == 0
     finally:
         torch.set_num_threads(threads)
     return json.loads(capsys.readouterr().out)

@@ -17,6 +17,7 @@ from images import class_folders
 from thriftnet.cli import main
 from thriftnet.cli.train import Bar
 from thriftnet.train.loop import Progress
+from training import in_children, limit_files
 
 KEYS = {
     "run",
@@ -225,21 +226,21 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.
     train(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
 
 
-def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path: Path):
+def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Files of at most 700 KiB: the first checkpoint cannot be written; without the limit the same command goes through."""
-    command = f"{sys.executable} -m thriftnet train --output {tmp_path / 'run'} --max-steps 4 --checkpoint-every 2 {' '.join(SHORT)}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    full = subprocess.run(
-        ["sh", "-c", f"ulimit -f 700; {command}"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert full.returncode == 2, full.stderr[-2000:]
-    lines = [line for line in full.stderr.splitlines() if line.startswith("thriftnet train:")]
+    command = ["train", "--output", str(tmp_path / "run"), "--max-steps", "4", "--checkpoint-every", "2", *SHORT]
+
+    def work(_: int) -> None:
+        limit_files(700 << 10)
+        os._exit(main(command))
+
+    assert in_children(work) == [2]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("thriftnet train:")]
     assert len(lines) == 1
     assert "cannot write" in lines[0]
     assert "Last good checkpoint: none" in lines[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    again = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
-    assert again.returncode == 0, again.stderr[-2000:]
+    assert main(command) == 0
 
 
 def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

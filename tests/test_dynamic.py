@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import thriftnet as tn
 from laws import assert_close
-from networks import NETWORKS, perturb, randomise_norms
+from networks import NETWORKS, Chain, perturb, randomise_norms
 from thriftnet.dynamic.network import DynamicNetwork, cheapest_cost
 from thriftnet.dynamic.objective import GateObjective, decision_of, sparsification_targets
 
@@ -276,15 +277,32 @@ def test_changes_of_the_network_do_not_reach_it() -> None:
     assert dynamic.gate is model.stage1.gate
 
 
-@pytest.mark.slow
-def test_compiled_parts_give_the_same() -> None:
-    model = ds_net()
+def check_compiled(model: nn.Module, *batches: list[int]) -> None:
     dynamic, compiled = DynamicNetwork(model), DynamicNetwork(model, compile=True)
-    for count in (5, 1, 3):
-        x = images(count)
-        decisions = torch.arange(count) % 3
-        assert_close(compiled.forced(x, decisions), dynamic.forced(x, decisions), 1e-10, f"{count} images")
+    for batch in batches:
+        x, decisions = images(len(batch), 8), torch.tensor(batch)
+        assert_close(compiled.forced(x, decisions), dynamic.forced(x, decisions), 1e-10, f"{len(batch)} images")
     torch._dynamo.reset()
+
+
+def test_compiled_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the graphs that the compiler is given, one for all batch sizes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    check_compiled(ds_net(), [0, 1, 2, 0, 1], [0], [0, 1, 2])
+
+
+def test_a_front_and_a_tail_are_compiled_to_machine_code() -> None:
+    """The smallest there are, without vectors: the compiler takes seconds for each."""
+    from torch._inductor import config
+
+    model = perturb(tn.convert(Chain(4, 1).double(), tn.Slimmable(widths=(0.5, 1.0), gate=True))).eval()
+    with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
+        check_compiled(model, [1, 1])
+
+
+@pytest.mark.slow
+def test_a_ds_net_is_compiled_to_machine_code() -> None:
+    check_compiled(ds_net(), [0, 1, 2, 0, 1], [0], [0, 1, 2])
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from thriftnet.importing.importer import build, import_checkpoint
 from thriftnet.importing.layout import read
 from thriftnet.importing.systems import recognise
 from thriftnet.models.entry import IDENTITY
-from zoo_golden import facts
+from zoo_golden import facts, recorded_networks
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 # what the records of the originals are called -> the system whose files they are
@@ -32,8 +32,6 @@ SYSTEMS = {
     "spin": "weight-sharing",
     "dsnet": "dsnet",
 }
-RECORDED = [(system, name) for system in SYSTEMS for name, case in facts(system).items() if "state_dict" in case]
-LARGE = 1_000_000  # parameters, from which a recorded network is run in `make test-slow` only
 FUSED_IN_FORWARD = ("wf2_", "wfws2_")
 FLOAT32 = 5e-6  # of float32 outputs, relative to the largest
 SMALL = {"dim": 8, "depth": 4, "patch_size": 2, "kernel_size": 3, "num_classes": 5}
@@ -149,15 +147,10 @@ def test_a_resnet20_of_the_wider_world() -> None:
 # -- recorded key lists
 
 
-@pytest.mark.parametrize(
-    ("system", "name"),
-    [
-        pytest.param(system, name, id=name, marks=pytest.mark.slow if facts(system)[name]["params"]["total"] > LARGE else ())
-        for system, name in RECORDED
-    ],
-)
-def test_every_recorded_network_is_recognised(system: str, name: str) -> None:
+@pytest.mark.parametrize("name", [name for system in SYSTEMS for name in recorded_networks(system)])
+def test_every_recorded_network_is_recognised(name: str) -> None:
     """From nothing but its tensors; outputs are the authors'."""
+    (system,) = (system for system in SYSTEMS if name in facts(system))
     case, tensors = facts(system)[name], recorded(system, name)
     found = contents({f"module.{key}": tensor for key, tensor in tensors.items()}, {})
     recognised_as, recognised = recognise(found.tensors, {}, hints_for(system, name))

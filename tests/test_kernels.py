@@ -170,8 +170,9 @@ def test_shift_moves_bits(
 def test_large_maps_take_the_same_values() -> None:
     """Above the size from which only borders are cleared."""
     x = torch.randn(1, 20, 170, 165)
+    expected = reference.shift(x, 3, 1)
     for memory_format in LAYOUTS.values():
-        assert torch.equal(tn.Shift2d(20)(x.contiguous(memory_format=memory_format)), reference.shift(x, 3, 1))
+        assert torch.equal(tn.Shift2d(20)(x.contiguous(memory_format=memory_format)), expected)
 
 
 def test_infinities_spread_in_the_depthwise_implementation_only() -> None:

@@ -476,7 +476,6 @@ def test_torchvision_networks(name: str, params: int, macs: int) -> None:
     assert (report.params, report.dense_params, report.macs) == (params, params, macs)
 
 
-@pytest.mark.slow
 def test_timm_networks() -> None:
     timm = pytest.importorskip("timm")
     report = inspect(timm.create_model("resnet26"), (3, 224, 224))

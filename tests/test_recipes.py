@@ -235,6 +235,16 @@ def test_trackers_are_known(tmp_path: Path):
 
 # --- one step of each
 
+# of four widths where the recipe has fourteen; tests/test_stages.py trains the whole network of ds-net-digits
+DS_NET: dict[str, Any] = {
+    "model": "dsnet",
+    "model_kwargs": {
+        "stem": [4, 6],
+        "stages": [[[4, 8], 1, 3, 1, "ds", False], [[6, 8, 10, 12], 2, 3, 2, "ds", True]],
+        "gate_choices": [0, 1, 2, 3],
+    },
+    "stages.2.recalibrate.indices": [0, 1, 2, 3],
+}
 SMALL: dict[str, dict[str, Any]] = {
     "swrn": {"model_kwargs": {"depth": 16, "width": 1, "templates": 2}},
     "swrn-imagenet": {"model": "torchvision:resnet18", "select": r"^layer\d\.[01]\.conv2$"},
@@ -244,7 +254,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "filter-basis-cifar10": {"model": "resnet32_double_shared", "model_kwargs": {"shared_rank": 4}},
     "filter-basis-cifar100-resnet34": {"model": "cifar_resnet18_single_shared", "model_kwargs": {"shared_rank": 4}},
     "filter-basis-imagenet-resnet34": {"model_kwargs": {"shared_rank": 4}},
-    "ds-net-imagenet": {"model": "dsnet", "model_kwargs": load_recipe("ds-net-digits").model_kwargs, "cooldown_epochs": 0},
+    "ds-net-imagenet": {**DS_NET, "cooldown_epochs": 0},
+    "ds-net-digits": DS_NET,
+    "ds-net-cifar": DS_NET,
 }
 
 

@@ -36,14 +36,31 @@ def run(model: nn.Module, **kwargs: Any) -> SearchResult:
     return search(model, arguments.pop("score", late_is_better), **arguments)
 
 
-def test_it_finds_the_best_of_all(supernet: nn.Module) -> None:
+@pytest.fixture(scope="module")
+def recorded(supernet: nn.Module) -> tuple[SearchResult, list[nn.Module], list[tuple[int, Candidate]]]:
+    """A search, the networks that it scored, and what it told of its progress."""
+    scored: list[nn.Module] = []
+    told: list[tuple[int, Candidate]] = []
+
+    def score(network: nn.Module) -> float:
+        scored.append(network)
+        return late_is_better(network)
+
+    return run(supernet, score=score, progress=lambda *latest: told.append(latest)), scored, told
+
+
+@pytest.fixture
+def found(recorded: tuple[SearchResult, Any, Any]) -> SearchResult:
+    return recorded[0]
+
+
+def test_it_finds_the_best_of_all(supernet: nn.Module, found: SearchResult) -> None:
     best = -1.0
     for genes in itertools.product(WIDTHS, repeat=GROUPS):
         names = zip(["stem", *(f"convs.{place}" for place in range(4))], genes, strict=True)
         network = tn.freeze(supernet, dict(names), input_size=SIZE)
         if tn.inspect(network, SIZE).macs <= 100_000:
             best = max(best, late_is_better(network))
-    found = run(supernet)
     assert found.best.score == best
     assert len(found.candidates) <= 2**GROUPS
     assert found.best == found.candidates[0]
@@ -51,8 +68,8 @@ def test_it_finds_the_best_of_all(supernet: nn.Module) -> None:
     assert tn.inspect(found.model, SIZE).macs == found.best.macs <= 100_000
 
 
-def test_the_result_is_what_its_widths_say(supernet: nn.Module, tmp_path: Path) -> None:
-    found, x = run(supernet), NETWORKS["chain"].image()
+def test_the_result_is_what_its_widths_say(supernet: nn.Module, found: SearchResult, tmp_path: Path) -> None:
+    x = NETWORKS["chain"].image()
     again = tn.freeze(supernet, found.best.widths, input_size=SIZE)
     assert torch.equal(output(found.model, x), output(again, x))
     assert not any(type(module).__module__.startswith("thriftnet") for module in found.model.modules())
@@ -62,15 +79,8 @@ def test_the_result_is_what_its_widths_say(supernet: nn.Module, tmp_path: Path) 
     assert torch.equal(output(loaded, x), output(found.model, x))
 
 
-def test_every_candidate_is_tried_once_and_within_the_budget(supernet: nn.Module) -> None:
-    calls: list[nn.Module] = []
-    seen: list[tuple[int, Candidate]] = []
-
-    def score(network: nn.Module) -> float:
-        calls.append(network)
-        return late_is_better(network)
-
-    found = run(supernet, score=score, progress=lambda count, candidate: seen.append((count, candidate)))
+def test_every_candidate_is_tried_once_and_within_the_budget(recorded: tuple[SearchResult, Any, Any]) -> None:
+    found, calls, seen = recorded
     assert len(calls) == len(found.candidates) == len({candidate.widths for candidate in found.candidates})
     assert [count for count, _ in seen] == list(range(1, len(calls) + 1))
     assert sorted(c.widths for _, c in seen) == sorted(c.widths for c in found.candidates)
@@ -137,5 +147,5 @@ def test_what_is_refused(supernet: nn.Module) -> None:
 
 
 def test_a_budget_that_all_meet_gives_the_widest(supernet: nn.Module) -> None:
-    found = run(supernet, macs=1e9)
+    found = run(supernet, macs=1e9, evolution=Evolution(population=3, generations=1))
     assert found.best.widths[1:] == (1.0,) * (GROUPS - 1)

@@ -236,7 +236,7 @@ def test_views_of_storages_stay_inside(read: Any) -> None:
     [
         b"(" + b"}" * 3_000_000 + b"t",
         b"}" + deep(2_000_000) + b"Ns",
-        pytest.param(b"]q\x01" + (b"(" + b"h\x01" * 30 + b"e") * 10_000_000, id="list of itself"),
+        pytest.param(b"]q\x01" + (b"(" + b"h\x01" * 30 + b"e") * 2_000_000, id="list of itself"),
     ],
     ids=["many dicts", "deep key", None],
 )
@@ -250,7 +250,6 @@ def test_exhaustion_ends_the_process_that_reads(tmp_path: Path, body: bytes) -> 
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="processor time is not limited there")
 def test_endless_work_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
@@ -264,9 +263,12 @@ def test_a_reader_that_takes_too_long_or_dies_is_a_refusal(tmp_path: Path, monke
     path.write_bytes(legacy(NONE))
     program = tmp_path / "program.py"
     monkeypatch.setattr(torchfile, "COMMAND", [sys.executable, str(program)])
-    monkeypatch.setattr(torchfile, "SECONDS", 2)
+    program.write_text("while True: pass")
+    with monkeypatch.context() as patch:
+        patch.setattr(torchfile, "SECONDS", 1)
+        with pytest.raises(CheckpointError, match="more than 1 s"):
+            torchfile.read_torch(path)
     for code, reason in {
-        "while True: pass": "more than 2 s",
         "import os, signal; os.kill(os.getpid(), 9)": "crashed",
         "print('x')": "do not fit each other",
         "print('[]')": "do not fit each other",

@@ -54,7 +54,6 @@ def test_every_law_holds(source: Path) -> None:
 
 
 def test_it_is_public_and_has_a_text_form(source: Path) -> None:
-    run(source, "-c", USE)
     check = """
 import sys
 import thriftnet as tn
@@ -71,4 +70,4 @@ else:
 from thriftnet.cli.demo import shown
 assert "low-rank" in shown()
 """
-    run(source, "-c", check)
+    run(source, "-c", check + USE)

@@ -19,13 +19,12 @@ from thriftnet.importing.layout import fill
 from thriftnet.models import MODELS, densenet, resnext
 from thriftnet.models.mobilenetv2 import ChannelAttention
 from thriftnet.techniques.filter_basis import BasisConv2d, SharedBasis, SharedBasisConv2d
-from zoo_golden import check_logits, check_network, facts, their_tensors
+from zoo_golden import check_logits, check_network, facts, recorded_networks, their_tensors
 from zoo_groups import FILTER_BASIS_OTHERS
 
 RECORDED = facts("netrl2")
 DENSENET = "cifar100_DenseNet121_SingleShared_S16U1"
 DEAD = "shared_basis_4.weight"  # used nowhere in the authors' shared DenseNet
-DEEP = ("cifar_densenet161", "cifar_densenet201", "cifar_resnext101")  # over a billion multiply-accumulates
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar100_DenseNet121": ("cifar_densenet121", {}),
@@ -54,7 +53,7 @@ def check_similarity(case: dict[str, Any], model: nn.Module) -> None:
     assert tn.penalty(model).item() == pytest.approx(10 * expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", recorded_networks("netrl2", NETWORKS))
 def test_counts_logits_and_penalty_are_the_authors(name: str) -> None:
     case, (ours, kwargs) = RECORDED[name], NETWORKS[name]
     model = tn.create_model(ours, **kwargs)
@@ -311,12 +310,11 @@ def test_impossible_depths(make: Callable[..., Any], message: str) -> None:
         make(depth=110)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith(DEEP) else ()) for name in FILTER_BASIS_OTHERS]
-)
+@pytest.mark.parametrize("name", FILTER_BASIS_OTHERS)
 def test_stored_facts(name: str) -> None:
     entry = MODELS[name]
-    report = tn.inspect(tn.create_model(name), entry.input_size)
+    with torch.device("meta"):
+        report = tn.inspect(tn.create_model(name), entry.input_size)
     assert (report.params, report.macs) == (entry.params, entry.macs)
     assert not entry.baseline or entry.baseline in MODELS
 

@@ -16,7 +16,7 @@ from thriftnet.core.tied import count_params
 from thriftnet.importing.weight_sharing import layout as convmixer_layout
 from thriftnet.models import MODELS
 from thriftnet.techniques.weight_sharing import FusedConv2d, FusedLinear
-from zoo_golden import check_logits, check_network, check_train_step, facts
+from zoo_golden import check_logits, check_network, check_train_step, facts, recorded_networks
 from zoo_groups import CONVMIXERS
 
 SMALL = {"dim": 64, "depth": 8, "patch_size": 4, "kernel_size": 3, "num_classes": 10}
@@ -41,9 +41,7 @@ RECORDED = [name for name, case in facts("spin").items() if "state_dict" in case
 TRAINED = [name for name in facts("spin") if name.startswith("train_")]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.startswith("small") else pytest.mark.slow) for n in RECORDED]
-)
+@pytest.mark.parametrize("name", recorded_networks("spin"))
 def test_recorded_network(name: str) -> None:
     case = facts("spin")[name]
     model = like(case)

@@ -15,7 +15,7 @@ from thriftnet.errors import ConfigError
 from thriftnet.importing.soft_sharing import layout as swrn_layout
 from thriftnet.models import MODELS
 from thriftnet.techniques.soft_sharing import SConv2d, TemplateBank
-from zoo_golden import check_logits, check_network, check_train_step, facts
+from zoo_golden import check_logits, check_network, check_train_step, facts, recorded_networks
 from zoo_groups import SWRNS
 
 SYSTEM = "softsharing"
@@ -32,7 +32,7 @@ def build(meta: dict[str, Any]) -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", recorded_networks(SYSTEM, NETWORKS))
 def test_counts_and_logits_are_the_authors(name: str):
     case = facts(SYSTEM)[name]
     model = build(case["meta"])

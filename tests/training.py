@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -53,9 +54,12 @@ class Net(nn.Sequential):
         )
 
 
-def in_children(work: Callable[[int], None], ranks: int = 1, *, together: bool = True) -> list[int]:
+def in_children(
+    work: Callable[[int], None], ranks: int = 1, *, together: bool = True, meanwhile: Callable[[], object] | None = None
+) -> list[int]:
     """Run work(rank) in forked processes (much faster than starting Python again); gives their exit codes.
 
+    ``meanwhile`` is called here over and over until all have ended.
     A negative code is the signal that ended one, 0 is done, 1 an exception, which is printed.
     """
     port = free_port()
@@ -79,7 +83,9 @@ def in_children(work: Callable[[int], None], ranks: int = 1, *, together: bool =
         children.append(child)
     codes = {}
     while len(codes) < ranks:
-        child, status = os.wait()
+        child, status = os.waitpid(-1, os.WNOHANG if meanwhile else 0)
+        if meanwhile and not child:
+            meanwhile()
         if child not in children:
             continue
         codes[child] = os.waitstatus_to_exitcode(status)
@@ -88,6 +94,12 @@ def in_children(work: Callable[[int], None], ranks: int = 1, *, together: bool =
                 if other not in codes:
                     os.kill(other, signal.SIGKILL)
     return [codes[child] for child in children]
+
+
+def limit_files(size: int) -> None:
+    """From here on no file of this process may grow beyond ``size`` bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def free_port() -> int:

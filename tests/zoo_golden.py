@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,12 +20,41 @@ from thriftnet.core.tied import unique_tensors
 from thriftnet.importing.layout import Layout, fill, read
 
 FLOAT64, FLOAT32 = 1e-9, 3e-6  # relative to the largest output
+LARGE = 1_000_000  # parameters, from which most recorded networks are run in `make test-slow` only
+KEPT = {  # one of each kind that has no small network
+    "cifar10_ResNet110",
+    "cifar100_DenseNet121",
+    "cifar100_DenseNet121_SingleShared_S16U1",
+    "cifar100_MobileNetV2",
+    "cifar100_MobileNetV2_Shared",
+    "cifar100_ResNet18",
+    "cifar100_ResNet34_NonShared_U16",
+    "cifar100_ResNet34_SharedOnly_S8",
+    "cifar100_ResNet34_SingleShared_S8U1",
+    "cifar100_ResNext50_SingleShared_s16u4",
+    "ilsvrc_MobileNetV2_SharedDouble_noECA",
+    "ilsvrc_ResNet18",
+    "ilsvrc_ResNet34_DoubleShared_S32U1",
+    "ilsvrc_ResNet50_Shared",
+    "ilsvrc_ResNet101_SharedSingle",
+    "swrn16-4-2_c10",
+    "swrn28-4-6_c10",
+    "swrn40-4-2_c100",
+}
 
 
 @cache
 def facts(system: str) -> dict[str, Any]:
     """All recorded networks of one system, by name; those called train_* are one training step."""
     return json.loads(gzip.decompress((GOLDEN / f"{system}.json.gz").read_bytes()))
+
+
+def recorded_networks(system: str, names: Iterable[str] | None = None) -> list[Any]:
+    """Parameters of a test: all recorded networks of one system, or those named; large ones are slow."""
+    cases = facts(system)
+    found = [name for name, case in cases.items() if "state_dict" in case] if names is None else list(names)
+    slow = {name for name in found if cases[name]["params"]["total"] > LARGE} - KEPT
+    return [pytest.param(name, id=name, marks=pytest.mark.slow if name in slow else ()) for name in found]
 
 
 def their_tensors(case: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
