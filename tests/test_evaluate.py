@@ -254,3 +254,9 @@ def test_resnet20_of_the_wider_world_keeps_its_accuracy(capsys: pytest.CaptureFi
     normalisation = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
     result = json.loads(run(capsys, weights, "--data", data, *normalisation, "--json"))
     assert (result["top1"], result["images"]) == (81.03, 10000)
+
+
+@pytest.mark.parametrize("option", [["--budget", "3M"], ["--plot", "x.svg"]])
+def test_options_of_a_mode_need_one(option: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "resnet20", "--data", "digits", "--in-chans", "1", *option]) == 2
+    assert f"{option[0]} goes with --mode" in capsys.readouterr().err

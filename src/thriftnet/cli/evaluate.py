@@ -28,6 +28,9 @@ CALIBRATION = 2048  # training images on which the cost of a budget is found
 def run(arguments: Sequence[str]) -> None:
     options, kwargs = parse_with_kwargs(_parser(), arguments)
     width = chosen_width(options)
+    for name in ("budget", "plot"):
+        if getattr(options, name) is not None and options.mode is None:
+            raise ConfigError(f"--{name} goes with --mode: give --mode dynamic or all, or leave it out")
 
     from thriftnet.core.width import set_width
     from thriftnet.train.distributed import joined, process_group
