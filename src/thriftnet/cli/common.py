@@ -19,7 +19,10 @@ from thriftnet.models.table import all_kwargs, is_zoo_name
 if TYPE_CHECKING:
     from torch import nn
 
-KWARGS_HELP = "Further --key value options go to the function that builds the network, as --num-classes 100."
+KWARGS_HELP = (
+    "Further --key value options go to the function that builds the network, as --num-classes 100. A saved network takes "
+    "--num-classes, for a new classifier; a checkpoint file also takes hints, as --mapping strided."
+)
 
 
 class _Help(HelpFormatter):

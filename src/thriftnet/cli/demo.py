@@ -52,8 +52,8 @@ class Result:
 def run(arguments: Sequence[str]) -> None:
     parser = Parser("demo", DESCRIPTION)
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
-    parser.add_argument("--epochs", type=int, help="per technique; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--epochs", type=int, metavar="N", help="per technique; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation")
     parser.add_shared(*MACHINE_OPTIONS)
     options = parse(parser, arguments)
 

@@ -61,7 +61,7 @@ def _parser() -> Parser:
     )
     parser = Parser("evaluate", description, "model")
     add = parser.add_argument
-    add("--split", default="test", help="train, val or test, which is val where there is no test split")
+    add("--split", default="test", metavar="NAME", help="train, val or test, which is val where there is no test split")
     add("--topk", type=numbers(int, "1,5"), metavar="K,K", default="1,5", help="which accuracies")
     add("--confusion", action="store_true", help="print the confusion matrix")
     drawing: Any = {"type": svg_file, "metavar": "FILE.svg"}

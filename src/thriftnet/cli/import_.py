@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import Parser, emit, parse_with_kwargs, unknown_option
 
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (
@@ -26,9 +26,13 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.tied import count_params
     from thriftnet.importing.importer import folder_facts, import_checkpoint
+    from thriftnet.importing.systems import known_hints
     from thriftnet.models.entry import IDENTITY
     from thriftnet.store.model_file import save
 
+    for name in hints if "model" not in hints else ():
+        if name not in known_hints():
+            raise unknown_option(name, parser.known, known_hints())
     imported = import_checkpoint(options.file, **hints)
     identity = getattr(imported.model, IDENTITY, None) or {}
     folder = save(imported.model, options.output, metadata=folder_facts(imported)) if options.output else None

@@ -20,9 +20,11 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser(
         "models", "List the networks of the zoo: parameters and MACs at their paper's input size, and what was published."
     )
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, as 'resnet*'")
-    parser.add_argument("--technique", help=f"only networks of this technique, as soft-sharing; or {PLAIN}")
-    parser.add_argument("--paper", help="only networks of this paper: any part of its authors, title or venue")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", default="*", help="shell pattern, as 'resnet*'")
+    parser.add_argument("--technique", metavar="T", help=f"only networks of this technique, as soft-sharing; or {PLAIN}")
+    parser.add_argument(
+        "--paper", metavar="TEXT", help="only networks of this paper: any part of its authors, title or venue"
+    )
     options = parse(parser, arguments)
     chosen = _chosen(options.pattern, options.technique, options.paper)
     result = {"models": [_as_dict(name, entry) for name, entry in chosen.items()]}

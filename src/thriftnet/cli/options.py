@@ -86,7 +86,7 @@ IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "D", "required": True, "help": DATA_HELP},
     "--plain": {"metavar": "MODEL", "help": PLAIN_HELP},
     "--batch-size": {"type": positive, "default": 256, "metavar": "N", "help": "images at a time"},
-    "--device": {"help": "default: a GPU where there is one"},
+    "--device": {"metavar": "cpu|cuda", "help": "default: a GPU where there is one"},
     "--mean": {"type": channels, "metavar": "M,M,M", "help": "each in [0, 1]; default: the network's, else the data's"},
     "--std": {"type": channels, "metavar": "S,S,S", "help": "the same"},
     "--image-size": {"type": positive, "metavar": "PIXELS", "help": "default: the network's, else as stored"},

@@ -16,12 +16,12 @@ DESCRIPTION = (
 def run(arguments: Sequence[str]) -> None:
     parser = Parser("recalibrate", DESCRIPTION, "model", *IMAGE_OPTIONS, "--output")
     add = parser.add_argument
-    add("--split", default="train", help="which images")
+    add("--split", default="train", metavar="NAME", help="which images")
     add("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest; default: all")
     add("--width-indices", type=numbers(int, "0,3"), metavar="I,I", help="instead: indices into the list of widths, as 0,3")
     add("--batches", type=positive, metavar="N", help="at most this many at each width; default: all images")
-    add("--momentum", type=float, help="a moving average, as 0.1 (DS-Net); default: the exact one")
-    add("--seed", type=int, default=0, help="of the order of the images")
+    add("--momentum", type=float, metavar="M", help="a moving average, as 0.1 (DS-Net); default: the exact one")
+    add("--seed", type=int, default=0, metavar="N", help="of the order of the images")
     options, kwargs = parse_with_kwargs(parser, arguments)
     chosen = None if options.widths is None else [width_from(text) for text in options.widths.split(",")]
     indices = options.width_indices

@@ -22,12 +22,18 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser("search", DESCRIPTION, "model", *IMAGE_OPTIONS, "--output")
     add = parser.add_argument
     add("--macs", type=quantity, metavar="N", required=True, help="most multiply-accumulates for one image, as 300M")
-    add("--validation", type=float, default=0.1, help="share of the training images that candidates are scored on")
+    add(
+        "--validation",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the training images that candidates are scored on",
+    )
     recalibration = "batches to estimate the batch-norm statistics of each candidate from; 0: none"
     add("--recalibration", type=int, default=8, metavar="N", help=recalibration)
-    add("--population", type=int, default=16, help="candidates kept from one generation to the next")
-    add("--generations", type=int, default=8, help="rounds of the evolution")
-    add("--seed", type=int, default=0, help="of the held-out images and the evolution")
+    add("--population", type=int, default=16, metavar="N", help="candidates kept from one generation to the next")
+    add("--generations", type=int, default=8, metavar="N", help="rounds of the evolution")
+    add("--seed", type=int, default=0, metavar="N", help="of the held-out images and the evolution")
     options, kwargs = parse_with_kwargs(parser, arguments)
     if options.recalibration < 0:
         raise ConfigError(f"--recalibration {options.recalibration}: expected an integer >= 0")

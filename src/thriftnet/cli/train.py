@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 # options that are named like a field of recipes
 FIELDS = {
-    "model": OPTIONS["model"]["help"],
-    "technique": "applied before training, as 'soft-sharing(templates=2)'; may be given several times",
-    "epochs": "passes over the training images",
-    "max_steps": "instead: optimizer steps",
-    "seed": "of weights, order and augmentation",
-    "precision": "fp32, bf16 or fp16",
-    "checkpoint_every": "optimizer steps between checkpoints; one is also written after each epoch",
+    "model": ("MODEL", OPTIONS["model"]["help"]),
+    "technique": ("T", "applied before training, as 'soft-sharing(templates=2)'; may be given several times"),
+    "stage": ("NAME", "of a recipe with several stages: train this one only; else what a step does, as widths"),
+    "epochs": ("N", "passes over the training images"),
+    "max_steps": ("N", "instead: optimizer steps"),
+    "batch_size": ("N", "images per optimizer step, over all processes"),
+    "lr": ("LR", "learning rate"),
+    "seed": ("N", "of weights, order and augmentation"),
+    "precision": ("P", "fp32, bf16 or fp16"),
+    "checkpoint_every": ("N", "optimizer steps between checkpoints; one is also written after each epoch"),
 }
 
 
@@ -34,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     description = "Train a network; on several processes: torchrun --nproc-per-node N -m thriftnet train ..."
     parser = Parser("train", description, "--data")
     parser.epilog = (
-        "Each field of a recipe is an option, too: --lr 0.05 (or --optimizer.lr 0.05), --batch-size 256, --flip true "
+        "Each field of a recipe is an option, too: --weight-decay 0.0001 (or --optimizer.weight-decay), --flip true "
         f"(docs/training.md lists them). {KWARGS_HELP}"
     )
     add = parser.add_argument
@@ -46,9 +49,9 @@ def run(arguments: Sequence[str]) -> None:
     add("--teacher", metavar="F", help="a network to imitate: its folder, or whatever MODEL may be")
     add("--budget", type=quantity, metavar="MACS", help="for the stage gate: mean MACs per image, as 300M")
     parser.add_shared(*MACHINE_OPTIONS)
-    for name, text in FIELDS.items():
+    for name, (metavar, text) in FIELDS.items():
         action = "append" if name == "technique" else "store"
-        add(f"--{name.replace('_', '-')}", metavar=name[0].upper(), action=action, help=text)
+        add(f"--{name.replace('_', '-')}", metavar=metavar, action=action, help=text)
     options, others = parse_with_kwargs(parser, arguments, literals=False)
 
     from thriftnet.train.trainer import train
