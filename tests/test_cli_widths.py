@@ -121,8 +121,7 @@ def test_budgets_below_a_million_are_read(gated: str, tmp_path: Path, capsys: py
     command = ["evaluate", gated, "--data", "digits", "--limit", "30", "--sweep-budget", str(tmp_path / "sweep.svg")]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("budget 996K     995,")
-    assert re.search(r" \d,\d{3},\d{3} ", lines[-1])
+    assert re.match(r"budget \d{3}K +\d{3},\d{3} ", lines[1])
 
 
 @pytest.mark.parametrize("option", [("--width", "4"), ("--width-index", "1")])

@@ -26,8 +26,7 @@ STEPS = sorted(name for name in RECORDED if name.startswith("train_cifar10_ResNe
 def ours(meta: dict[str, Any]) -> nn.Module:
     """Our network for a recorded one, under the authors' name."""
     ranks = {key: meta[key] for key in ("shared_rank", "unique_rank") if key in meta}
-    plain = meta["dataset"] == "cifar10" and "_" not in meta["model"]
-    return tn.create_model(meta["model"] if plain else f"{meta['dataset']}_{meta['model']}", **ranks)
+    return tn.create_model(f"{meta['dataset']}_{meta['model']}", **ranks)
 
 
 @pytest.mark.parametrize("name", recorded_networks("netrl2", RESNETS))

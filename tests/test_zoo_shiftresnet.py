@@ -120,7 +120,7 @@ def test_published_figures_agree_with_ours_or_are_explained(name: str):
     if entry.baseline:
         with torch.device("meta"):
             plain = tn.create_model(entry.baseline, **entry.baseline_kwargs)
-        assert sum(p.numel() for p in plain.parameters()) == MODELS[f"{entry.baseline}_projection"].params
+        assert sum(p.numel() for p in plain.parameters()) == MODELS[entry.baseline].params
 
 
 @pytest.mark.parametrize("name", ["shiftresnet20", "depthwiseresnet20", "resnet20_block28", *OURS])

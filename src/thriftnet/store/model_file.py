@@ -140,8 +140,8 @@ def model_path(source: str | os.PathLike[str]) -> Path:
         return place
     if (place / MODEL).exists():
         return place / MODEL
-    if not (place / RUN).exists():
-        stages = [run.parent for run in place.glob(f"[0-9]*-*/{RUN}") if _is_finished(run)]
+    if place.is_dir() and not (place / RUN).exists():
+        stages = [path for path in place.iterdir() if path.name.partition("-")[0].isdecimal() and _is_finished(path / RUN)]
         place = max(stages, key=lambda stage: int(stage.name.partition("-")[0]), default=place)
     return place / RUN_MODEL / MODEL if (place / RUN).exists() else place / MODEL
 
