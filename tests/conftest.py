@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 from thriftnet.train import run_folder
 
+# compilers of two workers must not write one cache
+CACHE = Path(tempfile.gettempdir()) / f"thriftnet-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 torch.set_num_threads(1)  # `make test` has two workers: two threads in all; tiny networks gain nothing from more
 settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
