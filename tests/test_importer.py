@@ -20,7 +20,7 @@ from thriftnet.importing.extract import contents
 from thriftnet.importing.importer import build, import_checkpoint
 from thriftnet.importing.layout import read
 from thriftnet.importing.systems import recognise
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 from zoo_golden import facts, recorded_networks
 
 SHARED = Path(__file__).parent.parent.parent / "shared"

@@ -23,7 +23,7 @@ from thriftnet.importing import dsnet, filter_basis, shiftresnet, soft_sharing, 
 from thriftnet.importing.importer import build, folder_facts, import_checkpoint
 from thriftnet.importing.layout import read
 from thriftnet.importing.systems import recognise
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 
 def test_repeated_keys_must_be_equal() -> None:

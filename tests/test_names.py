@@ -11,8 +11,10 @@ import torch
 import thriftnet as tn
 from images import class_folders
 from thriftnet.cli import main
+from thriftnet.core.history import history
+from thriftnet.core.provenance import data_facts
 from thriftnet.models import MODELS, zoo_name
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 SHIFT = MODELS["shiftresnet20"].paper
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
@@ -218,3 +220,94 @@ def test_the_other_layers_keep_their_weights(tmp_path: Path):
 def test_a_mistyped_path_is_no_model(source: str):
     with pytest.raises(tn.ConfigError, match=r"no such file: "):
         tn.open_model(source)
+
+
+@pytest.mark.parametrize("verb", ["recalibrate", "search"])
+def test_a_network_is_saved_with_the_preprocessing_that_was_used(verb: str, tmp_path: Path):
+    class_folders(tmp_path / "data" / "train")
+    class_folders(tmp_path / "data" / "val")
+    model = tn.convert(tn.create_model("resnet20", num_classes=2), "slimmable(widths=(0.5, 1.0))")
+    tn.save(model, tmp_path / "m", metadata={"normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}})
+    command = [
+        verb,
+        str(tmp_path / "m"),
+        "--data",
+        f"folder:{tmp_path / 'data'}",
+        "--output",
+        str(tmp_path / "out"),
+        "--batch-size",
+        "4",
+    ]
+    command += [
+        "--mean",
+        "0.1,0.2,0.3",
+        "--std",
+        "0.9,0.8,0.7",
+        "--image-size",
+        "16",
+        "--crop-pct",
+        "0.5",
+        "--interpolation",
+        "bicubic",
+    ]
+    if verb == "search":
+        command += ["--macs", "20M", "--population", "2", "--generations", "1", "--recalibration", "4"]
+    assert main(command) == 0
+    facts = data_facts(tn.load(tmp_path / "out"))
+    assert facts.normalisation == {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7)}
+    assert (facts.input_size, facts.crop_pct, facts.eval_interpolation) == ((3, 16, 16), 0.5, "bicubic")
+
+
+def test_a_new_classifier_is_compared_with_one_as_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tn.save(tn.create_model("shiftresnet20_e3", num_classes=100), tmp_path / "m")
+    against = []
+    for source in (str(folder), "shiftresnet20_e3"):
+        assert main(["count", source, "--num-classes", "7", "--json"]) == 0
+        against.append(json.loads(capsys.readouterr().out.splitlines()[-1])["against"])
+    assert against[0] == against[1]
+    assert against[0]["kwargs"] == {"num_classes": 7}
+
+
+def test_what_was_measured_at_conversion_stays_in_the_history(tmp_path: Path):
+    model = tn.convert(tn.create_model("resnet20"), "soft-sharing(templates=2)")
+    again = tn.load(tn.save(tn.load(tn.save(model, tmp_path / "a")), tmp_path / "b"))
+    rows = [row["relative_error"] for row in history(again)[0]["plan"]["rows"]]
+    assert rows == [row["relative_error"] for row in history(model)[0]["plan"]["rows"]]
+    assert any(error for error in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ["evaluate", "resnet20", "--in-chans", "1", "--data", "digits", "--topk", "11"],
+            "--topk 11: the data has 10 classes",
+        ),
+        (["evaluate", "resnet20", "--data", "digits", "--mean", "5,5,5"], "numbers in [0, 1], one per channel"),
+        (["train", "--recipe", "swrn-cifar10", "--cutout", "--data", "digits", "--output", "x"], "here it is `--cutout 16`"),
+        (["train", "-c", "bn_uniform.yml", "--data", "digits", "--output", "x"], "DS-Net has -c; here it is `--recipe"),
+        (["train", "--recipe", __file__, "--data", "digits", "--output", "x"], "expected a file whose name ends in .yaml"),
+        (
+            ["plan", "resnet20", "--technique", "soft-sharing(templates=x)"],
+            "cannot read the fields of 'soft-sharing(templates=x)' (malf",
+        ),
+    ],
+)
+def test_one_line_says_what_is_wrong(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert " object at 0x" not in error
+
+
+def test_a_file_tells_its_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save(tn.create_model("resnet20").state_dict(), tmp_path / "theirs.pth")
+    assert main(["evaluate", str(tmp_path / "theirs.pth"), "--shared_rank", "8", "--data", "digits"]) == 2
+    assert "a file tells its own: leave it out" in capsys.readouterr().err
+
+
+def test_lists_are_written_as_in_other_verbs():
+    from thriftnet.cli.train import make_recipe
+
+    assert make_recipe("digits", {"mean": "0.1,0.2,0.3", "std": "1,1,1"}).augmentation.mean == (0.1, 0.2, 0.3)

@@ -360,7 +360,7 @@ def test_constants_and_augmentation_are_those_of_the_papers(name: str):
     assert augmentation.cutout == CUTOUT.get(name, 0)
     assert augmentation.flip
     if "imagenet" in name:
-        assert (augmentation.image_size, augmentation.resize) == (224, 256)
+        assert (augmentation.image_size, augmentation.resize, augmentation.crop_pct) == (224, None, 0.875)  # 256 at 224
         assert augmentation.random_resized_crop == (0.08, 1.0)
         assert augmentation.crop_ratio == pytest.approx((3 / 4, 4 / 3))
     else:

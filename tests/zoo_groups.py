@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from thriftnet.models.entry import ModelEntry
-from thriftnet.models.table import MODELS
+from thriftnet.models.table import MODELS, ModelEntry
 
 
 def of_families(*families: str, but: tuple[str, ...] = ()) -> dict[str, ModelEntry]:

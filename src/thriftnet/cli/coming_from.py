@@ -16,8 +16,8 @@ def options_of_projects() -> dict[str, dict[str, str]]:
     return projects
 
 
-def hint(option: str) -> str:
-    """What an option of the original projects is here; "" for other options.
+def hint(option: str, *, same: bool = False) -> str:
+    """What an option of the original projects is here; "" for other options, and, unless ``same``, for those of the same name.
 
     Example:
         >>> hint("--bank-size")
@@ -27,7 +27,8 @@ def hint(option: str) -> str:
     meanings: dict[str, tuple[list[str], str]] = {}
     for project, options in options_of_projects().items():
         for theirs, ours in options.items():
-            if _normalized(theirs) == wanted and not ours.startswith(f"`{theirs}"):  # another name
+            other_name = _normalized(ours.split("`")[1:2][0].split()[0] if "`" in ours else "") != wanted
+            if _normalized(theirs) == wanted and (same or other_name):
                 meanings.setdefault(ours, ([], theirs))[0].append(project)
     return "; ".join(
         f"{' and '.join(projects)} {'has' if len(projects) == 1 else 'have'} {theirs}; here it is {ours}"

@@ -50,6 +50,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line."""
+        if message.startswith("unrecognized arguments: -"):
+            raise unknown_option(message.split()[2], self.known)
         reason = re.sub("^argument (.+?): ", r"\1 ", message)
         raise ConfigError(f"{reason}. See {self.prog} --help")
 
@@ -123,8 +125,8 @@ def possible_kwargs(source: str) -> set[str] | None:
 
 def unknown_option(name: str, options: Iterable[str], kwargs: Iterable[str] = ()) -> ConfigError:
     """The error for an option that neither the verb nor the network has; it knows those of the original projects."""
-    option = _option(name.removeprefix("--"))
-    meaning = hint(option)
+    option = name if name.startswith("-") else _option(name)
+    meaning = hint(option, same=True)
     if meaning:
         return ConfigError(f"unknown option {option!r}: {meaning}")
     return unknown_name("option", option, options, first=map(_option, kwargs))

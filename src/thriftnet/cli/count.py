@@ -9,8 +9,7 @@ from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
 from thriftnet.cli.options import svg_file
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS
-from thriftnet.models.entry import IDENTITY, ModelEntry
-from thriftnet.models.table import all_kwargs
+from thriftnet.models.table import IDENTITY, ModelEntry, all_kwargs
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -61,18 +60,23 @@ def counted(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[nn.Module, R
 
 def _one(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """One network, compared with another, as text and for JSON."""
+    from thriftnet.core.history import history
     from thriftnet.measure import inspect
     from thriftnet.measure.as_published import published_flops
 
     model, report = counted(options, kwargs)
     lines, result = [str(report), ""], report.to_dict()
     identity = getattr(model, IDENTITY, {})
+    ours = dict(identity.get("kwargs", {}))
+    for step in history(model):
+        if "num_classes" in step:  # a new classifier
+            ours["num_classes"] = step["num_classes"]
     entry = MODELS.get(identity.get("name", ""))
     published = published_flops(report, entry.paper) if entry else None
     paper_line = "as the paper counts: {:,} FLOPs ({})".format(*published) if published else ""
     if published:
         result["published_flops"] = dict(zip(("flops", "definition"), published, strict=True))
-    name, other_kwargs = _compared_with(options.against, entry, identity.get("kwargs", {}))
+    name, other_kwargs = _compared_with(options.against, entry, ours)
     if name:
         other = inspect(open_network(name, other_kwargs), report.input_size)
         result["against"] = {

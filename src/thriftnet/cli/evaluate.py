@@ -38,6 +38,11 @@ def run(arguments: Sequence[str]) -> None:
     with process_group(options.device) as device:
         rank, world_size = joined()
         model, source, loader_of = open_inputs(options, kwargs, options.split, device)
+        classes = len(source.classes)
+        if options.topk is None:
+            options.topk = (1, 5) if classes > 5 else (1,)
+        if max(options.topk) > classes:
+            raise ConfigError(f"--topk {max(options.topk)}: the data has {classes} classes")
         if width:
             set_width(model, **width)
         split = source.split(options.split)
@@ -62,7 +67,9 @@ def _parser() -> Parser:
     parser = Parser("evaluate", description, "model")
     add = parser.add_argument
     add("--split", default="test", metavar="NAME", help="train, val or test, which is val where there is no test split")
-    add("--topk", type=numbers(int, "1,5"), metavar="K,K", default="1,5", help="which accuracies")
+    add(
+        "--topk", type=numbers(int, "1,5"), metavar="K,K", help="which accuracies; default: 1,5, or 1 for up to five classes"
+    )
     add("--confusion", action="store_true", help="print the confusion matrix")
     drawing: Any = {"type": svg_file, "metavar": "FILE.svg"}
     add("--confusion-plot", help="draw the confusion matrix", **drawing)

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     from thriftnet.core.tied import count_params
     from thriftnet.importing.importer import folder_facts, import_checkpoint
     from thriftnet.importing.systems import known_hints
-    from thriftnet.models.entry import IDENTITY
+    from thriftnet.models.table import IDENTITY
     from thriftnet.store.model_file import save
 
     for name in hints if "model" not in hints else ():

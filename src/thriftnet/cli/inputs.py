@@ -24,13 +24,16 @@ def open_inputs(
     options: Namespace, kwargs: Mapping[str, Any], split: str, device: torch.device
 ) -> tuple[nn.Module, DataSource, Callable[..., Loader]]:
     """The network on its device, the data, and a function that loads at most ``limit`` images of the data for it."""
+    from thriftnet.core.provenance import add_data_facts
     from thriftnet.data.loaders import make_loader
     from thriftnet.data.sources import open_data
 
     use_machine(options, options.batch_size)
     model = open_network(options.model, kwargs, options.plain)
     source = open_data(options.data, on_corrupt=options.on_corrupt)
-    common: Any = {"augmentation": augmentation_of(options, source, source.split(split), model), "train": False}
+    augmentation = augmentation_of(options, source, source.split(split), model)
+    add_data_facts(model, augmentation.facts())  # what a verb computes with is what the network is saved with
+    common: Any = {"augmentation": augmentation, "train": False}
     common |= {"device": device, "workers": options.workers}
 
     def loader(images: ImageDataset, limit: int | None, **more: Any) -> Loader:

@@ -44,4 +44,8 @@ def run(arguments: Sequence[str]) -> None:
     batches = min(len(loader), options.batches or len(loader))
     result = {"model": options.model, "output": str(folder), "widths": names, "batches": batches}
     at = f" at widths {', '.join(names)}" if names else ""
-    emit(f"{folder}: statistics of {batches} batches of {options.batch_size} images{at}", result, as_json=options.json)
+    emit(
+        f"{folder}: statistics of {batches} {'batch' if batches == 1 else 'batches'} of at most {options.batch_size} images{at}",
+        result,
+        as_json=options.json,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,8 @@ def _value(name: str, text: Any) -> Any:
 
     own = name.split(".", 2)[-1] if name.startswith("stages.") else name
     path = full_name(own)
+    if isinstance(text, str) and re.fullmatch(r"[\d.]+(,[\d.]+)+", text):
+        return [float(part) for part in text.split(",")]  # as other verbs take them
     if not isinstance(text, str) or (path in field_names() and path not in (*MAPPINGS, "stages")):
         return text
     try:

@@ -57,7 +57,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
         kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ConfigError(
-            f"cannot read the fields of {text!r} ({error}): write them as field=value with plain values"
+            f"cannot read the fields of {text!r} ({str(error).partition(': <ast')[0]}): write them as field=value with plain values"
         ) from None
     return make(match[1], kwargs, table)
 

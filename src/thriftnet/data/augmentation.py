@@ -6,7 +6,7 @@ Annotations are evaluated: for postponed ones jsonargparse would run the imports
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thriftnet.core.spec import check_choice
 from thriftnet.errors import ConfigError
@@ -85,6 +85,7 @@ class Augmentation:
             yield name, getattr(self, name) >= 0, "a number >= 0"
         yield "random_erasing", 0 <= self.random_erasing <= 1, "a probability in [0, 1]"
         yield "std", std is None or all(value > 0 for value in std), "numbers > 0, one per channel"
+        yield "mean", mean is None or all(0 <= value <= 1 for value in mean), "numbers in [0, 1], one per channel"
         yield "mean", None in (mean, std) or len(mean or ()) == len(std or ()), "as many numbers as for std, one per channel"
         yield "resize", None in (self.resize, size) or (self.resize or 0) >= (size or 0), "a number >= image_size"
         yield "crop_pct", 0 < self.crop_pct <= 1, "a share in (0, 1], as 0.875"
@@ -98,6 +99,13 @@ class Augmentation:
         if self.mean is None or self.std is None:
             raise ConfigError("the augmentation has no mean and std: set both, or take the data's with for_source(source)")
         return self.mean, self.std
+
+    def facts(self) -> dict[str, Any]:
+        """What a network has to know of it, as fields of `thriftnet.core.provenance.DataFacts`."""
+        mean, std = self.normalisation()
+        facts: dict[str, Any] = {name: getattr(self, name) for name in ("resize", "crop_pct", "eval_interpolation")}
+        size = {} if self.image_size is None else {"input_size": (len(mean), self.image_size, self.image_size)}
+        return {**facts, **size, "normalisation": {"mean": mean, "std": std}}
 
     def is_batched(self, dataset: "ImageDataset", *, train: bool) -> bool:
         """Whether it can be applied to whole batches of stored images, as by `ResidentLoader`."""

@@ -25,7 +25,7 @@ from thriftnet.importing.files import read_file
 from thriftnet.importing.layout import Layout, check, fill
 from thriftnet.importing.systems import SYSTEMS, check_hints, recognise
 from thriftnet.models import create_model
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 SLACK = 1 << 20  # numbers that a network may have beyond those stored, as counters that were left out
 # hints that the tensors may contradict

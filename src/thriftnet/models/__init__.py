@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from thriftnet.core.history import HISTORY
 from thriftnet.errors import ConfigError, unknown_name
-from thriftnet.models.entry import IDENTITY, ModelEntry
-from thriftnet.models.table import MODELS, builder, model_kwargs, zoo_name
+from thriftnet.models.table import IDENTITY, MODELS, ModelEntry, builder, model_kwargs, zoo_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.spec import check_whole_number
 from thriftnet.errors import ConfigError
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 
 class Classifier(nn.Module):

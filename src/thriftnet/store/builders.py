@@ -13,7 +13,7 @@ from torch import nn
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import create_model
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights_backbone")
 

@@ -16,7 +16,7 @@ from thriftnet.core.provenance import CHECKS, FACTS, data_facts, stated_input_si
 from thriftnet.core.tied import count_params
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 
 MODEL, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md")
 FORMAT = 1

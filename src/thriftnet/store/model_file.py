@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from thriftnet.core.convert import tie
 from thriftnet.core.fold import fold, freeze
 from thriftnet.core.head import replace_head
-from thriftnet.core.history import history
+from thriftnet.core.history import HISTORY, history
 from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.tied import first_names, unique_tensors
@@ -29,7 +29,7 @@ from thriftnet.dynamic.add_gate import add_gate
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
 from thriftnet.files import TEMPORARY, open_regular, write_together
 from thriftnet.kernels.pack import pack
-from thriftnet.models.entry import IDENTITY
+from thriftnet.models.table import IDENTITY
 from thriftnet.store import shapes
 from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
@@ -163,6 +163,7 @@ def is_model_file(path: Path) -> bool:
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     """Do to a plain network what was done to another."""
+    before = getattr(model, HISTORY, [])
     model = model.eval()
     for step in history:
         verb = step.get("verb")
@@ -187,6 +188,7 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
                 f"unknown step {verb!r} in its history; expected add_gate, convert, fold, freeze, pack, replace_head or tie"
             )
         model = model.eval()
+    setattr(model, HISTORY, [*before, *history])  # with the errors that were measured then
     return model
 
 

@@ -272,6 +272,10 @@ def read_recipe(name: str) -> dict[str, Any]:
 
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
+        if name not in list_recipes() and path.exists():
+            raise ConfigError(
+                f"{name} is not a recipe: expected a file whose name ends in .yaml, or one of `thriftnet recipes`"
+            )
         if name not in list_recipes():
             raise unknown_name("recipe", name, list_recipes())
         path = SHIPPED / f"{name}.yaml"

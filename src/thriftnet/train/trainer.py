@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +26,7 @@ from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
-from thriftnet.models.entry import IDENTITY
-from thriftnet.models.table import MODELS, is_zoo_name
+from thriftnet.models.table import IDENTITY, MODELS, is_zoo_name
 from thriftnet.resolve import open_model
 from thriftnet.store.model_file import FINISHED
 from thriftnet.train.distributed import Distributed
@@ -176,13 +176,7 @@ class Trainer:
         self.augmentation = augmentation_for(model, recipe, source)
         self.input_size = input_size(recipe, source)
         self.model = model.to(distributed.device)
-        mean, std = self.augmentation.normalisation()
-        facts: dict[str, Any] = {
-            "input_size": self.input_size,
-            "normalisation": {"mean": mean, "std": std},
-            "class_names": source.classes,
-            **{name: getattr(self.augmentation, name) for name in ("resize", "crop_pct", "eval_interpolation")},
-        }
+        facts = {**self.augmentation.facts(), "input_size": self.input_size, "class_names": source.classes}
         add_data_facts(model, facts)
         self.notes: list[str] = []
         if source.skipped:
@@ -276,7 +270,7 @@ class Trainer:
             "device": self.distributed.device,
             "rank": self.distributed.rank,
             "world_size": self.distributed.world_size,
-            "workers": self.recipe.data.workers,
+            "workers": min(self.recipe.data.workers, os.cpu_count() or 1),
         }
         return make_loader(images, size, **{**common, **options})
 
@@ -343,6 +337,8 @@ class Trainer:
         test = self.eval_loader(self.source.split("test"))
         found = evaluate(network, test)
         facts = stage.facts(network)
+        if not math.isfinite(found.loss):
+            self.notes.append("its loss on the test images is not finite: a lower learning rate, or more steps, may help")
         if loop.criterion.teacher is not None:
             facts["teacher_top1"] = evaluate(loop.criterion.teacher, test).top1
         return TrainResult(
