@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -63,9 +64,12 @@ def measured(topics: Sequence[str], options: argparse.Namespace) -> Results:
     settings = Settings(quick=options.quick, sweep=options.sweep)
     results = Results(conditions(memory, options.quick), fast_malloc=options.fast_malloc)
     if len(topics) > 1:
+        by_name = importlib.import_module(
+            "benchmarks.__main__"
+        ).measured  # `-m` calls this module __main__, which a child cannot import
         for topic in topics:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found = process.submit(measured, [topic], options).result()
+                found = process.submit(by_name, [topic], options).result()
             results.measured += found.measured
             results.facts += found.facts
         return results

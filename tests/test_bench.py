@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +162,14 @@ def test_a_missed_target_gives_one(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert command.main(["shift", "--check"]) == 1
     assert "MISSED" in capsys.readouterr().out
     assert command.main(["shift"]) == 0
+
+
+def test_several_topics_run_in_a_process_each() -> None:
+    """As the command is started, not as a function of this process."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--json", "shift", "filter-basis"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert {row["topic"] for row in json.loads(done.stdout)["measured"]} == {"shift", "filter-basis"}
 
 
 def test_unknown_topics(capsys: pytest.CaptureFixture[str]) -> None:
