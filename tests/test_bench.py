@@ -169,7 +169,7 @@ def test_several_topics_run_in_a_process_each() -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--json", "shift", "filter-basis"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
-    assert {row["topic"] for row in json.loads(done.stdout)["measured"]} == {"shift", "filter-basis"}
+    assert {row["topic"] for row in json.loads(done.stdout)["rows"]} == {"shift", "filter-basis"}
 
 
 def test_unknown_topics(capsys: pytest.CaptureFixture[str]) -> None:
