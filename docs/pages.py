@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from thriftnet.cli.coming_from import options_of_projects
 from thriftnet.cli.models import FIGURES, PLAIN, in_order, numbered_notes, zoo_row
 from thriftnet.cli.recipes import published_top1
 from thriftnet.models import MODELS
@@ -76,7 +78,25 @@ def _section(name: str, recipe: Recipe) -> list[str]:
     return lines
 
 
+def coming_from_page(page: str, project: str) -> str:
+    """The page as it is, with the table of the project's options at its end."""
+    text = (Path(__file__).parent / page).read_text(encoding="utf-8").partition("## Options\n")[0]
+    rows = (f"| `{theirs}` | {ours} |" for theirs, ours in options_of_projects()[project].items())
+    return "\n".join([f"{text}## Options", "", "| theirs | here |", "|---|---|", *rows])
+
+
+PROJECTS = {
+    "spin": "SPIN",
+    "soft-sharing": "soft-sharing",
+    "ds-net": "DS-Net",
+    "net-rl2": "Net_RL2",
+    "shiftresnet": "ShiftResNet",
+}
 PAGES = {"zoo.md": zoo_page, "recipes.md": recipes_page}
+PAGES |= {
+    f"coming-from/{name}.md": partial(coming_from_page, f"coming-from/{name}.md", project)
+    for name, project in PROJECTS.items()
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -67,7 +67,9 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", ["zoo.md", "recipes.md"])
+@pytest.mark.parametrize(
+    "page", ["zoo.md", "recipes.md", *(f"coming-from/{path.name}" for path in (DOCS / "coming-from").glob("[!i]*.md"))]
+)
 def test_pages_that_follow_from_tables_are_up_to_date(page: str):
     spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
     assert spec is not None

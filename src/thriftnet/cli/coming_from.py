@@ -36,11 +36,5 @@ def hint(option: str, *, same: bool = False) -> str:
     )
 
 
-def options_table(project: str) -> str:
-    """The table of a project's options for its page, in Markdown."""
-    rows = (f"| `{theirs}` | {ours} |" for theirs, ours in options_of_projects()[project].items())
-    return "\n".join(["| theirs | here |", "|---|---|", *rows])
-
-
 def _normalized(option: str) -> str:
     return option.lstrip("-").rstrip(":").replace("_", "-").lower()

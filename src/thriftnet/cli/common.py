@@ -106,13 +106,13 @@ def parse_with_kwargs(
 
 def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> None:
     """Refuse arguments that a saved network or one of the zoo does not take: they may be mistyped options."""
-    possible = possible_kwargs(source)
-    for name in kwargs if possible is not None else ():
-        if name not in (possible or ()):
-            raise unknown_option(name, options, possible or ())
+    accepted = accepted_kwargs(source)
+    for name in kwargs:
+        if accepted is not None and name not in accepted:
+            raise unknown_option(name, options, accepted)
 
 
-def possible_kwargs(source: str) -> set[str] | None:
+def accepted_kwargs(source: str) -> set[str] | None:
     """Names of the arguments that the network called ``source`` takes; None if only the function that builds it knows."""
     if Path(source).is_file():
         from thriftnet.importing.systems import known_hints

@@ -39,13 +39,13 @@ def run(arguments: Sequence[str]) -> None:
     if options.sweep:
         from thriftnet.cli.count_sweep import sweep_arguments
 
-        text, result = sweep_arguments(options, kwargs)
+        text, result = sweep_arguments(options, kwargs, lambda chosen: _counted(options, chosen)[1])
     else:
         text, result = _one(options, kwargs)
     emit(text, result, as_json=options.json)
 
 
-def counted(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Report]:
+def _counted(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Report]:
     """The network that the options name, converted, and its counts."""
     from thriftnet.core.provenance import input_size_of
     from thriftnet.measure import inspect
@@ -64,7 +64,7 @@ def _one(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, 
     from thriftnet.measure import inspect
     from thriftnet.measure.as_published import published_flops
 
-    model, report = counted(options, kwargs)
+    model, report = _counted(options, kwargs)
     lines, result = [str(report), ""], report.to_dict()
     identity = getattr(model, IDENTITY, {})
     ours = dict(identity.get("kwargs", {}))

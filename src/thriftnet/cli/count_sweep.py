@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import literal, possible_kwargs, write_text
-from thriftnet.cli.count import counted
+from thriftnet.cli.common import accepted_kwargs, literal, write_text
 from thriftnet.errors import ConfigError, ThriftnetError, unknown_name
 from thriftnet.report import plots
 from thriftnet.text import table
@@ -15,16 +14,20 @@ from thriftnet.text import table
 if TYPE_CHECKING:
     from argparse import Namespace
 
+    from thriftnet.measure import Report
 
-def sweep_arguments(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Counts of each combination that the network takes, and the reasons of the others, as text and for JSON."""
+
+def sweep_arguments(
+    options: Namespace, kwargs: Mapping[str, Any], count: Callable[[Mapping[str, Any]], Report]
+) -> tuple[str, dict[str, Any]]:
+    """What ``count`` gives for each combination that the network takes, and the reasons of the others, as text and for JSON."""
     axes = _axes(options, kwargs)
     rows: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         try:
-            _, report = counted(options, {**kwargs, **chosen})
+            report = count({**kwargs, **chosen})
             rows.append({"arguments": chosen, "params": report.params, "macs": report.macs})
         except ThriftnetError as error:
             refused.append({"arguments": chosen, "reason": str(error)})
@@ -41,7 +44,7 @@ def sweep_arguments(options: Namespace, kwargs: Mapping[str, Any]) -> tuple[str,
 def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """The values of each argument; one that the network does not take is refused, with close matches."""
     axes: dict[str, Sequence[Any]] = {}
-    possible = possible_kwargs(options.model)
+    accepted = accepted_kwargs(options.model)
     for text in options.sweep:
         option, _, values = text.partition("=")
         name = option.replace("-", "_")
@@ -49,8 +52,8 @@ def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[A
             raise ConfigError(f"--sweep {text}: expected an argument and its values, as shared_rank=8,16,32")
         if name in axes or name in kwargs:
             raise ConfigError(f"--sweep {text}: {name} is given twice")
-        if possible is not None and name not in possible:
-            raise unknown_name(f"argument of {options.model}", name, possible)
+        if accepted is not None and name not in accepted:
+            raise unknown_name(f"argument of {options.model}", name, accepted)
         read = literal(f"({values},)")  # stays text where a value is not a literal, as projection
         axes[name] = read if isinstance(read, tuple) else [literal(value) for value in values.split(",")]
     return axes

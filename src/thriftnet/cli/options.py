@@ -15,11 +15,15 @@ PLAIN_HELP = "what builds the plain network of a saved one that is not in the zo
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 
 
-def positive(text: str) -> int:
-    """An integer >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text}: expected an integer >= 1")
-    return int(text)
+def integer(least: int) -> Callable[[str], int]:
+    """Integers from ``least`` on, which is not negative."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text}: expected an integer >= {least}")
+        return int(text)
+
+    return read
 
 
 def numbers(kind: type[int] | type[float], example: str) -> Callable[[str], tuple[Any, ...]]:
@@ -34,6 +38,7 @@ def numbers(kind: type[int] | type[float], example: str) -> Callable[[str], tupl
     return read
 
 
+positive, natural = integer(1), integer(0)
 image_shape, channels = numbers(int, "3,32,32"), numbers(float, "0.5,0.5,0.5")
 
 
@@ -94,7 +99,7 @@ IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "--crop-pct": {"type": float, "metavar": "SHARE", "help": "instead: image size as a share of that side, as 0.875"},
     "--interpolation": {"choices": ["nearest", "bilinear", "bicubic"], "help": "of resizing; default: the network's"},
     "--limit": {"type": positive, "metavar": "N", "help": "only N images, evenly spread over the split"},
-    "--workers": {"type": int, "default": 0, "metavar": "N", "help": "processes that decode images"},
+    "--workers": {"type": natural, "default": 0, "metavar": "N", "help": "processes that decode images"},
     "--on-corrupt": {"choices": ["error", "skip"], "default": "error", "help": "stop at a broken image, or skip it"},
     **MACHINE_OPTIONS,
 }

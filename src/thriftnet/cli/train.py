@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, Parser, emit, parse_with_kwargs, possible_kwargs, unknown_option
+from thriftnet.cli.common import KWARGS_HELP, Parser, accepted_kwargs, emit, parse_with_kwargs, unknown_option
 from thriftnet.cli.machine import use_machine
 from thriftnet.cli.options import MACHINE_OPTIONS, OPTIONS, quantity
 from thriftnet.errors import ConfigError
@@ -128,9 +128,9 @@ def _check_kwarg(model: str, key: str) -> None:
     """Refuse a name that neither recipes nor this network have."""
     from thriftnet.train.recipe import last_names
 
-    possible = possible_kwargs(model)
-    if possible is not None and key not in possible:
-        raise unknown_option(key, {f"--{name.replace('_', '-')}" for name in last_names()}, possible)
+    accepted = accepted_kwargs(model)
+    if accepted is not None and key not in accepted:
+        raise unknown_option(key, {f"--{name.replace('_', '-')}" for name in last_names()}, accepted)
 
 
 class Bar:

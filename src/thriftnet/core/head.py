@@ -49,11 +49,7 @@ def replace_head(model: nn.Module, num_classes: int, *, inplace: bool = False) -
 
 
 def classifier(model: nn.Module) -> nn.Module:
-    """The last layer, which gives a number for each class.
-
-    Raises:
-        IncompatibleModelError: None is found.
-    """
+    """The last layer, which gives a number for each class; an `IncompatibleModelError` where none is found."""
     _, head = ends(model)
     if head is None or "weight" not in head._parameters:
         found = "no linear layer or 1 x 1 convolution" if head is None else f"a {type(head).__name__}"

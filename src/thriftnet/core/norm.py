@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -37,9 +38,9 @@ class PlainNorm(Tied, WidthAware):
             raise ConfigError(f"{type(self).__name__} has {available}, got {ins}")
         return spec, index if index in fitting else fitting[0]
 
+    @abstractmethod
     def active_sizes(self) -> tuple[int, ...]:
         """Sizes of the plain norm at the selected width, its channels last."""
-        raise NotImplementedError
 
     def active(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias at the selected width."""

@@ -9,11 +9,7 @@ from thriftnet.measure.report import Report
 
 
 def published_flops(report: Report, paper: str) -> tuple[int, str] | None:
-    """A network's FLOPs by its paper's definition, and that definition; None for papers that state none.
-
-    Args:
-        report: Of a network of the zoo.
-        paper: Where the network comes from, as its entry in the zoo says.
+    """FLOPs of a network of the zoo by the definition of its ``paper``, and that definition; None for papers that state none.
 
     Sources: README of alvinwan/shiftresnet-cifar, and count.py there before August 2018; README of ssregibility/Net_RL2.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thriftnet.core.head import note_on
 from thriftnet.core.probe import Size
 from thriftnet.core.provenance import data_facts
 from thriftnet.core.tied import unique_tensors
@@ -18,7 +19,7 @@ from thriftnet.core.width import eval_mode
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.dataset import DataSource
 from thriftnet.errors import ConfigError
-from thriftnet.models.table import MODELS, model_kwargs
+from thriftnet.models.table import IDENTITY, MODELS, is_zoo_name, model_kwargs
 from thriftnet.resolve import network_name, open_model
 from thriftnet.techniques import convert, resolve
 from thriftnet.train.recipe import Recipe
@@ -71,6 +72,15 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
             technique = dataclasses.replace(technique, seed=recipe.seed)
         model = convert(model, technique, select=recipe.select)
     return model
+
+
+def notes_on(recipe: Recipe, model: nn.Module, *, given: bool) -> list[str]:
+    """For the user: a new classifier, and which network the recipe's name meant, unless the network was given."""
+    notes = [note] if (note := note_on(model)) else []
+    built = getattr(model, IDENTITY, {}).get("name", recipe.model)
+    if not given and is_zoo_name(recipe.model) and built in MODELS and built != recipe.model:
+        notes.append(f"{recipe.model} is {built} in this training")
+    return notes
 
 
 @torch.no_grad()

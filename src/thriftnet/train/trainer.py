@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from thriftnet import __version__
-from thriftnet.core.head import note_on
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.spec import check_choice
@@ -26,13 +25,20 @@ from thriftnet.data.sources import open_data
 from thriftnet.data.split import train_validation
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
-from thriftnet.models.table import IDENTITY, MODELS, is_zoo_name
 from thriftnet.resolve import open_model
 from thriftnet.store.model_file import FINISHED
 from thriftnet.train.distributed import Distributed
 from thriftnet.train.evaluate import evaluate
 from thriftnet.train.loop import Interrupts, Progress, TrainLoop
-from thriftnet.train.prepare import augmentation_for, check_classes, input_size, prepare_model, seed_everything, weights_hash
+from thriftnet.train.prepare import (
+    augmentation_for,
+    check_classes,
+    input_size,
+    notes_on,
+    prepare_model,
+    seed_everything,
+    weights_hash,
+)
 from thriftnet.train.recipe import Recipe, RunFields
 from thriftnet.train.run_folder import RunFolder
 from thriftnet.train.stages import GateStage, make_stage
@@ -127,10 +133,7 @@ def train(
     network = prepare_model(recipe, source, model)
     check_stages(parts, network, source)
     results: list[TrainResult] = []
-    notes = [note for note in [note_on(network)] if note]
-    built = getattr(network, IDENTITY, {}).get("name", recipe.model)
-    if model is None and is_zoo_name(recipe.model) and built in MODELS and built != recipe.model:
-        notes.append(f"{recipe.model} is {built} in this training")
+    notes = notes_on(recipe, network, given=model is not None)
     with RunFolder(Path(output), is_main=distributed.is_main).locked():
         for number, (part, entry) in enumerate(parts, 1):
             name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
