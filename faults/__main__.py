@@ -1,4 +1,4 @@
-"""``python -m faults [FIGURE ...] [--quick] [--seed N] [--json] [--page FILE]``."""
+"""``python -m faults [FIGURE ...] [--quick | --long] [--seed N] [--json] [--page FILE]``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from faults import disk, hostile, kills, mutants, trainings, writers
-from faults.figure import SHOWN, Figure
+from faults.figure import SHOWN, Figure, Length
 from faults.page import facts, write_page
 from thriftnet.text import table
 
-FIGURES: dict[str, Callable[[Path, int, bool], Figure]] = {
+FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "kills": kills.measure,
     "disk": disk.measure,
     "mutants": mutants.measure,
@@ -38,28 +38,33 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.figure or FIGURES:
         with tempfile.TemporaryDirectory(prefix="thriftnet-faults-") as folder:
             start = time.perf_counter()
-            figures[name] = FIGURES[name](Path(folder).resolve(), options.seed, options.quick)
+            figures[name] = FIGURES[name](Path(folder).resolve(), options.seed, options.length)
             figures[name].seconds = round(time.perf_counter() - start, 1)
         if not options.json:
             print(text(figures[name]), flush=True)
     if options.json:
         print(json.dumps({**facts(options.seed), "figures": {name: asdict(figure) for name, figure in figures.items()}}))
     if options.page:
-        write_page(Path(options.page), figures, options.seed)
+        write_page(Path(options.page), figures, options.seed, options.length)
     return int(any(figure.failures for figure in figures.values()))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m faults", description="Measure how thriftnet bears what goes wrong.")
     parser.add_argument("figure", nargs="*", metavar="FIGURE", help=f"which ones: {', '.join(FIGURES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a small part of each, for the test suite")
+    lengths = parser.add_mutually_exclusive_group()
+    for length, text in (("quick", "a small part of each, for the test suite"), ("long", "more of each, in hours")):
+        value = Length[length.upper()]
+        lengths.add_argument(
+            f"--{length}", dest="length", action="store_const", const=value, default=Length.USUAL, help=text
+        )
     parser.add_argument("--seed", type=int, default=0, help="of kills' moments, mutations and times")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--page", metavar="FILE", help="write the results between the markers of this page")
     options = parser.parse_args(argv)
     if unknown := [name for name in options.figure if name not in FIGURES]:
         parser.error(f"unknown figure {', '.join(unknown)}: possible are {', '.join(FIGURES)}")
-    if options.page and (options.quick or options.figure):
+    if options.page and (options.length is Length.QUICK or options.figure):
         parser.error("--page takes the whole measurement: leave out --quick and FIGURE")
     return options
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import thriftnet as tn
-from faults.figure import Figure, bits, ended, forked, names_in
+from faults.figure import Figure, Length, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
 from thriftnet.store.config import FILES
@@ -28,10 +28,11 @@ KIB = 1024
 NO_MOUNT = "File systems of their own were not tried: this user may not mount any."
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure(
         "Disk full during `save`", ["limit", "saves", "refused in one line", "old network whole", "nothing left"]
     )
+    quick = length is Length.QUICK
     sizes = (1000, 30_000) if quick else (0, 1, 100, 1000, 5000, 30_000, 60_000, 90_000)
     with _row(figure, f"file size at most {', '.join(f'{size:,}' for size in sizes)} bytes") as check:
         for size in sizes:

@@ -10,8 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +21,20 @@ from thriftnet.core.tied import unique_tensors
 
 SHOWN = 30  # failures that are printed of each figure
 
+T = TypeVar("T")
 Bits = dict[str, tuple[str, tuple[int, ...], str]]
+
+
+class Length(IntEnum):
+    """How much of a figure is measured: a sample for the test suite, what a quarter of an hour holds, or all of it."""
+
+    QUICK = 0
+    USUAL = 1
+    LONG = 2
+
+    def pick(self, quick: T, usual: T, long: T) -> T:
+        """The value for this length."""
+        return (quick, usual, long)[self]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import ROOT
-from faults.figure import Figure
+from faults.figure import Figure, Length
 from thriftnet.importing import inert, torchfile
 
 CANARY, SECRET = "canary", "root:"
@@ -31,13 +31,14 @@ LONGEST = 10  # seconds for one of them
 MEMORY = 4 << 30  # address space for all of them together, so that an endless file cannot harm the machine
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     from faults.traps import write_traps
 
     figure = Figure(
         "Hostile files and folders",
         ["made to harm", "opened with", "cases", "refused", "opened as data", "with side effects"],
     )
+    quick = length is Length.QUICK
     write_traps(folder, quick)
     done = subprocess.run([sys.executable, "-m", "faults.hostile", str(folder)], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

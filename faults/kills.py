@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 import thriftnet as tn
-from faults.figure import Figure, bits, ended, forked, killed_after, names_in
+from faults.figure import Figure, Length, bits, ended, forked, killed_after, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
 from thriftnet.store.config import FILES, MODEL
@@ -22,12 +22,12 @@ NOTHING = "nothing"
 VALUES = (1.0, 2.0)  # of all parameters of the old and the new network
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure(
         "Kill -9 during `save`",
         ["before", "kills", "old network after", "new network after", "nothing after", "unfinished files left", "not whole"],
     )
-    counts = (3, 3) if quick else (250, 100)
+    counts = length.pick((3, 3), (250, 100), (500, 200))
     duration = _duration(folder / "timed")
     figure.notes.append(
         f"One save took {1e3 * duration:.0f} ms (median); moments are drawn evenly from 1.3 times as long, from the first "

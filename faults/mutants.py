@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from faults import guided, structures
-from faults.figure import Bits, Figure, bits
+from faults.figure import Bits, Figure, Length, bits
 from faults.samples import Sample, make_samples
 from faults.watch import (
     CONSTANT,
@@ -34,13 +34,14 @@ COLUMNS = (SAME, VALUES, OTHER, REFUSED, FAILED)
 BATCH = 250  # of hypothesis' files, in one process
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure("Changed files", ["made from", "files", *COLUMNS, "MiB taken at most"])
     return_memory()
+    quick = length is Length.QUICK
     samples = make_samples(folder, quick)
     sound = [bits(sample.open(sample.put(sample.data, folder))) for sample in samples]
     changed = Changed(samples, sound, folder, seed)
-    count, batches, runs = (240, 1, 0) if quick else (20_000, 16, 20_000)
+    count, batches, runs = length.pick((240, 1, 0), (20_000, 16, 20_000), (100_000, 16, 200_000))
     workers = 1 if quick else os.cpu_count() or 1
     size = 40 if quick else BATCH
     with in_this_process():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from thriftnet import __version__
 
 if TYPE_CHECKING:
-    from faults.figure import Figure
+    from faults.figure import Figure, Length
 
 BEGIN, END = "<!-- figures: written by `make faults` -->", "<!-- end of the figures -->"
 PACKAGES = ("torch", "safetensors", "hypothesis", "atheris", "accelerate")
@@ -31,7 +31,7 @@ def facts(seed: int) -> dict[str, Any]:
     return {"date": str(datetime.date.today()), "seed": seed, "machine": machine, "versions": versions}
 
 
-def write_page(page: Path, figures: dict[str, Figure], seed: int) -> None:
+def write_page(page: Path, figures: dict[str, Figure], seed: int, length: Length) -> None:
     """Put the results between the markers of a page, whose other text stays.
 
     Raises:
@@ -41,16 +41,17 @@ def write_page(page: Path, figures: dict[str, Figure], seed: int) -> None:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
-    page.write_text(f"{head}{BEGIN}\n\n{_results(figures, seed)}\n{END}{tail}", encoding="utf-8")
+    page.write_text(f"{head}{BEGIN}\n\n{_results(figures, seed, length)}\n{END}{tail}", encoding="utf-8")
 
 
-def _results(figures: dict[str, Figure], seed: int) -> str:
+def _results(figures: dict[str, Figure], seed: int, length: Length) -> str:
     known = facts(seed)
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    command = length.pick("", "make faults", 'make faults ARGS="--long"')
     seconds = sum(figure.seconds for figure in figures.values())
     failures = sum(len(figure.failures) for figure in figures.values())
     lines = [
-        f"Measured on {known['date']} in {seconds:.0f} s by `make faults` with seed {seed}: {known['machine']}; {versions}.",
+        f"Measured on {known['date']} in {seconds:.0f} s by `{command}` with seed {seed}: {known['machine']}; {versions}.",
         "",
         f"**{failures or 'No'} failure{'' if failures == 1 else 's'} in all.**",
     ]

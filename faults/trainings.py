@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from faults.figure import Figure, ended, forked, killed_after
+from faults.figure import Figure, Length, ended, forked, killed_after
 from thriftnet.train import Recipe, TrainResult, train
 from training import Net, source
 
@@ -31,7 +31,7 @@ RECIPE = {
 }
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure(
         "Kill -9 of a training at a random time, with a checkpoint after each step",
         [
@@ -45,7 +45,7 @@ def measure(folder: Path, seed: int, quick: bool) -> Figure:
     wanted, seconds = _timed(folder)
     chance = random.Random(f"{seed}/trainings")
     early = writing = late = same = 0
-    kills = 1 if quick else 20
+    kills = length.pick(1, 20, 40)
     for kill in range(kills):
         place = folder / f"killed{kill}"
         code = killed_after(lambda report, place=place: _train_and_wait(place, report), chance.uniform(0, 1.05 * seconds))  # type: ignore[misc]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import thriftnet as tn
-from faults.figure import Figure, bits, ended, forked, names_in
+from faults.figure import Figure, Length, bits, ended, forked, names_in
 from saver import network
 from thriftnet.errors import CheckpointError
 from thriftnet.store.config import FILES
 from thriftnet.store.model_file import read_config
 
 
-def measure(folder: Path, seed: int, quick: bool) -> Figure:
+def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure("Two processes save to one folder, one reads", ["saves", "reads", "networks seen", "mixtures"])
-    saves, reads = (10, 15) if quick else (200, 400)
+    saves, reads = length.pick((10, 15), (200, 400), (200, 400))
     _race(figure, folder / "race", saves, reads)
     return figure
 

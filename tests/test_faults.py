@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 
 from faults import __main__ as command  # noqa: E402
 from faults import disk, kills, mutants, page, watch  # noqa: E402
-from faults.figure import Figure, bits, ended  # noqa: E402
+from faults.figure import Figure, Length, bits, ended  # noqa: E402
 from faults.samples import Sample, make_samples  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and watched as Linux does")
@@ -211,7 +211,7 @@ def test_samples_of_every_format_are_made(tmp_path: Path) -> None:
 def test_results_are_put_between_the_markers(tmp_path: Path) -> None:
     place = tmp_path / "page.md"
     place.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    page.write_page(place, {"one": Figure("One", ["what", "count"], [["a", 12345]], ["it broke"], ["A note."])}, 3)
+    page.write_page(place, {"one": Figure("One", ["what", "count"], [["a", 12345]], ["it broke"], ["A note."])}, 3, Length.USUAL)
     text = place.read_text()
     assert text.startswith(f"before\n{page.BEGIN}\n")
     assert text.endswith(f"{page.END}\nafter\n")
@@ -221,7 +221,7 @@ def test_results_are_put_between_the_markers(tmp_path: Path) -> None:
     assert "Failure: it broke" in text
     place.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the lines"):
-        page.write_page(place, {}, 0)
+        page.write_page(place, {}, 0, Length.USUAL)
 
 
 def test_the_page_has_every_figure_and_no_failure() -> None:
