@@ -32,12 +32,14 @@ def run(arguments: Sequence[str]) -> None:
         if getattr(options, name) is not None and options.mode is None:
             raise ConfigError(f"--{name} goes with --mode: give --mode dynamic or all, or leave it out")
 
+    from thriftnet.core.processes import failing_together, joined
     from thriftnet.core.width import set_width
-    from thriftnet.train.distributed import joined, process_group
+    from thriftnet.train.distributed import process_group
 
     with process_group(options.device) as device:
         rank, world_size = joined()
-        model, source, loader_of = open_inputs(options, kwargs, options.split, device)
+        with failing_together():
+            model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         classes = len(source.classes)
         if options.topk is None:
             options.topk = (1, 5) if classes > 5 else (1,)
@@ -48,7 +50,8 @@ def run(arguments: Sequence[str]) -> None:
         split = source.split(options.split)
         # without a test split, val replaces it
         options.split = next(name for name, images in source.splits.items() if images is split)
-        loader = loader_of(split, options.limit, rank=rank, world_size=world_size)
+        with failing_together():
+            loader = loader_of(split, options.limit, rank=rank, world_size=world_size)
         if options.mode is not None or options.sweep_budget is not None:
             from thriftnet.cli.evaluate_widths import measure_widths
 

@@ -15,6 +15,7 @@ from torch import nn
 from thriftnet.cli.common import chosen_width, write_text
 from thriftnet.cli.machine import one_thread
 from thriftnet.cli.options import width_from
+from thriftnet.core.processes import total
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
@@ -24,7 +25,7 @@ from thriftnet.measure import inspect
 from thriftnet.measure.latency import time_rounds
 from thriftnet.report import plots
 from thriftnet.text import short_count, shortened, table
-from thriftnet.train.distributed import total, total_counts
+from thriftnet.train.distributed import total_counts
 from thriftnet.train.evaluate import evaluate
 
 if TYPE_CHECKING:

@@ -68,6 +68,10 @@ def _without_corrupt(source: DataSource) -> DataSource:
             raise DataError(f"{source.spec}: not one image of the {name} split can be decoded; the first: {problems[0]}")
         skipped += filter(None, problems)
         splits[name] = images if len(intact) == len(images) else Subset(images, intact)
+        if lost := set(images.labels.tolist()) - set(splits[name].labels.tolist()):
+            raise DataError(
+                f"{source.spec}: no image of class {source.classes[min(lost)]!r} in the {name} split can be decoded"
+            )
     return replace(source, splits=splits, skipped=tuple(skipped))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.core.penalty import penalty
+from thriftnet.core.processes import failing_together
 from thriftnet.errors import ConfigError, ThriftnetError
 from thriftnet.train.checkpoints import Checkpoints, TrainState
 from thriftnet.train.distributed import Distributed
@@ -204,7 +205,8 @@ class TrainLoop:
         self.optimizer.zero_grad()
         total, count = torch.zeros((), device=self.distributed.device), 0
         for number in range(fields.accumulate):
-            images, targets = next(batches)
+            with failing_together():
+                images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             images = images.to(self.dtype).contiguous(memory_format=self.memory_format)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.core.processes import failing_together
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.spec import check_choice
@@ -121,7 +122,10 @@ def train(
         raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
     parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [(recipe, {"stage.name": recipe.stage.name})]
     distributed = Distributed(device, parts[0][0].run.precision)
-    source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
+    with failing_together():
+        source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
+        for images in {id(images): images for images in map(source.split, ("train", "test"))}.values():
+            images.look_over()
     described = {
         "model": recipe.model if model is None else type(model).__name__,
         "data": source.spec,
@@ -275,7 +279,8 @@ class Trainer:
             "world_size": self.distributed.world_size,
             "workers": min(self.recipe.data.workers, os.cpu_count() or 1),
         }
-        return make_loader(images, size, **{**common, **options})
+        with failing_together():  # a process may not be able to read what it keeps
+            return make_loader(images, size, **{**common, **options})
 
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """Images to train on, and those by which the network is selected."""
@@ -317,7 +322,8 @@ class Trainer:
         loop, fields = self.loop, self.recipe.run
         if loop.state.step == loop.steps or round(row["epoch"]) % fields.evaluate_every == 0:
             self.distributed.share_buffers(loop.result)
-            network = self.stage.measured(loop.result, self.calibration)
+            with failing_together():
+                network = self.stage.measured(loop.result, self.calibration)
             found = evaluate(network, self.held_out)
             row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
             if fields.select_on == "last" or found.top1 > loop.state.best:
@@ -336,7 +342,8 @@ class Trainer:
             self.notes.append(f"{loop.state.skipped} of {loop.state.step} steps were skipped: their loss was not finite")
         self.distributed.accelerator.wait_for_everyone()
         self.folder.load_kept(stage.saved(loop.plain))
-        network = stage.measured(loop.plain, self.calibration)
+        with failing_together():
+            network = stage.measured(loop.plain, self.calibration)
         test = self.eval_loader(self.source.split("test"))
         found = evaluate(network, test)
         facts = stage.facts(network)
