@@ -15,6 +15,7 @@ from typing import BinaryIO
 TEMPORARY = ".thriftnet-"  # how the names of unfinished files begin
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOLCK}
 TRIES = 10
+MOST_TEXT = 64 << 20  # bytes
 
 
 Content = bytes | str | Callable[[BinaryIO], object]
@@ -109,6 +110,20 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is a device or pipe, not a file")
         yield file
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text (UTF-8) of a file of at most `MOST_TEXT` bytes.
+
+    Raises:
+        OSError: As `open_regular`, or it is larger.
+        UnicodeDecodeError: It is no text.
+    """
+    with open_regular(path) as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT >> 20} MiB, too much for text", str(path))
+    return content.decode("utf-8")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

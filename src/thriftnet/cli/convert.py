@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError
+from thriftnet.files import read_text
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -24,7 +25,7 @@ def run(arguments: Sequence[str]) -> None:
 
     model = open_network(options.model, kwargs)
     try:
-        what = Plan.from_json(Path(options.plan).read_text()) if options.plan else options.technique
+        what = Plan.from_json(read_text(options.plan)) if options.plan else options.technique
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the plan {options.plan}: {error}") from None
     converted = convert(model, what, select=options.select)

@@ -133,7 +133,7 @@ def check_names(classes: Sequence[str], name: str) -> None:
         try:
             each.encode()
         except (AttributeError, UnicodeEncodeError):
-            raise DataError(f"{name} has a class named {ascii(each)}, which is not text in UTF-8: rename it") from None
+            raise DataError(f"{name} has a class named {each!a}, which is not text in UTF-8: rename it") from None
         other = seen.setdefault(normal_name(each), each)
         if other is not each:
             raise DataError(f"{name} has two classes named {each!r}: results are listed by name, rename one")

@@ -202,8 +202,8 @@ class _Counts:
         highest, lowest = (largest(self.extremes) * torch.tensor([1, -1], device=self.device)).tolist()
         if lowest < 0 or highest >= self.outputs:
             raise DataError(
-                f"an image has the label {lowest if lowest < 0 else highest}, the network has {self.outputs} classes (0 to {self.outputs - 1}): "
-                "evaluate on the data that it was trained for"
+                f"an image has the label {lowest if lowest < 0 else highest}, the network has {self.outputs} classes "
+                f"(0 to {self.outputs - 1}): evaluate on the data that it was trained for"
             )
         seconds = float(largest(torch.tensor(seconds, device=self.device)))
         by_class = self.by_class.view(-1, 2).cpu()
