@@ -80,7 +80,7 @@ def judge(sample: Sample, data: bytes, folder: Path, sound: Bits | None, *, alar
     bound = TIMES * len(data) + CONSTANT
     signal.setitimer(signal.ITIMER_REAL, LONGEST if alarm else 0)
     try:
-        with _memory(bound) as used:
+        with memory_within(bound) as used:
             outcome, reason = _opened(sample, path, sound)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -111,7 +111,7 @@ def _opened(sample: Sample, path: Path, sound: Bits | None) -> tuple[str, str]:
 
 
 @contextmanager
-def _memory(bound: int) -> Iterator[list[int]]:
+def memory_within(bound: int) -> Iterator[list[int]]:
     """Give the most memory that is taken inside, after the end, and let no more than the bound be taken."""
     used: list[int] = []
     if not os.access("/proc/self/clear_refs", os.W_OK):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import pickle
 import socket
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 import thriftnet as tn
-from images import arrays, class_folders, parquet_files, picture, png
+from images import arrays, cifar_files, class_folders, parquet_files, picture, png
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages
 from thriftnet.data.folder import FolderImages
 from thriftnet.data.parquet import ParquetImages
@@ -211,31 +210,6 @@ def test_parquet_of_several_files_without_class_names(tmp_path: Path, monkeypatc
         train.image(4 + 5)
 
 
-def cifar_files(root: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> Path:
-    """A few images in the layout of CIFAR, with md5 sums to match."""
-    from torchvision import datasets
-
-    ten = kind == "cifar10"
-    made = datasets.CIFAR10 if ten else datasets.CIFAR100
-    folder = root / made.base_folder
-    folder.mkdir()
-    names = ["a", "b", "c"]
-    sums = {}
-    files = [name for name, _ in made.train_list + made.test_list]
-    for number, name in enumerate(files):
-        data = np.random.default_rng(number).integers(0, 256, (3, 3072), dtype=np.uint8)
-        content = {"data": data, "labels" if ten else "fine_labels": [0, 1, 2]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    key = str(made.meta["key"])
-    (folder / made.meta["filename"]).write_bytes(pickle.dumps({key: names}))
-    for path in folder.iterdir():
-        sums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(made, "train_list", [[name, sums[name]] for name, _ in made.train_list])
-    monkeypatch.setattr(made, "test_list", [[name, sums[name]] for name, _ in made.test_list])
-    monkeypatch.setattr(made, "meta", {**made.meta, "md5": sums[made.meta["filename"]]})
-    return folder
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, also where there is one."""
@@ -249,7 +223,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
 def test_cifar_in_the_layout_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
-    folder = cifar_files(tmp_path, monkeypatch, kind)
+    folder = cifar_files(tmp_path, kind, monkeypatch.setattr)
     count = 15 if kind == "cifar10" else 3
     for place in (tmp_path, folder):
         source = open_data(f"{kind}:{place}")
@@ -263,7 +237,7 @@ def test_cifar_in_the_layout_of_torchvision(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("offline")
 def test_damaged_cifar_files_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = cifar_files(tmp_path, monkeypatch, "cifar10")
+    folder = cifar_files(tmp_path, "cifar10", monkeypatch.setattr)
 
     class Touch:
         def __reduce__(self) -> tuple[object, tuple[str]]:

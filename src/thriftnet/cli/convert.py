@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
 from thriftnet.errors import ConfigError

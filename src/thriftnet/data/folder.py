@@ -76,7 +76,12 @@ def _split(place: Path, classes: tuple[str, ...]) -> FolderImages:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files += sorted(_files(place, name))
+        own = sorted(_files(place, name))
+        if not own and os.path.lexists(place / name):  # a split need not have every class
+            raise DataError(
+                f"{place / name} has no images: looked for {', '.join(SUFFIXES)}. Remove the folder if that is right"
+            )
+        files += own
         labels += [label] * (len(files) - len(labels))
     if not files:
         raise DataError(f"{place} has no images in its class folders: looked for {', '.join(SUFFIXES)}")
@@ -99,7 +104,7 @@ def _files(place: Path, name: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error)
 
-    if not os.path.lexists(place / name):  # a split need not have every class
+    if not os.path.lexists(place / name):
         return
     seen = {_identity(folder) for folder in (place, *place.resolve().parents)}
     for folder, subfolders, files in os.walk(place / name, followlinks=True, onerror=refuse):
@@ -108,6 +113,9 @@ def _files(place: Path, name: str) -> Iterator[str]:
             continue
         seen.add(_identity(folder))
         subfolders[:] = [each for each in subfolders if not each.startswith(".")]
+        for each in subfolders:
+            if each.lower().endswith(SUFFIXES):
+                raise DataError(f"{os.path.join(folder, each)} is a folder, named as an image: rename or remove it")
         inside = os.path.relpath(folder, place)
         for file in files:
             if file.startswith("."):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thriftnet.data.dataset import DataSource, ImageDataset, normal_name
+from thriftnet.data.dataset import DataSource, normal_name
 from thriftnet.data.decode import EncodedImages
 from thriftnet.data.folder import IMAGENET_MEAN, IMAGENET_STD, SPLITS
 from thriftnet.errors import DataError
@@ -49,12 +49,22 @@ class ParquetImages(EncodedImages):
                     self.groups.append((number, group))
                     starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
                 self.first_rows.append(starts[-1])
-                labels.append(_labels(file.read([label]).column(0), f"column {label!r}"))
+                labels.append(_labels(file.read([label], use_threads=False).column(0), f"column {label!r}"))
                 if len(labels[-1]) != starts[-1] - self.first_rows[-2]:
                     raise ValueError(f"it has {len(labels[-1])} labels, and states {starts[-1] - self.first_rows[-2]} rows")
                 self.versions.append(version)
         self.starts = np.array(starts)
         self.labels = torch.from_numpy(np.concatenate(labels))
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels beyond the classes; the message names the row."""
+        wrong = (self.labels >= classes).nonzero().flatten().tolist()
+        if wrong:
+            file = int(np.searchsorted(self.first_rows, wrong[0], side="right")) - 1
+            raise DataError(
+                f"{self.files[file]}, row {wrong[0] - self.first_rows[file]}, has the label {int(self.labels[wrong[0]])}: "
+                f"with {classes} classes, labels are 0 to {classes - 1}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict(), "_lock": None}
@@ -150,7 +160,7 @@ def files_by_split(names: Iterable[str]) -> dict[str, list[str]]:
 
 def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
     """A data set of parquet files: split -> files, in order."""
-    splits: dict[str, ImageDataset] = {}
+    splits: dict[str, ParquetImages] = {}
     columns = {path: _columns(path) for paths in files.values() for path in paths}
     for split, paths in files.items():
         _check_files(paths)
@@ -159,6 +169,8 @@ def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
             if columns[path][:2] != first[:2]:
                 raise DataError(f"{path} has images and labels in {columns[path][:2]}, {paths[0].name} in {first[:2]}")
         splits[split] = ParquetImages(paths, *first[:2])
+        if not len(splits[split]):
+            raise DataError(f"{paths[0]} has no rows, and no other file of the {split} split has: remove or repair it")
     stated = {names: path for path, (*_, names) in columns.items() if names is not None}
     if len(stated) > 1:
         one, other = list(stated.values())[:2]
@@ -166,10 +178,12 @@ def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
     classes = next(iter(stated), None) or _numbered(splits, spec)
     if len(classes) < 2:
         raise DataError(f"{spec} has {len(classes)} class{'' if classes else 'es'}: at least two classes are needed")
-    return DataSource(spec, classes, splits, IMAGENET_MEAN, IMAGENET_STD)
+    for images in splits.values():
+        images.check_labels(len(classes))
+    return DataSource(spec, classes, dict(splits), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _numbered(splits: dict[str, ImageDataset], spec: str) -> tuple[str, ...]:
+def _numbered(splits: dict[str, ParquetImages], spec: str) -> tuple[str, ...]:
     """Names of classes that the files do not name."""
     highest = max(int(images.labels.max()) if len(images) else -1 for images in splits.values())
     count = sum(len(images) for images in splits.values())
