@@ -8,15 +8,19 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import thriftnet as tn
+from images import class_folders
 from thriftnet.core.provenance import add_data_facts, data_facts
+from thriftnet.data.dataset import ArrayImages, ImageDataset
 from thriftnet.errors import CheckpointError
 from thriftnet.report.plots import run_curves
 from thriftnet.train import TrainResult, run_folder, train
@@ -140,6 +144,46 @@ def without_norms(technique: str) -> nn.Module:
     torch.manual_seed(0)
     plain = Net(norms=False).double()
     return tn.convert(plain, technique, select="^[36]$" if "soft" in technique else None) if technique else plain
+
+
+class Unreadable(ArrayImages):
+    """Image 33 cannot be read, which only the process that gets it notices."""
+
+    def image(self, index: int) -> Image:
+        if index == 33:
+            raise tn.DataError("33.png cannot be decoded")
+        return super().image(index)
+
+
+class UnreadableAtOnce(Unreadable):
+    """The same, read when the images of a process are put into memory."""
+
+    resident = ImageDataset.resident
+
+
+@pytest.mark.parametrize(
+    ("split", "kind", "workers"), [("train", Unreadable, 0), ("train", Unreadable, 1), ("test", UnreadableAtOnce, 0)]
+)
+def test_an_image_that_one_process_cannot_read_ends_both_with_its_name(split: str, kind: type, workers: int, tmp_path: Path):
+    data = source()
+    images = data.split(split)
+    data = replace(data, splits={**data.splits, split: kind(images.images, images.labels)})  # type: ignore[attr-defined]
+    how = recipe(epochs=1, resident=False, workers=workers)
+
+    def work(rank: int) -> None:
+        with pytest.raises(tn.DataError, match=r"^33\.png cannot be decoded$"):
+            train(how, data, tmp_path, model=seeded_net(), device="cpu")
+
+    assert in_children(work, ranks=2) == [0, 0]
+
+
+def test_data_are_looked_over_before_the_first_step(tmp_path: Path):
+    class_folders(tmp_path / "data" / "train")
+    class_folders(tmp_path / "data" / "val")
+    (tmp_path / "data" / "val" / "dog" / "1.png").write_bytes(b"text")
+    with pytest.raises(tn.DataError, match=r"1\.png cannot be decoded: not an image"):
+        train(recipe(), f"folder:{tmp_path / 'data'}", tmp_path / "run", model=Net(classes=2), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def trained_by_one_and_two(
