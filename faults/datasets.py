@@ -8,12 +8,14 @@ import random
 import shutil
 import signal
 import socket
-import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pyarrow
 from PIL import Image
 
 from faults.data_damages import BYTES, CONTENT, FILES, Damage
@@ -37,8 +39,17 @@ Images = dict[str, tuple[int, str]]  # file, or file and row -> label, and hash 
 
 def measure(folder: Path, seed: int, length: Length) -> Figure:
     figure = Figure("Damaged data sets", ["data", "damage", "data sets", *COLUMNS])
-    _prepare()
-    damaged = Damaged(folder, seed)
+    with ExitStack() as patched:
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            patched.enter_context(mock.patch.object(owner, name, value))
+
+        patch(socket, "getaddrinfo", _offline)
+        _fill(figure, Damaged(folder, seed, patch), folder, length)
+    return figure
+
+
+def _fill(figure: Figure, damaged: Damaged, folder: Path, length: Length) -> None:
     count = length.pick(24, 1000, 10_000)
     (folder / "results").mkdir()
     workers = 1 if length is Length.QUICK else os.cpu_count() or 1
@@ -54,7 +65,6 @@ def measure(folder: Path, seed: int, length: Length) -> Figure:
         f"file's name or has several lines; no answer after {LONGEST} s; more than {MEMORY >> 20} MiB of memory; a crash. Half of them "
         "are opened with `on_corrupt='skip'`."
     )
-    return figure
 
 
 class UnexpectedError(Exception):
@@ -67,28 +77,14 @@ def check(right: bool, otherwise: str) -> None:
         raise UnexpectedError(otherwise)
 
 
-def _prepare() -> None:
-    """Load what is loaded on first use, which would count as memory of the first data set; nothing is downloaded."""
-    import pyarrow
-    import pyarrow.parquet
-    import torchvision.datasets
-    import torchvision.transforms  # noqa: F401
-
-    def refuse(*_: object, **__: object) -> Any:
-        raise OSError("no network here")
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
-    pyarrow.set_cpu_count(1)
-    pyarrow.set_io_thread_count(1)
-    socket.getaddrinfo = refuse
-    Image.init()
-    warnings.simplefilter("ignore")
+def _offline(*_: object, **__: object) -> Any:
+    raise OSError("no network here")
 
 
 class Damaged:
     """Makes damaged data sets, always the same ones for a seed, and judges them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, patch: Callable[[Any, str, Any], None]) -> None:
         self.folder, self.seed, self.names = folder / "own", seed, ["cat", "dog", "owl"]
         sound = folder / "sound"
         sets: dict[str, Callable[[Path], object]] = {
@@ -96,7 +92,7 @@ class Damaged:
             "folder, no splits": lambda root: class_folders(root, 6, ("cat", "dog", "owl")),
             "parquet": lambda root: parquet_files(root, {"train": 12, "test": 7}, self.names),
             "parquet, several files": self._several,
-            "cifar10": lambda root: cifar_files(root, "cifar10"),
+            "cifar10": lambda root: cifar_files(root, "cifar10", patch),
         }
         self.sound: dict[str, tuple[str, Path, dict[str, Images]]] = {}
         for name, make in sets.items():
@@ -133,6 +129,8 @@ class Damaged:
         how, ways = chance.choice([("bytes", BYTES), ("files", FILES), ("content", CONTENT[kind])])
         damage = chance.choice(ways)(root, chance)
         skip = bool(index // len(self.sound) % 2)
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve address space ahead
+        pyarrow.set_cpu_count(1)
         signal.setitimer(signal.ITIMER_REAL, LONGEST)
         try:
             with memory_within(MEMORY) as used:
@@ -154,11 +152,11 @@ def judge(spec: str, root: Path, before: Images, damage: Damage, skip: bool) -> 
         for images in source.splits.values():
             problems += _used(images, skip)
     except DataError as error:
-        return (FAILED, problem) if (problem := _not_clear(str(error), root, damage)) else (REFUSED, "")
+        return (FAILED, problem) if (problem := _not_clear(str(error), root, damage, before)) else (REFUSED, "")
     except Exception as error:
         return FAILED, f"it raised {type(error).__name__}: {error}"
     for text in problems:
-        if problem := _not_clear(text, root, damage):
+        if problem := _not_clear(text, root, damage, before):
             return FAILED, problem
     if damage.refused:
         return FAILED, "it was opened"
@@ -216,13 +214,11 @@ def _used(images: ImageDataset, skip: bool) -> list[str]:
     return []
 
 
-def _not_clear(said: str, root: Path, damage: Damage) -> str:
+def _not_clear(said: str, root: Path, damage: Damage, before: Images) -> str:
     """Why a message is no help; "" if it is."""
-    near = {str(place) for file in damage.files for place in (root / file, (root / file).parent)}
-    named = any(place in said for place in near) or not any(damage.files)
-    plain = said.replace(str(root), "")
-    return (
-        ""
-        if named and str(root) in said and "\n" not in said and len(plain) < 700
-        else f"it was refused with {said[:300]!r}"
-    )
+    sound = {name.partition(", row ")[0] for name in before if not damage.covers(name)}
+    named = any(str(root / file) in said for file in damage.files)
+    blamed = any(f"{root / file} " in said for file in sound)
+    if str(root) in said and (named or not blamed) and "\n" not in said and len(said.replace(str(root), "")) < 700:
+        return ""
+    return f"it was refused with {said[:300]!r}"

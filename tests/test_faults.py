@@ -18,7 +18,8 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from faults import __main__ as command  # noqa: E402
-from faults import disk, kills, mutants, page, watch  # noqa: E402
+from faults import datasets, disk, kills, mutants, page, watch  # noqa: E402
+from faults.data_damages import Damage  # noqa: E402
 from faults.figure import Figure, Length, bits, ended  # noqa: E402
 from faults.samples import Sample, make_samples  # noqa: E402
 
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("figure", ["kills", "disk", "mutants", "hostile", "writers"])
+@pytest.mark.parametrize("figure", ["kills", "disk", "mutants", "hostile", "writers", "datasets"])
 def test_a_small_part_of_each_figure(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([figure, "--quick", "--json"]) == 0, capsys.readouterr().out[-2000:]
     result = json.loads(capsys.readouterr().out)["figures"][figure]
     assert result["failures"] == []
     assert all(len(row) == len(result["head"]) for row in result["rows"])
-    assert sum(row[{"hostile": 2, "writers": 0}.get(figure, 1)] for row in result["rows"]) > 1
+    assert sum(row[{"hostile": 2, "writers": 0, "datasets": 2}.get(figure, 1)] for row in result["rows"]) > 1
 
 
 def test_trainings_are_killed_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +156,37 @@ def test_side_effects_are_seen(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert ended(forked(look)) == 0
     assert json.loads((tmp_path / "record").read_text()) == [False, True, True, True, True]
+
+
+def opened_as(images: dict[str, tuple[int, str]], said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every data set opened as these images."""
+    source = type("Source", (), {"skipped": (), "splits": {}})
+    monkeypatch.setattr(datasets, "open_data", lambda spec, on_corrupt: source)
+    monkeypatch.setattr(datasets, "contents", lambda source, root: (images, said))
+
+
+@pytest.mark.parametrize(
+    ("images", "said", "reason"),
+    [
+        ({"a": (0, "x")}, [], "b is missing without a word"),
+        ({"a": (0, "x")}, ["/set/a is broken"], "refused with"),
+        ({"a": (0, "x")}, ["b is broken"], "refused with"),
+        ({"a": (0, "x")}, ["/set/b\nunclear"], "refused with"),
+        ({"a": (1, "x"), "b": (0, "y")}, [], "a was (0, 'x'), is (1, 'x')"),
+        ({"a": (0, "x"), "b": (0, "y"), "c": (0, "z")}, [], "c is new"),
+    ],
+)
+def test_what_should_not_happen_to_a_data_set_is_noticed(
+    images: dict[str, tuple[int, str]], said: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_as(images, said, monkeypatch)
+    before = {"a": (0, "x"), "b": (0, "y")}
+    outcome, why = datasets.judge("", Path("/set"), before, Damage("", {"b"}), skip=False)
+    assert outcome == watch.FAILED
+    assert reason in why
+    opened_as({"a": (0, "x")}, ["/set/b is broken"], monkeypatch)
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b"}), skip=False) == (datasets.FEWER, "")
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b"}, refused=True), skip=False)[0] == watch.FAILED
 
 
 # -- what these figures found, and was repaired
