@@ -128,15 +128,15 @@ class DataSource:
 
 def check_names(classes: Sequence[str], name: str) -> None:
     """Refuse classes whose names are no text, or cannot be told apart: results are listed by name."""
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for each in classes:
         try:
             each.encode()
         except (AttributeError, UnicodeEncodeError):
             raise DataError(f"{name} has a class named {each!a}, which is not text in UTF-8: rename it") from None
-        other = seen.setdefault(normal_name(each), each)
-        if other is not each:
+        if normal_name(each) in seen:
             raise DataError(f"{name} has two classes named {each!r}: results are listed by name, rename one")
+        seen.add(normal_name(each))
 
 
 def normal_name(name: str) -> str:
