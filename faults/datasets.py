@@ -217,7 +217,7 @@ def _used(images: ImageDataset, skip: bool) -> list[str]:
 def _not_clear(said: str, root: Path, damage: Damage, before: Images) -> str:
     """Why a message is no help; "" if it is."""
     sound = {name.partition(", row ")[0] for name in before if not damage.covers(name)}
-    named = any(str(root / file) in said for file in damage.files)
+    named = any(Path(file).name in said for file in damage.files)
     blamed = any(f"{root / file} " in said for file in sound)
     if str(root) in said and (named or not blamed) and "\n" not in said and len(said.replace(str(root), "")) < 700:
         return ""

@@ -168,25 +168,25 @@ def opened_as(images: dict[str, tuple[int, str]], said: list[str], monkeypatch: 
 @pytest.mark.parametrize(
     ("images", "said", "reason"),
     [
-        ({"a": (0, "x")}, [], "b is missing without a word"),
-        ({"a": (0, "x")}, ["/set/a is broken"], "refused with"),
-        ({"a": (0, "x")}, ["b is broken"], "refused with"),
-        ({"a": (0, "x")}, ["/set/b\nunclear"], "refused with"),
-        ({"a": (1, "x"), "b": (0, "y")}, [], "a was (0, 'x'), is (1, 'x')"),
-        ({"a": (0, "x"), "b": (0, "y"), "c": (0, "z")}, [], "c is new"),
+        ({"a.png": (0, "x")}, [], "b.png is missing without a word"),
+        ({"a.png": (0, "x")}, ["/set/a.png is broken"], "refused with"),
+        ({"a.png": (0, "x")}, ["b.png is broken"], "refused with"),
+        ({"a.png": (0, "x")}, ["/set/b.png\nunclear"], "refused with"),
+        ({"a.png": (1, "x"), "b.png": (0, "y")}, [], "a.png was (0, 'x'), is (1, 'x')"),
+        ({"a.png": (0, "x"), "b.png": (0, "y"), "c.png": (0, "z")}, [], "c.png is new"),
     ],
 )
 def test_what_should_not_happen_to_a_data_set_is_noticed(
     images: dict[str, tuple[int, str]], said: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened_as(images, said, monkeypatch)
-    before = {"a": (0, "x"), "b": (0, "y")}
-    outcome, why = datasets.judge("", Path("/set"), before, Damage("", {"b"}), skip=False)
+    before = {"a.png": (0, "x"), "b.png": (0, "y")}
+    outcome, why = datasets.judge("", Path("/set"), before, Damage("", {"b.png"}), skip=False)
     assert outcome == watch.FAILED
     assert reason in why
-    opened_as({"a": (0, "x")}, ["/set/b is broken"], monkeypatch)
-    assert datasets.judge("", Path("/set"), before, Damage("", {"b"}), skip=False) == (datasets.FEWER, "")
-    assert datasets.judge("", Path("/set"), before, Damage("", {"b"}, refused=True), skip=False)[0] == watch.FAILED
+    opened_as({"a.png": (0, "x")}, ["/set/b.png is broken"], monkeypatch)
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b.png"}), skip=False) == (datasets.FEWER, "")
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b.png"}, refused=True), skip=False)[0] == watch.FAILED
 
 
 # -- what these figures found, and was repaired
