@@ -247,12 +247,12 @@ class TorchImages(ImageDataset):
             raise ConfigError(f"{type(dataset).__name__} has no `targets` for its images: give labels=[...], one per image")
         self.dataset = dataset
         try:
-            labels = torch.as_tensor(known)
+            found = torch.as_tensor(known)
         except (TypeError, ValueError, RuntimeError):
-            labels = torch.empty(0)
-        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+            found = torch.empty(0)
+        if found.dim() != 1 or found.is_floating_point() or found.is_complex():
             raise ConfigError(f"the labels of {type(dataset).__name__} are not integers, one per image")
-        self.labels = labels.to(torch.int64)
+        self.labels = found.to(torch.int64)
         self.input_size = input_size
 
     def image(self, index: int) -> Image:

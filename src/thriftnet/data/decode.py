@@ -74,7 +74,7 @@ class EncodedImages(ImageDataset):
 @contextmanager
 def opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Image]:
     """An image whose header is read; errors in the block, which decodes it, are raised as `DataError`, too."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
@@ -87,7 +87,7 @@ def opened(source: str | os.PathLike[str] | bytes, name: str) -> Iterator[Image]
                     raise ValueError(problem)
                 yield image
     except Exception as error:  # pillow's readers raise anything: KeyError, AssertionError, struct.error, ...
-        unknown = isinstance(error, Image.UnidentifiedImageError)
+        unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image that pillow can read" if unknown else getattr(error, "strerror", None) or str(error)
         reason = shortened(" ".join(reason.split()), 200) or type(error).__name__
         raise DataError(

@@ -229,7 +229,7 @@ def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
     place = kind.get_field_index("bytes")
-    return place >= 0 and (types.is_binary(kind.field(place).type) or types.is_large_binary(kind.field(place).type))
+    return place >= 0 and bool(types.is_binary(kind.field(place).type) or types.is_large_binary(kind.field(place).type))
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
