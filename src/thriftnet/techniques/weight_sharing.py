@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from thriftnet.arguments import Depth, Natural, PositiveShare, Seed, checked
+from thriftnet.arguments import Depth, Index, PositiveShare, Seed, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
@@ -146,14 +146,13 @@ class WeightSharing:
     seed: Seed | None = None
     portion: PositiveShare = 0.5
     trained: bool = False
-    groups: Annotated[tuple[tuple[str | Natural, ...], ...], WORDS] | None = None
+    groups: Annotated[tuple[tuple[str | Index, ...], ...], WORDS] | None = None
     depthwise: bool = False
     linear: bool = False
 
     def __post_init__(self) -> None:
-        if self.groups is not None:
-            if not all(len(group) > 1 for group in self.groups):
-                raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
+        if self.groups is not None and not all(len(group) > 1 for group in self.groups):
+            raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
 
     @property
     def keeps_members(self) -> bool:
