@@ -129,7 +129,7 @@ def check(name: str, value: T, hint: Any) -> T:
     """
     for candidate in (value, _tuples(value)):
         if _fits(candidate, hint):
-            return candidate  # type: ignore[no-any-return]
+            return candidate
     if isinstance(value, str) and (names := [each for each in _choices(hint) if isinstance(each, str)]):
         raise unknown_name(name, shown(value)[1:-1], names)
     raise ConfigError(f"{name}={shown(value)}: expected {expected(hint)}")
