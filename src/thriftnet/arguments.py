@@ -179,6 +179,11 @@ def _fits(value: object, hint: Any) -> bool:
     return True
 
 
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function's or class's arguments."""
+    return _hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
+
+
 def as_path(given: str | os.PathLike[str], name: str = "path", *, home: bool = False) -> Path:
     """A path that the system can look for, ``~`` replaced with ``home``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.arguments import BatchSize, Count
@@ -12,6 +13,7 @@ from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, 
 from thriftnet.cli.machine import use_allocator, use_threads
 from thriftnet.cli.options import reads, svg_file
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
+from thriftnet.memory import needs
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ def measured(
         for batch_size in options.batch_size:
             torch.set_num_threads(default)
             threads = use_threads(batch_size, wanted)
+            needs(8 * batch_size * prod(size), f"a batch of {batch_size:,} images and what is computed of it")
             images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
             with torch.no_grad():
                 runs = dict(runnable(networks, images, left_out))
