@@ -90,6 +90,10 @@ def test_a_value_whose_text_fails_is_shown_by_its_class():
     def half(share: Share) -> float:
         return share / 2
 
+    endless: list[object] = []
+    endless.append(endless)
+    with pytest.raises(tn.ConfigError, match=r"share=\[\[\.\.\.\]\]"):
+        half(endless)
     for value in (Silent(), [Silent()]):
         with pytest.raises(tn.ConfigError, match=r"share=<(Silent|list)>"):
             half(value)

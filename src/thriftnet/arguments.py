@@ -265,10 +265,13 @@ def _typeguard() -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, also those in a mapping."""
-    if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """Lists as tuples, also those in a mapping; a list that contains itself stays as it is."""
+    try:
+        if isinstance(value, dict):
+            return {key: _tuples(entry) for key, entry in value.items()}
+        return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    except RecursionError:
+        return value
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
