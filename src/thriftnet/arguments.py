@@ -172,6 +172,9 @@ def fits(value: object, hint: Any) -> bool:
 
 def _fits(value: object, hint: Any) -> bool:
     typeguard = _typeguard()
+    if isinstance(value, range) and value:  # its ends say as much as all of it, which may be endless
+        least, most = sorted((value[0], value[-1]))
+        value = range(least, most + 1, max(1, most - least))
     try:
         typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except (typeguard.TypeCheckError, RecursionError):
