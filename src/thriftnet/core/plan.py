@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from thriftnet.arguments import checked
 from thriftnet.core.spec import to_dict
 from thriftnet.core.technique import Technique
 from thriftnet.errors import ConfigError
@@ -35,6 +36,7 @@ class PlanRow:
     relative_error: float | None
 
 
+@checked
 @dataclass(frozen=True)
 class Plan:
     """What `convert` would do. Prints as a table; ``convert(model, plan)`` does exactly this.

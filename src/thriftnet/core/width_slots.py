@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from thriftnet.arguments import Index
 from thriftnet.core.probe import Size, failure, on_meta
 from thriftnet.core.width import Width, WidthAware, WidthSpec, width_index, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 WidthChoice: TypeAlias = Width | Sequence[Width] | Mapping[str, Width]
-IndexChoice: TypeAlias = int | Sequence[int] | Mapping[str, int]
+IndexChoice: TypeAlias = Index | Sequence[Index] | Mapping[str, Index]
 
 
 def width_slots(model: nn.Module) -> dict[str, list[int]]:
