@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
 from thriftnet.cli.machine import use_allocator, use_threads
 from thriftnet.cli.options import positive
+from thriftnet.cli.output import emit, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
 from thriftnet.text import table
 

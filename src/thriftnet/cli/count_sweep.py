@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import accepted_kwargs, literal, write_text
+from thriftnet.cli.common import accepted_kwargs, literal
+from thriftnet.cli.output import write_text
 from thriftnet.errors import ConfigError, ThriftnetError, unknown_name
 from thriftnet.report import plots
 from thriftnet.text import table

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
-from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.cli.common import Parser, parse
 from thriftnet.cli.fold import checked_fold
 from thriftnet.cli.machine import one_thread, use_machine
 from thriftnet.cli.options import MACHINE_OPTIONS
+from thriftnet.cli.output import emit
 from thriftnet.cli.train import Bar
 from thriftnet.text import table
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, chosen_width, emit, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, chosen_width, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, numbers, quantity, svg_file
+from thriftnet.cli.output import emit, has_terminal, is_main_process, say, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 from thriftnet.text import table
 
@@ -55,9 +55,8 @@ def run(arguments: Sequence[str]) -> None:
             calibration = loader_of(source.split("train"), CALIBRATION)
             text, measured = measure_widths(model, loader, calibration, source.classes, options)
         else:
-            text, measured = _measure(model, loader, source, options, is_main=rank == 0)
-    if rank == 0:
-        emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
+            text, measured = _measure(model, loader, source, options)
+    emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
 
 
 def _parser() -> Parser:
@@ -86,9 +85,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _measure(
-    model: nn.Module, loader: Loader, source: DataSource, options: Namespace, *, is_main: bool
-) -> tuple[str, dict[str, Any]]:
+def _measure(model: nn.Module, loader: Loader, source: DataSource, options: Namespace) -> tuple[str, dict[str, Any]]:
     """The result at one width, as text and for JSON; with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -98,7 +95,7 @@ def _measure(
     from thriftnet.train.evaluate import evaluate
 
     confusion = options.confusion or options.confusion_plot is not None
-    with Progress(console=Console(stderr=True), transient=True, disable=not (is_main and sys.stderr.isatty())) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=not has_terminal()) as bar:
         task = bar.add_task("images", total=loader.images_per_epoch)
         how: Any = {"topk": options.topk, "confusion": confusion, "classes": source.classes}
         try:
@@ -107,7 +104,7 @@ def _measure(
             raise ConfigError(f"--batch-size {options.batch_size} does not fit into memory: take a smaller one") from None
         except RuntimeError as error:
             raise IncompatibleModelError(f"the network does not take these images: {first_line(error)}") from error
-    if is_main:
+    if is_main_process():
         _warn(source, model)
         if options.confusion_plot is not None:
             write_text(options.confusion_plot, confusion_matrix(result.confusion or (), result.classes))
@@ -119,10 +116,10 @@ def _warn(source: DataSource, model: nn.Module) -> None:
     from thriftnet.core.provenance import data_facts
 
     if source.skipped:
-        sys.stderr.write(f"thriftnet evaluate: {len(source.skipped)} broken images are left out, as {source.skipped[0]}\n")
+        say(f"thriftnet evaluate: {len(source.skipped)} broken images are left out, as {source.skipped[0]}")
     names = data_facts(model).class_names
     if names is not None and names != tuple(source.classes):
-        sys.stderr.write("thriftnet evaluate: the network was trained for classes of other names, or in another order\n")
+        say("thriftnet evaluate: the network was trained for classes of other names, or in another order")
 
 
 def _text(options: Namespace, result: Evaluation) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, numbers, positive, width_from
+from thriftnet.cli.output import emit
 
 DESCRIPTION = (
     "Estimate the batch-norm statistics of a network again from the training images, at each width; weights do not change."

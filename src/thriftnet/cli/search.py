@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, quantity
+from thriftnet.cli.output import emit, has_terminal, show
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
             loader=islice(batches, options.recalibration) if options.recalibration else None,
             evolution=Evolution(population=options.population, generations=options.generations, seed=options.seed),
             input_size=next(iter(scored))[0].shape[1:],
-            progress=_progress if sys.stderr.isatty() else None,
+            progress=_progress if has_terminal() else None,
         )
         top1 = evaluate(found.model, loader_of(source.split("test"), None)).top1
     folder = save(found.model.cpu(), options.output)
@@ -69,5 +69,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _progress(tried: int, latest: Candidate) -> None:
-    sys.stderr.write(f"\r{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs ")
-    sys.stderr.flush()
+    show(f"{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs")

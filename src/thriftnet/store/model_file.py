@@ -195,6 +195,8 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
 def _path(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
         raise CheckpointError(f"{source!r} is not a path: give text or a pathlib.Path")
+    if not os.fspath(source):
+        raise CheckpointError("the name of the folder is empty: give one, or . for the current folder")
     return Path(source)
 
 
