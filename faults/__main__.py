@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from faults import disk, hostile, kills, mutants, trainings, writers
+from faults import commands, disk, hostile, kills, mutants, trainings, writers
 from faults.figure import SHOWN, Figure, Length
 from faults.page import facts, write_page
 from thriftnet.text import table
@@ -26,6 +26,7 @@ FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "hostile": hostile.measure,
     "writers": writers.measure,
     "trainings": trainings.measure,
+    "commands": commands.measure,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from evaluating import measured, measured_by_two, network
 from images import class_folders, png
 from thriftnet.cli import main
 from thriftnet.data.sources import open_data
-from thriftnet.report.plots import confusion_matrix
+from thriftnet.report.plots import confusion_matrix, decisions
 from thriftnet.train.evaluate import evaluate
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -128,6 +129,15 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(Table(torch.randn(4, 3)), [])
     with pytest.raises(tn.ConfigError, match="expected integers >= 1"):
         evaluate(Table(torch.randn(4, 3)), [], topk=(0,))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_all_kinds_are_drawn_as_they_are():
+    names = ["$x$_^", "\udcff\x1b[2J", "a\nb<i>&--", "x" * 200, "é日本\u202e", "\0"]
+    square = [[int(i == j) for i in range(len(names))] for j in range(len(names))]
+    for drawn in (confusion_matrix(square, names), decisions(square, names, names)):
+        found = [text.text for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+        assert {"$x$_^", "\\udcff\\x1b[2J", "a\\nb<i>&--", f"{'x' * 39}…", "é日本\\u202e", "\\x00"} <= set(found)
 
 
 def test_a_confusion_matrix_is_drawn_with_counts_and_names():

@@ -48,6 +48,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         conv1     432
         fc     65,000
     """
+    columns = [printable(name) for name in columns]
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *([c[0] for c in row] for row in cells), strict=True)]
     numeric = [all(row[i][1] for row in cells) and bool(cells) for i in range(len(columns))]

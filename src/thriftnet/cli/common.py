@@ -104,6 +104,11 @@ def parse_with_kwargs(
         for name in filter(lambda each: hint(_option(each)), kwargs):
             raise unknown_option(name, parser.known) from None
         raise
+    for name, value in vars(options).items():
+        if value == "":
+            raise ConfigError(
+                f"{name if name in ('model', 'file', 'pattern') else _option(name)} is empty. See {parser.prog} --help"
+            )
     if kwargs and parser.takes_model:
         _check_kwargs(getattr(options, "plain", None) or options.model, kwargs, parser.known)
     return options, kwargs

@@ -10,7 +10,7 @@ from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, numbers, quantity, svg_file
 from thriftnet.cli.output import emit, has_terminal, is_main_process, say, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
-from thriftnet.text import table
+from thriftnet.text import shortened, table
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from thriftnet.train.evaluate import Evaluation
 
 SHOWN = 20  # most classes that are listed
+NAME = 40  # most characters of a class's name in a table
 CALIBRATION = 2048  # training images on which the cost of a budget is found
 
 
@@ -136,11 +137,14 @@ def _text(options: Namespace, result: Evaluation) -> str:
     if len(ranked) > SHOWN:
         ranked = sorted(ranked, key=lambda entry: entry[1])[:SHOWN]
         lines.append(f"the {SHOWN} worst classes:")
-    return "\n".join([*lines, table(["class", "top-1, %"], [[name, round(share, 2)] for name, share in ranked])])
+    return "\n".join(
+        [*lines, table(["class", "top-1, %"], [[shortened(name, NAME), round(share, 2)] for name, share in ranked])]
+    )
 
 
 def _confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """The matrix, or its largest entries where there are many classes."""
+    classes = [shortened(name, NAME) for name in classes]
     if len(classes) <= SHOWN:
         return table(["class \\ predicted", *classes], [[name, *row] for name, row in zip(classes, confusion, strict=True)])
     mistakes = [(count, i, j) for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j and count]
