@@ -46,120 +46,44 @@ WORK = ("thriftnet.train.loop", "thriftnet.measure.latency", "thriftnet.dynamic.
 WORK += ("thriftnet.core.recalibrate", "thriftnet.cli.bench", "torch._dynamo", "torch._inductor")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+# fmt: off
 NUMBERS = ["-1", "0", "1", "2", "1.5", "-0.0", "nan", "inf", "-inf", "1e308", "1e-308", str(2**31), str(2**63), "9" * 5000]
 NUMBERS += ["0x10", "1_0", "\u0663", "1,2", "0.5,0.5,0.5", "1K", "1e999G", "0,0,0", "3,8,8", "1,,2", "-1,-1", ","]
-TEXTS = [
-    "",
-    " ",
-    "true",
-    "none",
-    "None",
-    "x" * 5000,
-    "-",
-    "--",
-    "=",
-    "a=b",
-    "$x$",
-    "\x1b[2J\x07",
-    "a\nb",
-    "\t",
-    "\udcff\udc80",
-]
+TEXTS = ["", " ", "true", "none", "None", "x" * 5000, "-", "--", "=", "a=b", "$x$", "\x1b[2J\x07", "a\nb", "\t", "\udcff\udc80"]
 TEXTS += ["\u202eabc", "é日本", "[" * 3000, "(" * 3000, "{}", "[1, 2", "a: b: c", "&a [*a]", "!!python/object:os.system x"]
 TEXTS += ["%s%n", "{0}", "..", "a\0b", "'", '"', "\\", "*", "[!", "lambda: 0", "__import__('os')", "1" * 300 + ".svg"]
-PATHS = ["pipe", "pipe.svg", "device", "full", "missing", "missing/deep", "loop", "loop/x", "small", "half", "run", "badrun"]
-PATHS += [
-    "broken",
-    "foreign",
-    "file",
-    "file/x",
-    "file.svg",
-    "folder.svg",
-    "secret",
-    "locked",
-    "locked/x",
-    "~nouser/x",
-    "~",
-    ".",
-]
-PATHS += [
-    "empty",
-    "x" * 300,
-    "x.svg",
-    "new",
-    "new/a/b",
-    "\x1b[31mred",
-    "n\nl",
-    "b\udcff",
-    "recipe.yaml",
-    "bad.yaml",
-    "bomb.yaml",
-]
-PATHS += ["net.pth", "plan.json", "bad.json", "deep.json", "small/model.safetensors", "missing.svg/x.svg"]
-REGEXES = [
-    "(a+)+$",
-    "(.*)*(.*)*(.*)*!",
-    "(.|.)*(.|.)*(.|.)*(.|.)*!",
-    ".*.*.*.*.*.*.*.*.*.*.*.*.*.*!",
-    "(",
-    "[",
-    "(?P<",
-    "a{99999999999}",
-]
-REGEXES += ["(?<=a*)b", "x{0,4294967295}", "layer", "^$", "(?i)", "\\", "(" * 500 + ")" * 500]
+PATHS = words("pipe pipe.svg device full missing missing/deep loop loop/x small half run badrun broken foreign file file/x")
+PATHS += words("file.svg folder.svg secret locked locked/x ~nouser/x ~ . empty x.svg new new/a/b recipe.yaml bad.yaml")
+PATHS += words("bomb.yaml net.pth plan.json bad.json deep.json small/model.safetensors missing.svg/x.svg")
+PATHS += ["x" * 300, "\x1b[31mred", "n\nl", "b\udcff"]
+REGEXES = ["(a+)+$", "(.*)*(.*)*(.*)*!", r"^(.?){40}(\w)\2{3}(.?){40}$", ".*.*.*.*.*.*.*.*.*.*.*.*.*.*!", "(", "[", "(?P<"]
+REGEXES += ["a{99999999999}", "(?<=a*)b", "x{0,4294967295}", "layer", "^$", "(?i)", "\\", "(" * 500 + ")" * 500]
 TECHNIQUES = ["shift", "shift(kernel_size=3)", "soft-sharing(templates=2)", "weight-sharing(rate=2, mapping='strided')"]
 TECHNIQUES += ["filter-basis(shared_rank=2)", "slimmable(widths=(0.5, 1.0))"]
-MODELS = [
-    "small",
-    "slim",
-    "run",
-    "net.pth",
-    "resnet20",
-    "convmixer",
-    "timm:resnet10t",
-    "torchvision:resnet18",
-    "torch.nn:Identity",
-]
+MODELS = ["small", "slim", "run", "net.pth", "resnet20", "convmixer", "timm:resnet10t", "torchvision:resnet18", "torch.nn:Identity"]
 MODELS += ["small/model.safetensors", "hf-hub:nobody/nothing", "timm:nothing", "torchvision:", "os:getcwd", ":", "a:b:c"]
-DATA = [
-    "folder:images",
-    "digits",
-    "parquet:tables",
-    "folder:",
-    "folder:odd",
-    "cifar10:images",
-    "hf:",
-    "hf:nobody/nothing",
-    "digits:x",
-]
+DATA = ["folder:images", "digits", "parquet:tables", "folder:", "folder:odd", "cifar10:images", "hf:", "hf:no/thing", "digits:x"]
 DATA += [f"{kind}:{path}" for kind in ("folder", "parquet", "cifar10") for path in PATHS]
-SWEEPS = ["num_classes=2,3", "num_classes=" + "9" * 400, "depth=1,x,None", "num_classes=-1,0", "=", "a=", "num_classes=" + "[" * 200]
-KWARGS = [
-    "num-classes",
-    "in-chans",
-    "depth",
-    "dim",
-    "reduction",
-    "weight-decay",
-    "augmentation.flip",
-    "stages",
-    "model-kwargs.depth",
-]
-KWARGS += [
-    "num_clases",
-    "mapping",
-    "strides",
-    "system",
-    "x" * 3000,
-    "\x1b[2J",
-    "optimizer",
-    "about",
-    "",
-    ".",
-    "a.b.c",
-    "model",
-    "1",
-]
+SWEEPS = ["num_classes=2,3", "num_classes=" + "9" * 400, "depth=1,x,None", "num_classes=-1,0", "=", "a=", f"num_classes={'[' * 200}"]
+KWARGS = words("num-classes in-chans depth dim reduction weight-decay augmentation.flip stages model-kwargs.depth num_clases")
+KWARGS += ["mapping", "strides", "system", "x" * 3000, "\x1b[2J", "optimizer", "about", "", ".", "a.b.c", "model", "1"]
+# values that suit options, by their names
+SUITABLE = {
+    ("technique",): TECHNIQUES,
+    ("select", "pattern", "paper"): REGEXES,
+    ("model", "against", "plain", "teacher", "file"): MODELS + PATHS,
+    ("data",): DATA,
+    ("output", "plot", "svg", "confusion_plot", "sweep_budget", "plan", "resume", "recipe"): PATHS,
+    ("sweep",): SWEEPS,
+    ("mode",): ["all", "dynamic", "width", "width=0.5", "width=", "all=1", "x"],
+    ("split",): ["train", "test", "val", "../x"],
+}
+# fmt: on
 
 # what each verb does in a moment
 SOUND: dict[str, list[str]] = {
@@ -299,24 +223,7 @@ def _value(chance: random.Random, action: Action) -> str:
     name = action.dest
     if action.choices and chance.random() < 0.5:
         return str(chance.choice(list(action.choices)))
-    for names, values in {
-        ("technique",): TECHNIQUES,
-        ("select", "pattern", "paper"): REGEXES,
-        ("model", "against", "plain", "teacher", "file"): MODELS + PATHS,
-        ("data",): DATA,
-        ("output", "plot", "svg", "confusion_plot", "sweep_budget", "plan", "resume", "recipe"): PATHS,
-        ("sweep",): SWEEPS,
-            "num_classes=2,3",
-            "num_classes=" + "9" * 400,
-            "depth=1,x,None",
-            "num_classes=-1,0",
-            "=",
-            "a=",
-            "num_classes=" + "[" * 200,
-        ],
-        ("mode",): ["all", "dynamic", "width", "width=0.5", "width=", "all=1", "x"],
-        ("split",): ["train", "test", "val", "../x"],
-    }.items():
+    for names, values in SUITABLE.items():
         if name in names:
             value = chance.choice(values)
             return _damaged(chance, value) if chance.random() < 0.2 else value
@@ -440,7 +347,9 @@ def problem(outcome: Outcome, *, as_json: bool) -> str:
         return f"a traceback, {said[-400:]}"
     if found := CONTROL.search(said):
         return f"the character {found[0]!r} is printed in {said[max(0, found.start() - 60) : found.end() + 20]!r}"
-    if outcome.code in (1, 2, 130) and (outcome.out or outcome.err.count("\n") != 1 or not outcome.err.startswith("thriftnet")):
+    if outcome.code in (1, 2, 130) and (
+        outcome.out or outcome.err.count("\n") != 1 or not outcome.err.startswith("thriftnet")
+    ):
         return f"{outcome.err.count(chr(10))} lines of refusal, {said[-400:]!r}"
     if outcome.code in (1, 2) and outcome.left:
         return f"exit code {outcome.code}, and {outcome.left[:3]} left or changed ({outcome.err[:200]})"
@@ -498,7 +407,8 @@ def furnish(place: Path) -> None:
         "deep.json": "[" * 100_000,
         "recipe.yaml": "model: resnet20\nepochs: 1\n",
         "bad.yaml": "model: [\nepochs: \x1b",
-        "bomb.yaml": "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join(6 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijk")),
+        "bomb.yaml": "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(6 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefghijk")),
     }.items():
         (place / name).write_text(text)
     (place / "secret").write_text("x")
