@@ -218,7 +218,7 @@ def _put(chance: random.Random, line: list[str], action: Action) -> None:
 
 def _value(chance: random.Random, action: Action) -> str:
     """A value that suits an option, damaged or not, or any."""
-    if chance.random() < 0.35:
+    if chance.random() < 0.25:
         return _nasty(chance)
     name = action.dest
     if action.choices and chance.random() < 0.5:
@@ -227,7 +227,7 @@ def _value(chance: random.Random, action: Action) -> str:
         if name in names:
             value = chance.choice(values)
             return _damaged(chance, value) if chance.random() < 0.2 else value
-    return chance.choice(NUMBERS)
+    return chance.choice(NUMBERS if chance.random() < 0.5 else NUMBERS[:5])
 
 
 def _nasty(chance: random.Random) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import warnings
@@ -56,10 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{name}: cannot print the result: {error}")
         return FAILED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            say(f"{name}: {one_line(f'{error.strerror}: {error.filename}')}")
+            return REFUSED
         from thriftnet.cli.fault import describe
 
         system, reason = describe(arguments, error)
-        say(f"{name}: {reason}")
+        say(f"{name}: {one_line(reason)}")
         return FAILED if system else FAULT
     finally:
         warnings.formatwarning = shown
