@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Annotated, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
 from thriftnet.core.conv import Convolution
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.patterns import matcher
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.errors import unknown_name
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 Want: TypeAlias = Callable[[str, nn.Module], bool]
-Select: TypeAlias = str | Sequence[str] | Want
+Select: TypeAlias = Annotated[
+    str | Sequence[str] | set[str] | frozenset[str] | Want,
+    "a regular expression, a list of names, or (name, module) -> bool",
+]
 Replacement: TypeAlias = tuple[nn.Module, nn.Module]
 Layer: TypeAlias = Convolution | nn.Linear | GeneratedLinear
 
@@ -128,8 +131,6 @@ def selection(model: nn.Module, select: Select | None) -> Want:
     if isinstance(select, str):
         found = matcher(select)
         return lambda name, module: found(name)
-    if not isinstance(select, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in select):
-        raise ConfigError(f"select={select!r}: expected a regular expression, a list of names, or (name, module) -> bool")
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:
