@@ -34,7 +34,8 @@ from thriftnet.cli import MODULES, VERBS, main
 from thriftnet.cli.common import Parser
 from thriftnet.files import TEMPORARY
 
-LONGEST = 10  # seconds until a command line answers, or does what it was asked to do
+LONGEST = 10  # seconds of processor time until a command line answers, or does what it was asked to do
+STUCK = 90  # seconds of any time
 GLIMPSE = 0.5  # seconds between looks at what a process does
 MEMORY, FILE = 6 << 30, 256 << 20  # most bytes of address space and of a file
 CAPABILITIES = 0x20080522  # the version of Linux's sets of them
@@ -293,7 +294,7 @@ class Place:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             drop_privileges()
-            faulthandler.dump_traceback_later(LONGEST + 3, exit=True)  # what holds the interpreter is no signal's to stop
+            faulthandler.dump_traceback_later(STUCK + 10, exit=True)  # what holds the interpreter is no signal's to stop
             watch_over()
             signal.signal(signal.SIGPROF, lambda *_: signal.raise_signal(signal.SIGINT))
             signal.setitimer(signal.ITIMER_PROF, interrupt)
@@ -319,7 +320,7 @@ def drop_privileges() -> None:
 
 def watch_over() -> None:
     """End this process when it does what it was asked to do, or does not answer."""
-    start = time.monotonic()
+    start, spent = time.monotonic(), time.process_time()
 
     def look(number: int, frame: FrameType | None) -> None:
         stack = []
@@ -328,7 +329,7 @@ def watch_over() -> None:
             frame = frame.f_back
         if any(name.startswith(WORK) for name in stack):
             os._exit(AT_WORK)
-        if time.monotonic() - start > LONGEST:
+        if time.process_time() - spent > LONGEST or time.monotonic() - start > STUCK:
             faulthandler.dump_traceback()
             os._exit(HANGS)
 

@@ -40,9 +40,10 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.recalibrate import recalibrate
     from thriftnet.core.width import format_width, widths
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         images = source.split(options.split)

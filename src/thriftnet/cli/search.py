@@ -44,10 +44,11 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.data.split import train_validation
     from thriftnet.dynamic.search import Evolution, search
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
     from thriftnet.train.evaluate import evaluate
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, "train", device)
         training, held_out = train_validation(source.split("train"), options.validation, options.seed)
