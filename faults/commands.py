@@ -341,7 +341,7 @@ def problem(outcome: Outcome, *, as_json: bool) -> str:
     """What should not have happened; "" if nothing."""
     said = outcome.out + outcome.err
     if outcome.code == HANGS or "Timeout (" in said:
-        return f"no answer after {LONGEST} s, in {outcome.err[-300:]}"
+        return f"no answer after {LONGEST} s, in {outcome.err[:300]}"
     if outcome.code not in OUTCOMES:
         return f"exit code {outcome.code}, {outcome.err[-1200:]}"
     if "Traceback (most" in said:
