@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from faults import calls, datasets, disk, hostile, kills, mutants, trainings, writers
+from faults import calls, commands, datasets, disk, hostile, kills, mutants, trainings, writers
 from faults.figure import SHOWN, Figure, Length
 from faults.page import facts, write_page
 from thriftnet.text import table
@@ -28,6 +28,7 @@ FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "trainings": trainings.measure,
     "datasets": datasets.measure,
     "calls": calls.measure,
+    "commands": commands.measure,
 }
 
 

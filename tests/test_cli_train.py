@@ -226,6 +226,13 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.
     train(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
 
 
+def test_the_folder_of_a_network_is_no_place_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = tn.save(tn.create_model("resnet20", reduction=4), tmp_path / "m")
+    before = sorted(path.name for path in place.iterdir())
+    assert "is the folder of a saved network" in refused(capsys, *SHORT, "--output", str(place))
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
 def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Files of at most 700 KiB: the first checkpoint cannot be written; without the limit the same command goes through."""
     command = ["train", "--output", str(tmp_path / "run"), "--max-steps", "4", "--checkpoint-every", "2", *SHORT]

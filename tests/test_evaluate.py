@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from evaluating import measured, measured_by_two, network
 from images import class_folders, png
 from thriftnet.cli import main
 from thriftnet.data.sources import open_data
-from thriftnet.report.plots import confusion_matrix
+from thriftnet.report.plots import confusion_matrix, decisions
 from thriftnet.train.evaluate import evaluate
 from training import in_children
 
@@ -185,10 +186,19 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(Table(torch.randn(4, 3)), batches(labels % 3), classes=("a", "b", "a"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_of_all_kinds_are_drawn_as_they_are():
+    names = ["$x$_^", "\udcff\x1b[2J", "a\nb<i>&--", "x" * 200, "é日本\u202e", "\0"]
+    square = [[int(i == j) for i in range(len(names))] for j in range(len(names))]
+    for drawn in (confusion_matrix(square, names), decisions(square, names, names)):
+        found = [text.text for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+        assert {"$x$_^", "\\udcff\\x1b[2J", "a\\nb<i>&--", f"{'x' * 39}…", "é日本\\u202e", "\\x00"} <= set(found)
+
+
 def test_a_confusion_matrix_is_drawn_with_counts_and_names():
     drawn = confusion_matrix([[3, 1], [0, 4]], ["cat", "dog"])
     assert drawn.startswith("<svg")
-    assert all(f"<!-- {text} -->" in drawn for text in ("cat", "dog", "taken for", "3", "1", "4"))
+    assert all(f">{text}</text>" in drawn for text in ("cat", "dog", "taken for", "3", "1", "4"))
     assert confusion_matrix([[3, 1], [0, 4]], ["cat", "dog"]) == drawn
     many = confusion_matrix([[int(i == j) for j in range(40)] for i in range(40)], list(map(str, range(40))))
     assert len(many) < 100_000

@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from faults import __main__ as command  # noqa: E402
-from faults import datasets, disk, kills, mutants, page, watch  # noqa: E402
+from faults import commands, datasets, disk, kills, mutants, page, watch  # noqa: E402
 from faults.data_damages import Damage  # noqa: E402
 from faults.figure import Figure, Length, bits, ended  # noqa: E402
 from faults.samples import Sample, make_samples  # noqa: E402
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("figure", ["kills", "disk", "mutants", "hostile", "writers", "datasets"])
+@pytest.mark.parametrize("figure", [name for name in command.FIGURES if name != "trainings"])
 def test_a_small_part_of_each_figure(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([figure, "--quick", "--json"]) == 0, capsys.readouterr().out[-2000:]
     result = json.loads(capsys.readouterr().out)["figures"][figure]
@@ -107,6 +107,31 @@ def test_memory_and_hangs_and_crashes_are_noticed(tmp_path: Path, monkeypatch: p
     assert "bytes of memory" in found[0].reason
     assert "number 1: no answer" in found[1].reason
     assert "number 3: the process died with 1" in found[3].reason
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (commands.Outcome(0, "fine\n", "", ["new"]), ""),
+        (commands.Outcome(2, "", "thriftnet count: no\n", []), ""),
+        (commands.Outcome(70, "", "thriftnet: a fault\n", []), "exit code 70"),
+        (commands.Outcome(2, "", "thriftnet count: no\nreally\n", []), "2 lines of refusal"),
+        (commands.Outcome(2, "", "thriftnet count: no\n", ["new/.lock"]), "left or changed"),
+        (commands.Outcome(0, "\x1b[2J\n", "", []), "the character '\\x1b' is printed"),
+        (commands.Outcome(0, "", "Traceback (most recent call last)\n", []), "a traceback"),
+        (commands.Outcome(0, "fine\n", "", []), "no JSON"),
+        (commands.Outcome(commands.HANGS, "", "", []), "no answer"),
+    ],
+)
+def test_what_a_command_line_should_not_do_is_noticed(outcome: commands.Outcome, said: str) -> None:
+    found = commands.problem(outcome, as_json=said == "no JSON")
+    assert (said in found) if said else not found
+
+
+def test_every_option_is_among_those_that_are_tried() -> None:
+    known = commands.parsers()
+    assert known.keys() == commands.VERBS.keys() == commands.SOUND.keys()
+    assert "--sweep-budget" in known["evaluate"].known
 
 
 def test_a_save_in_place_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

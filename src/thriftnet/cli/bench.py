@@ -9,9 +9,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.arguments import BatchSize, Count
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
 from thriftnet.cli.machine import use_allocator, use_threads
 from thriftnet.cli.options import reads, svg_file
+from thriftnet.cli.output import emit, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
 from thriftnet.memory import needs
 from thriftnet.text import table

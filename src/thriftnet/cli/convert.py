@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
+from thriftnet.cli.output import emit
 from thriftnet.errors import ConfigError
 from thriftnet.files import read_text
 

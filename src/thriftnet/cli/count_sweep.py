@@ -7,7 +7,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.arguments import check, hints_of
-from thriftnet.cli.common import accepted_kwargs, literal, write_text
+from thriftnet.cli.common import accepted_kwargs, literal
+from thriftnet.cli.output import write_text
 from thriftnet.errors import ConfigError, ThriftnetError, unknown_name
 from thriftnet.models.table import MODELS, builder, is_zoo_name, zoo_name
 from thriftnet.report import plots

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from thriftnet.cli.common import chosen_width, write_text
+from thriftnet.cli.common import chosen_width
 from thriftnet.cli.machine import one_thread
 from thriftnet.cli.options import width_from
+from thriftnet.cli.output import write_text
 from thriftnet.core.processes import total
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of

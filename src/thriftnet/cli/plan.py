@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
+from thriftnet.cli.output import emit, write_text
 
 
 def run(arguments: Sequence[str]) -> None:

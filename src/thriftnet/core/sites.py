@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Generic, TypeAlias, TypeVar
@@ -11,7 +10,8 @@ from torch import nn
 
 from thriftnet.core.conv import Convolution
 from thriftnet.core.linear import GeneratedLinear
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.core.patterns import matcher
+from thriftnet.errors import unknown_name
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
@@ -129,11 +129,8 @@ def selection(model: nn.Module, select: Select | None) -> Want:
     if callable(select):
         return select
     if isinstance(select, str):
-        try:
-            pattern = re.compile(select)
-        except re.error as error:
-            raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
-        return lambda name, module: pattern.search(name) is not None
+        found = matcher(select)
+        return lambda name, module: found(name)
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from thriftnet.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 # Okabe & Ito: distinguishable for colour-blind readers
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("*", "o", "s", "^", "D", "v", "P")
+LONGEST = 40  # characters of a label
 NUMBERED = 20  # most classes of a confusion matrix that shows its counts
 
 
@@ -31,17 +35,33 @@ def figure(width: float, height: float) -> Iterator[Figure]:
         "axes.grid": True,
         "grid.color": "#e4e4e4",
         "axes.axisbelow": True,
+        "svg.fonttype": "none",  # whoever shows it has letters of all scripts; matplotlib's font has not
+        "text.parse_math": False,
     }
     with matplotlib.rc_context(style):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
 def svg(drawn: Figure) -> str:
-    """The figure as an SVG element; equal figures give equal text."""
+    """The figure as an SVG element; equal figures give equal text. Text from outside is made printable, and cut where it is long."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for text in drawn.findobj(Text):
+        text.set_text(_label(text.get_text()))
+    for axis in (axis for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(formatter := axis.get_major_formatter(), FuncFormatter):  # names at ticks
+            axis.set_major_formatter(lambda value, place, name=formatter: _label(name(value, place)))
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that matplotlib has not, labels longer than the picture
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _label(text: str) -> str:
+    return shortened(printable(text), LONGEST)
 
 
 def accuracy_against_params(names: Sequence[str], params: Sequence[int], accuracies: Sequence[float]) -> str:

@@ -66,10 +66,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         CheckpointError: The folder holds something that is not a model, or cannot be written.
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
-    place = as_path(folder, "folder")
+    place = check_place(folder)
     try:
-        if not _is_replaceable(place):
-            raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
         model = _unwrapped(model)
         tensors = _separate(unique_tensors(model))
         config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
@@ -77,6 +75,22 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         write_together(place, {MODEL: data, CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(config)})
     except OSError as error:
         raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
+    return place
+
+
+def check_place(folder: str | os.PathLike[str]) -> Path:
+    """The folder, if `save` may write to it; asked before hours of work whose result goes there.
+
+    Raises:
+        CheckpointError: It holds something that is not a model, or cannot be read.
+    """
+    place = as_path(folder, "folder")
+    try:
+        replaceable = _is_replaceable(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
+    if not replaceable:
+        raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
     return place
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from torch import nn
 
 from thriftnet.core.tied import unique_tensors
-from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
+from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.files import locked, write_atomically
 from thriftnet.report.plots import run_curves
+from thriftnet.store.config import MODEL
 from thriftnet.store.model_file import FINISHED, RUN, RUN_MODEL, model_path, read_model, save
 from thriftnet.train.recipe import GROUPS, RESUMABLE_FIELDS
 
@@ -39,7 +40,8 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder for one training; one that is refused leaves nothing behind."""
-        made = [place for place in (self.path / LOCK, self.path, *self.path.parents) if not place.exists()]
+        if (self.path / MODEL).exists() and not (self.path / RUN).exists():
+            raise ConfigError(f"{self.path} is the folder of a saved network: give another --output")
         with ExitStack() as held:
             if self.is_main:
                 try:
@@ -50,13 +52,7 @@ class RunFolder:
                     ) from None
                 except OSError as error:
                     raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from None
-            try:
-                yield
-            except ThriftnetError:
-                if self.is_main and [path.name for path in self.path.iterdir()] == [LOCK]:
-                    for place in made:
-                        place.unlink() if place.name == LOCK else place.rmdir()
-                raise
+            yield
 
     def compare(self, run: Mapping[str, Any]) -> list[str]:
         """Notes on harmless differences between the folder's training and this one.
