@@ -119,10 +119,12 @@ def train(
         Interrupted: Stopped by a signal; the same call resumes.
     """
     start = time.perf_counter()
-    if recipe.stages and resume not in ("auto", "none"):
-        raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
-    parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [(recipe, {"stage.name": recipe.stage.name})]
     with Interrupts() as interrupts:
+        if recipe.stages and resume not in ("auto", "none"):
+            raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
+        parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [
+            (recipe, {"stage.name": recipe.stage.name})
+        ]
         distributed = Distributed(device, parts[0][0].run.precision)
         source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
         described = {
