@@ -103,7 +103,7 @@ def measure_trainings(folder: Path, seed: int, length: Length) -> Figure:
         ["limit", "trainings", "refused in one line", "went through", "same result in the end"],
     )
     count = length.pick(2, 4, 10)
-    sizes = [round(0.3 * KIB * 1.6**number) for number in range(0, 10, 10 // count)][:count]  # the largest file has 13 KB
+    sizes = [round(300 * 60 ** (number / (count - 1))) for number in range(count)]  # the largest file has 13,000 bytes
     wanted = _trained(folder / "whole")
     counts = [0, 0, 0, 0]
     for size in sizes:
@@ -153,7 +153,7 @@ def _check_training(
 def _trainings_on_file_systems(folder: Path, count: int) -> Figure:
     figure, counts = Figure("", []), [0, 0, 0, 0]
     wanted = _trained(folder / "whole-again")
-    sizes = [4 * (1 + round(30 * number / count)) for number in range(count)]  # a run takes up to about 100 KiB
+    sizes = [4 * (1 + round(70 * number / count)) for number in range(count)]  # the last one is enough
     for kib in sizes:
         with _mounted(folder / f"room{kib}", f"size={kib}k") as system:
             grow = ["mount", "-o", "remount,size=8m", str(system)]

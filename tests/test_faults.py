@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("figure", ["kills", "disk", "mutants", "hostile", "writers"])
+@pytest.mark.parametrize("figure", ["kills", "disk", "flips", "mutants", "hostile", "writers", "signals", "disk-trainings"])
 def test_a_small_part_of_each_figure(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([figure, "--quick", "--json"]) == 0, capsys.readouterr().out[-2000:]
     result = json.loads(capsys.readouterr().out)["figures"][figure]
