@@ -64,7 +64,8 @@ class TrainState:
         sound = stored.keys() == kinds.keys() and all(type(value) in kinds[name] for name, value in stored.items())
         if sound:
             at_end = stored["step"] - stored["epoch_ends"]
-            sound = all(-1 <= value < math.inf for value in stored.values()) and at_end >= 0
+            bounds = {int: 2**53, bool: 2, float: math.inf}
+            sound = at_end >= 0 and all(-1 <= value < bounds[type(value)] for value in stored.values())
             sound = sound and stored["epoch"] == at_end // steps_per_epoch
         if not sound:
             raise CheckpointError(f"the position in the training makes no sense: {str(stored)[:200]}")
