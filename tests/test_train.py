@@ -176,7 +176,7 @@ def test_equal_commands_end_with_equal_weights_under_load(tmp_path: Path):
     """With two threads, beside busy processes."""
     quiet = in_children(lambda rank: trained_with_threads(tmp_path / "quiet"))
     busy: list[int] = []
-    for _ in range(3):
+    for _ in range(2):
         busy.append(os.fork())
         if not busy[-1]:
             signal.alarm(120)  # should nobody kill it
@@ -197,7 +197,7 @@ def test_equal_commands_end_with_equal_weights_under_load(tmp_path: Path):
 
 def trained_with_threads(folder: Path) -> None:
     torch.set_num_threads(2)
-    how = recipe(max_steps=4, **EVERYTHING)
+    how = recipe(max_steps=2, **EVERYTHING)
     run_among(folder, how, 0, seeded_net(0.3))
 
 
