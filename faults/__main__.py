@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from faults import calls, commands, datasets, disk, hostile, kills, mutants, trainings, writers
+from faults import calls, commands, datasets, disk, flips, hostile, kills, mutants, signals, trainings, writers
 from faults.figure import SHOWN, Figure, Length
 from faults.page import facts, write_page
 from thriftnet.text import table
@@ -22,6 +22,7 @@ from thriftnet.text import table
 FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "kills": kills.measure,
     "disk": disk.measure,
+    "flips": flips.measure,
     "mutants": mutants.measure,
     "hostile": hostile.measure,
     "writers": writers.measure,
@@ -29,6 +30,8 @@ FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "datasets": datasets.measure,
     "calls": calls.measure,
     "commands": commands.measure,
+    "signals": signals.measure,
+    "disk-trainings": disk.measure_trainings,
 }
 
 

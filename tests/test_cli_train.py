@@ -199,7 +199,7 @@ def test_another_training_in_the_folder_is_not_overwritten(tmp_path: Path, capsy
     assert "holds a training already" in refused(capsys, *place, "--resume", "none")
     assert "nowhere" in refused(capsys, *place, "--resume", str(tmp_path / "nowhere"))
     (tmp_path / "run" / "run.json").write_text("[]")
-    assert "not of a training" in refused(capsys, *place)
+    assert "run.json is damaged" in refused(capsys, *place)
 
 
 def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
