@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from thriftnet.errors import ConfigError
@@ -62,3 +62,23 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, and nothing elsewhere: a function of what is done, and of all."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal that says what runs, and nothing elsewhere."""
+    from rich.console import Console
+
+    with Console(stderr=True, quiet=not sys.stderr.isatty()).status("") as line:
+        yield line.update
