@@ -12,7 +12,9 @@ from thriftnet.errors import ConfigError
 def run(arguments: Sequence[str]) -> None:
     shared = ("model", "--technique", "--select", "--exclude", "--output")
     parser = Parser("convert", "Convert a network with a technique, starting from its weights.", *shared)
-    parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE, for budgets")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE, for budgets"
+    )
     options, kwargs = parse_with_kwargs(parser, arguments)
     if bool(options.technique) == bool(options.plan):
         raise ConfigError("give either --technique or --plan")

@@ -22,7 +22,12 @@ def run(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     again = "only this technique, without pairs; may be given several times"
     add("--technique", action="append", metavar="T", help=again)
-    add("--output", type=Path, metavar="FILE", help="write the first plan: FILE.json for thriftnet convert --plan, or FILE.html")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the first plan: FILE.json for thriftnet convert --plan, or FILE.html",
+    )
     add("--plot", type=svg_file, metavar="FILE.svg", help="draw errors, parameters and MACs")
     options, kwargs = parse_with_kwargs(parser, arguments)
 

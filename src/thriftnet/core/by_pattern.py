@@ -40,7 +40,9 @@ class ByPattern(Mapping[str, "Technique | None"]):
             except re.error as error:
                 raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
             if technique is not None and requires_all_layers(technique):
-                raise ConfigError(f"{pattern!r}: {type(technique).__name__} takes every layer, not some: convert with it alone")
+                raise ConfigError(
+                    f"{pattern!r}: {type(technique).__name__} takes every layer, not some: convert with it alone"
+                )
         self._parts = dict(parts)
 
     def __getitem__(self, pattern: str) -> Technique | None:

@@ -75,7 +75,9 @@ def plan(
     asked = {"params": params, "macs": macs, "bytes": bytes}
     if before is None and any(value is not None for value in asked.values()):
         probe.input_size(model, input_size)  # raises, and says why
-        raise IncompatibleModelError(f"{type(model).__name__} cannot be counted on the meta device, so it cannot keep to a budget")
+        raise IncompatibleModelError(
+            f"{type(model).__name__} cannot be counted on the meta device, so it cannot keep to a budget"
+        )
     budget = read_budget(whole, **asked)
     with torch.random.fork_rng(devices=[]):
         inputs = None if data is None else _inputs(model, config, chosen, data)
@@ -131,7 +133,9 @@ def suggest(
     """
     asked = {name: value for name, value in (("params", params), ("macs", macs), ("bytes", bytes)) if value is not None}
     if len(asked) != 1:
-        raise ConfigError(f"give exactly one budget: params=, macs= or bytes=, as params=0.5; got {', '.join(asked) or 'none'}")
+        raise ConfigError(
+            f"give exactly one budget: params=, macs= or bytes=, as params=0.5; got {', '.join(asked) or 'none'}"
+        )
     images = None if data is None else _first_images(data)
     common: Any = {"data": images, "input_size": input_size}
     chosen = without(model, select, exclude)
@@ -168,9 +172,10 @@ def _planned(
     if budget is None:
         raise ConfigError("a pair needs a budget")
     total = whole[budget.measure]
-    start = plan(model, first, **{budget.measure: math.sqrt(budget.limit * total)}, select=select, **common)
-    between = convert(model, start)
-    return dataclasses.replace(start, then=plan(between, second, **{budget.measure: budget.limit}, **common))
+    half: Any = {budget.measure: math.sqrt(budget.limit * total)}
+    whole_way: Any = {budget.measure: budget.limit}
+    start = plan(model, first, **half, select=select, **common)
+    return dataclasses.replace(start, then=plan(convert(model, start), second, **whole_way, **common))
 
 
 def _with_errors(planned: Plan, model: nn.Module, converted: nn.Module, judge: Judge) -> Plan:
@@ -208,7 +213,9 @@ def _first_images(data: Iterable[Any]) -> list[Tensor]:
     for batch in data:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         if not isinstance(images, Tensor):
-            raise DataError(f"expected batches of images as tensors, or tuples that begin with them, got {type(images).__name__}")
+            raise DataError(
+                f"expected batches of images as tensors, or tuples that begin with them, got {type(images).__name__}"
+            )
         batches.append(images)
         if sum(map(len, batches)) >= IMAGES:
             break

@@ -106,7 +106,9 @@ def allocate(
     if chosen is None:
         least = rest + sum(min(option.cost for option in options) for options in sets_of_options)
         if least >= total:
-            raise ConfigError(f"{format_spec(technique)} does not lower {MEASURES[budget.measure]}: use another technique or budget")
+            raise ConfigError(
+                f"{format_spec(technique)} does not lower {MEASURES[budget.measure]}: use another technique or budget"
+            )
         raise ConfigError(
             f"{budget} is out of reach: {format_spec(technique)} leaves {short_count(least)} to {short_count(total)} "
             f"{MEASURES[budget.measure]} ({least / total:.0%} to 100%). Raise the budget, select more layers, or use another technique"
@@ -188,7 +190,7 @@ class Judge:
         return self._macs(site, site.module) if self.measure == "macs" else self._stored(layers)
 
     def _stored(self, layers: Sequence[nn.Module]) -> float:
-        held = {id(tensor): tensor for layer in layers for tensor in layer.parameters()}
+        held: dict[int, Tensor] = {id(tensor): tensor for layer in layers for tensor in layer.parameters()}
         if self.measure == "bytes":
             held |= {id(tensor): tensor for layer in layers for tensor in layer.buffers()}
             return sum(tensor.numel() * tensor.element_size() for tensor in held.values())

@@ -264,7 +264,7 @@ class FilterBasis:
 
     def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
         """Layers of equal input, with shared ranks up to the number of entries of a filter."""
-        found = []
+        found: list[tuple[list[Site[nn.Conv2d]], list[Technique]]] = []
         for group in replace(self, shared_rank=1, unique_rank=0, rank_channels=None).group(sites):
             most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group)) - self.unique_rank
             found.append((group, [replace(self, shared_rank=rank, rank_channels=None) for rank in steps(1, most)]))
