@@ -18,6 +18,7 @@ VERBS = {
     "models": "list the networks of the zoo",
     "count": "count the parameters, multiply-accumulates (MACs) and bytes moved of a network",
     "plan": "show what a conversion would do, layer by layer",
+    "suggest": "compare what all techniques would do within a budget",
     "convert": "convert a network with a technique, and save it",
     "train": "train a network by a recipe, on one process or many; the same command resumes",
     "evaluate": "measure the accuracy of a network on a data set",

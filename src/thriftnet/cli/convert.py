@@ -11,9 +11,11 @@ from thriftnet.files import read_text
 
 
 def run(arguments: Sequence[str]) -> None:
-    shared = ("model", "--technique", "--select", "--output")
+    shared = ("model", "--technique", "--select", "--exclude", "--output")
     parser = Parser("convert", "Convert a network with a technique, starting from its weights.", *shared)
-    parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE, for budgets"
+    )
     options, kwargs = parse_with_kwargs(parser, arguments)
     if bool(options.technique) == bool(options.plan):
         raise ConfigError("give either --technique or --plan")
@@ -28,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
         what = Plan.from_json(read_text(options.plan)) if options.plan else options.technique
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the plan {options.plan}: {error}") from None
-    converted = convert(model, what, select=options.select)
+    converted = convert(model, what, select=options.select, exclude=options.exclude)
     folder = save(converted, options.output)
     before, after = count_params(model), count_params(converted)
     result = {"model": options.model, "output": str(folder), "params_before": before, "params": after}

@@ -292,3 +292,42 @@ def latencies(title: str, panels: Mapping[str, Mapping[str, tuple[float, float, 
         axes.set_xlabel("ms per batch (black line: quartiles); x: times as fast as the first")
         drawn.suptitle(title, fontsize=10)
         return svg(drawn)
+
+
+def suggestions(rows: Sequence[Mapping[str, Any]], params: int, macs: int) -> str:
+    """Errors of plans, and what they leave of the network's parameters and multiply-accumulates, a bar for each plan.
+
+    Args:
+        rows: For each plan its ``technique``, ``error``, ``params`` and ``macs``.
+        params: Of the network now.
+        macs: Of the network now; 0 if they were not counted.
+    """
+    panels: list[tuple[str, list[float]]] = [("error of layers", [row["error"] for row in rows])]
+    panels.append(("parameters, % of now", [100 * row["params"] / max(1, params) for row in rows]))
+    if macs:
+        panels.append(("MACs, % of now", [100 * row["macs"] / macs for row in rows]))
+    with figure(10.4, 0.9 + 0.36 * len(rows)) as drawn:
+        for i, (axes, (title, values)) in enumerate(zip(drawn.subplots(1, len(panels), sharey=True), panels, strict=True)):
+            axes.barh(range(len(rows)), values, height=0.62, color=COLOURS[i + 1])
+            for place, value in enumerate(values):
+                text = f"{value:.3f}" if i == 0 else f"{value:.0f}"
+                axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.set_xlim(0, 1.18 * max([*values, 1e-6]))
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.grid(visible=False, axis="y")
+            axes.set_yticks(range(len(rows)), [row["technique"] for row in rows])
+        axes.invert_yaxis()
+        return svg(drawn)
+
+
+def layer_errors(names: Sequence[str], errors: Sequence[float]) -> str:
+    """The error of each converted layer, in the order of the network."""
+    with figure(9.2, 0.8 + 0.2 * len(names)) as drawn:
+        axes = drawn.subplots()
+        axes.barh(range(len(names)), errors, height=0.7, color=COLOURS[1])
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.set_xlabel("relative error")
+        axes.grid(visible=False, axis="y")
+        return svg(drawn)

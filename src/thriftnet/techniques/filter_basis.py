@@ -12,7 +12,7 @@ Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -34,7 +34,7 @@ from thriftnet.core.conv import (
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -257,6 +257,14 @@ class FilterBasis:
                     f"{entries} entries. Lower shared_rank by at least {rank - entries}, or leave the layer out with select"
                 )
         return groups
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Layers of equal input, with shared ranks up to the number of entries of a filter."""
+        found: list[tuple[list[Site[nn.Conv2d]], list[Technique]]] = []
+        for group in replace(self, shared_rank=1, unique_rank=0, rank_channels=None).group(sites):
+            most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group)) - self.unique_rank
+            found.append((group, [replace(self, shared_rank=rank, rank_channels=None) for rank in steps(1, most)]))
+        return found
 
     def ranks(self, in_channels: int) -> tuple[int, int]:
         """Shared and unique rank of a group with this many input channels."""

@@ -9,7 +9,7 @@ Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Con
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
@@ -171,6 +171,7 @@ class Shift:
     Source: Wu et al., section 4.
     """
 
+    partners: ClassVar[tuple[str, ...]] = ("weight-sharing", "soft-sharing(pointwise=True)")
     takes: ClassVar[str] = (
         "convolutions with groups=1, zero padding that keeps the size, and the kernel_size and dilation of the config"
     )
@@ -193,6 +194,11 @@ class Shift:
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         return [[site] for site in sites]
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Each layer, with expansions in quarters."""
+        quarters = steps(1, 4 * self.kernel_size**2)
+        return [([site], [replace(self, expansion=quarter / 4) for quarter in quarters]) for site in sites]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         conv = group[0].module

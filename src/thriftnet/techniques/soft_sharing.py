@@ -9,7 +9,7 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,7 @@ from thriftnet.arguments import Channels, Padding, PositiveShare, Sides, Steps, 
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
@@ -179,6 +179,11 @@ class SoftSharing:
                 f"and a bank serves at least 2 layers, with no more templates than layers. {way_out}"
             )
         return shareable
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Layers of equal geometry, with every number of templates."""
+        groups = group_by(sites, key=lambda site: geometry(site.module))
+        return [(group, [replace(self, templates=t) for t in steps(1, len(group) - 1)]) for group in groups]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         weights = torch.stack([site.module.weight.detach() for site in group])  # (L, O, I, kh, kw)
