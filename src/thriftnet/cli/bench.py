@@ -167,7 +167,8 @@ def packed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
 
     if images.device.type != "cpu":
         raise IncompatibleModelError("packing is for CPUs")
-    return pack(model, input_size=tuple(images.shape[1:]))
+    _, channels, height, width = images.shape
+    return pack(model, input_size=(channels, height, width))
 
 
 def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from thriftnet.cli.common import chosen_width
 from thriftnet.cli.machine import one_thread
 from thriftnet.cli.options import width_from
 from thriftnet.cli.output import write_text
+from thriftnet.core.probe import Size
 from thriftnet.core.processes import total
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
@@ -110,9 +111,10 @@ def _dynamic(
     return text, {**point.to_dict(), "cost": dynamic.cost, "decisions": by_class}
 
 
-def _size(loader: Loader) -> Sequence[int]:
+def _size(loader: Loader) -> Size:
     """(C, H, W) of the images."""
-    return next(iter(loader))[0].shape[1:]
+    _, channels, height, width = next(iter(loader))[0].shape
+    return channels, height, width
 
 
 def _curves(curves: Mapping[str, Sequence[Point]]) -> str:

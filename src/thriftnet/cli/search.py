@@ -54,13 +54,14 @@ def run(arguments: Sequence[str]) -> None:
         training, held_out = train_validation(source.split("train"), options.validation, options.seed)
         scored = loader_of(held_out, options.limit)
         batches = loader_of(training, None, shuffle=True, seed=options.seed)
+        _, channels, height, width = next(iter(scored))[0].shape
         found = search(
             model,
             lambda candidate: evaluate(candidate, scored).top1,
             macs=options.macs,
             loader=islice(batches, options.recalibration) if options.recalibration else None,
             evolution=Evolution(population=options.population, generations=options.generations, seed=options.seed),
-            input_size=next(iter(scored))[0].shape[1:],
+            input_size=(channels, height, width),
             progress=_progress if has_terminal() else None,
         )
         top1 = evaluate(found.model, loader_of(source.split("test"), None)).top1

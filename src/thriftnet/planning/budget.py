@@ -46,7 +46,9 @@ def read_budget(whole: dict[str, int], **given: float | str | None) -> Budget | 
     if not asked:
         return None
     if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(f'{name}={shown(value)}' for name, value in asked.items())}: give one budget at a time")
+        raise ConfigError(
+            f"{' and '.join(f'{name}={shown(value)}' for name, value in asked.items())}: give one budget at a time"
+        )
     ((name, value),) = asked.items()
     number = _number(value)
     if number is None or not (0 < number < math.inf):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.text import printable, shortened
@@ -47,17 +48,21 @@ def svg(drawn: Figure) -> str:
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter
 
-    for text in drawn.findobj(Text):
-        text.set_text(_label(text.get_text()))
+    for label in drawn.findobj(Text):
+        label.set_text(_label(label.get_text()))
     for axis in (axis for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis)):
         if isinstance(formatter := axis.get_major_formatter(), FuncFormatter):  # names at ticks
-            axis.set_major_formatter(lambda value, place, name=formatter: _label(name(value, place)))
+            axis.set_major_formatter(partial(_safe_tick, formatter))
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # letters that matplotlib has not, labels longer than the picture
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _safe_tick(formatter: Callable[[float, int | None], str], value: float, place: int | None) -> str:
+    return _label(formatter(value, place))
 
 
 def _label(text: str) -> str:
