@@ -32,7 +32,7 @@ def one_line(text: str, limit: int = MESSAGE) -> str:
 
     Example:
         >>> one_line("a\n  b"), one_line("no such layer: " + 99 * "x" + ". See --help", 40)
-        ('a b', 'no such layer: xxxxxxxxxxx … . See --help')
+        ('a b', 'no such layer: xxxxxxxxx … x. See --help')
     """
     text = printable(" ".join(text.split()))
     end = limit // 3
