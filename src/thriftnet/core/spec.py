@@ -23,7 +23,7 @@ def format_spec(config: object) -> str:
     """A config as text: its name and the fields that differ from their defaults."""
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
     values = [(field.name, getattr(config, field.name), field.default) for field in fields]
-    parts = [f"{name}={value!r}" for name, value, default in values if value != default]
+    parts = [f"{name}={value!r}" for name, value, default in values if value != default or type(value) is not type(default)]
     return spec_name(type(config).__name__) + (f"({', '.join(parts)})" if parts else "")
 
 
@@ -40,7 +40,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     Example:
         >>> from thriftnet.techniques import TECHNIQUES
         >>> parse_spec("shift(expansion=3.0)", TECHNIQUES)
-        Shift(kernel_size=3, dilation=1, expansion=3.0, init='weights')
+        Shift(kernel_size=None, dilation=None, expansion=3.0, init='weights', depthwise=True)
     """
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
@@ -111,6 +111,14 @@ def check_number(name: str, value: object, above: float, most: float = sys.float
         bounded = f"in {'[' if closed else '('}{above:g}, {most:g}]"
         expected = bounded if most < sys.float_info.max else f"{'>=' if closed else '>'} {above:g}"
         raise ConfigError(f"{name}={value!r}: expected a number {expected}")
+
+
+def check_rank(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is an int of at least ``least``, or a ratio in (0, 1], of the full rank."""
+    if isinstance(value, float) and 0 < value <= 1:
+        return
+    if isinstance(value, float) or not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}, or a ratio of the full rank in (0, 1] as 0.25")
 
 
 def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
