@@ -76,9 +76,9 @@ class PlainLinear(GeneratedLinear):
     standalone: ClassVar[bool] = True
     replaceable: ClassVar[bool] = True
 
-    def __init__(self, like: nn.Linear) -> None:
-        super().__init__(like)
-        self.weight = nn.Parameter(like.weight.detach().clone())
+    def _adopt_bias(self, like: nn.Linear) -> None:
+        self.weight = nn.Parameter(like.weight.detach().clone())  # the weight comes first in files
+        super()._adopt_bias(like)
 
 
 class SharedLinear(PlainLinear):

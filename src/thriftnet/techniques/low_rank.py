@@ -167,7 +167,11 @@ def product(reduce: Tensor, expand: Tensor, groups: int) -> Tensor:
 
 
 def as_matrix(weight: Tensor, groups: int, spatial: bool) -> Tensor:
-    """The matrix of each group whose factors are the two layers, from (O, I/G, kh, kw): (G, O/G * kw, I/G * kh) or (G, O/G, I/G * kh * kw)."""
+    """The matrix of each group whose factors are the two layers, from (O, I/G, kh, kw).
+
+    Returns:
+        (G, O/G * kw, I/G * kh), or by channels (G, O/G, I/G * kh * kw).
+    """
     rows = weight.reshape(groups, -1, *weight.shape[1:])  # (G, O/G, I/G, kh, kw)
     return rows.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2) if spatial else rows.flatten(2)
 

@@ -82,14 +82,13 @@ class Shift2d(Tied, WidthAware):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = self.active_outs(self.channels)
-        if x.ndim != 4 or x.shape[1] != channels:
+        if isinstance(x, Tensor) and (x.ndim != 4 or x.shape[1] != channels):
             raise ConfigError(f"Shift2d moves {channels} channels of (N, {channels}, H, W), got {tuple(x.shape)}")
         out = shift(x, self.kernel[:channels], self.kernel_size, self.dilation, self.moved)
         if self.keeps_size:
             return out
         (top, bottom), (left, right) = self.cropped
-        rows = slice(top, out.shape[2] - bottom, self.stride[0])
-        return out[:, :, rows, left : out.shape[3] - right : self.stride[1]]
+        return out[:, :, top : -bottom or None : self.stride[0], left : -right or None : self.stride[1]]
 
     @property
     def keeps_size(self) -> bool:
