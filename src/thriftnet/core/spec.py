@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -90,40 +89,3 @@ def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> 
 def _tuples(value: Any) -> Any:
     """Lists as tuples, so that configs stay hashable and JSON round trips are exact."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def check_whole_number(name: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
-
-
-def check_steps(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``, or two of them."""
-    for step in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-        check_whole_number(name, step, least)
-
-
-def check_number(name: str, value: object, above: float, most: float = sys.float_info.max, *, closed: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in ``(above, most]``, or equal to ``above`` if the range is ``closed``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (above < value <= most or (closed and value == above)):  # type: ignore[operator]
-        bounded = f"in {'[' if closed else '('}{above:g}, {most:g}]"
-        expected = bounded if most < sys.float_info.max else f"{'>=' if closed else '>'} {above:g}"
-        raise ConfigError(f"{name}={value!r}: expected a number {expected}")
-
-
-def check_rank(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``, or a ratio in (0, 1], of the full rank."""
-    if isinstance(value, float) and 0 < value <= 1:
-        return
-    if isinstance(value, float) or not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}, or a ratio of the full rank in (0, 1] as 0.25")
-
-
-def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
-    """Raise unless ``value`` is one of ``expected``."""
-    if not any(value == item and type(value) is type(item) for item in expected):
-        if isinstance(value, str) and isinstance(expected[0], str):
-            raise unknown_name(name, value, map(str, expected))
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")

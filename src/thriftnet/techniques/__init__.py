@@ -9,8 +9,9 @@ import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
+from thriftnet.arguments import checked
 from thriftnet.core import spec
 from thriftnet.errors import ConfigError
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from thriftnet.core.sites import Select
     from thriftnet.core.technique import Technique
 
-TechniqueLike: TypeAlias = "Technique | str | Mapping[str, Any]"
+TechniqueLike: TypeAlias = Annotated[
+    Union["Technique", str, Mapping[str, Any]], "a technique's config or text, as 'soft-sharing(templates=2)'"
+]
 
 
 class Registry(Mapping[str, "type[Technique]"]):
@@ -93,6 +96,7 @@ def resolve(technique: TechniqueLike) -> Technique:
     return technique
 
 
+@checked
 def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = None) -> Plan:
     """What `convert` would do to ``model``; the network and the random state do not change.
 
@@ -104,6 +108,7 @@ def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = 
     return core.plan(model, resolve(technique), select=select)
 
 
+@checked
 def convert(
     model: nn.Module, technique: TechniqueLike | Plan, *, select: Select | None = None, inplace: bool = False
 ) -> nn.Module:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Index, PositiveShare, Rank, Weight, check, checked
 from thriftnet.core.composed import ComposedConv2d, ComposedLinear
 from thriftnet.core.conv import (
     Convolution,
@@ -36,7 +37,6 @@ from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear, plain
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_rank, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
@@ -150,6 +150,7 @@ class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[misc]
         self.out_features = self.weight.shape[0]
 
 
+@checked
 class BasisConv2d(ComposedConv2d):
     """Basis, batch norm and coefficients in place of one convolution; folds into one in eval mode.
 
@@ -166,7 +167,7 @@ class BasisConv2d(ComposedConv2d):
         coefficients: (O, U + S).
     """
 
-    def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
+    def __init__(self, like: Convolution, bank: SharedBasis, layer: Index, base: Index, coefficients: Tensor) -> None:
         super().__init__(like)
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
@@ -262,6 +263,7 @@ def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FilterBasis:
     """Decompose layers over filter bases that those of equal input share.
@@ -297,13 +299,13 @@ class FilterBasis:
         "convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True), and Linear with linear=True"
     )
 
-    shared_rank: int | float = 0.25
-    unique_rank: int | float = 1
-    bases: int = 1
-    rank_channels: int | None = None
-    lambda_r: float = 10.0
+    shared_rank: Rank | PositiveShare = 0.25
+    unique_rank: Rank | PositiveShare = 1
+    bases: Literal[1, 2] = 1
+    rank_channels: Channels | None = None
+    lambda_r: Weight = 10.0
     unique_penalty: bool = True
-    init: str = "weights"
+    init: Literal["weights", "random"] = "weights"
     alone: bool = True
     pointwise: bool = True
     linear: bool = True
@@ -311,18 +313,12 @@ class FilterBasis:
     family: str = ""
 
     def __post_init__(self) -> None:
-        check_rank("shared_rank", self.shared_rank, 0)
-        check_rank("unique_rank", self.unique_rank, 0)
         if self.shared_rank + self.unique_rank == 0:
             raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
-        check_choice("whole", self.whole, (False, True))
-        check_choice("bases", self.bases, (1,) if self.whole else (1, 2))
-        if self.rank_channels is not None:
-            check_whole_number("rank_channels", self.rank_channels, 1)
-            if isinstance(self.shared_rank, float) or isinstance(self.unique_rank, float):
-                raise ConfigError("rank_channels scales integers: give both ranks as integers, or leave it out")
-        check_choice("init", self.init, ("weights", "random"))
-        check_number("lambda_r", self.lambda_r, 0, closed=True)
+        if self.whole:
+            check("bases", self.bases, Literal[1])
+        if self.rank_channels is not None and (isinstance(self.shared_rank, float) or isinstance(self.unique_rank, float)):
+            raise ConfigError("rank_channels scales integers: give both ranks as integers, or leave it out")
 
     def accepts(self, module: nn.Module) -> bool:
         if is_linear(module):

@@ -13,25 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import PositiveShare, Range, checked
 from thriftnet.core.composed import Composed, ComposedConv2d, ComposedLinear
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, is_pointwise, plain_conv2d
 from thriftnet.core.factorize import factorize
 from thriftnet.core.kinds import executed, kind_of
 from thriftnet.core.linear import PlainLinear, is_linear
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.spec import check_choice, check_rank
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import plain_layer
 from thriftnet.core.width import WidthSpec
 
 Layer: TypeAlias = Convolution | nn.Linear
-
-FORMS = ("spatial", "channel")
 
 # Share of one layer's multiply-accumulates from which two layers are no faster than one.
 WORTH_TWO_LAYERS = 0.9
@@ -176,6 +174,7 @@ def as_matrix(weight: Tensor, groups: int, spatial: bool) -> Tensor:
     return rows.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2) if spatial else rows.flatten(2)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
     """Replace each layer by two thin ones.
@@ -197,12 +196,8 @@ class LowRank:
 
     takes: ClassVar[str] = "convolutions and Linear layers with a weight of their own, if two thinner ones store less"
 
-    rank: int | float = 0.25
-    form: str = "spatial"
-
-    def __post_init__(self) -> None:
-        check_rank("rank", self.rank)
-        check_choice("form", self.form, FORMS)
+    rank: Annotated[int, Range(1, 100_000)] | PositiveShare = 0.25
+    form: Literal["spatial", "channel"] = "spatial"
 
     def accepts(self, module: nn.Module) -> bool:
         layer = effective(module)

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Expansion, KernelSide, Padding, Range, Step, Steps, checked
 from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, is_depthwise
 from thriftnet.core.kinds import executed, kind_of
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
@@ -31,6 +31,7 @@ from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, sh
 from thriftnet.kernels.triton_pointwise import shift_pointwise
 
 
+@checked
 class Shift2d(Tied, WidthAware):
     """Shift every channel by one of k x k offsets; those left over after the last full set of k^2 stay.
 
@@ -52,17 +53,14 @@ class Shift2d(Tied, WidthAware):
 
     def __init__(
         self,
-        channels: int,
-        kernel_size: int = 3,
-        dilation: int = 1,
+        channels: Channels,
+        kernel_size: KernelSide = 3,
+        dilation: Step = 1,
         *,
-        padding: tuple[int, int] | None = None,
-        stride: tuple[int, int] = (1, 1),
+        padding: tuple[Padding, Padding] | None = None,
+        stride: tuple[Step, Step] = (1, 1),
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("kernel_size", kernel_size), ("dilation", dilation)):
-            check_whole_number(name, value, 1)
-        check_steps("stride", stride)
         self.channels, self.kernel_size, self.dilation = channels, kernel_size, dilation
         self.stride = stride
         self.cropped = ((0, 0), (0, 0)) if padding is None else crops(kernel_size, dilation, padding)
@@ -180,6 +178,7 @@ class DepthwiseShift2d(Shift2d):
         return conv
 
 
+@checked
 class ShiftConv2d(ComposedConv2d):
     """1 x 1 convolution, batch norm, ReLU, shift, 1 x 1 convolution in place of one k x k convolution.
 
@@ -203,19 +202,17 @@ class ShiftConv2d(ComposedConv2d):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int | tuple[int, int] = 1,
+        in_channels: Channels,
+        out_channels: Channels,
+        kernel_size: KernelSide = 3,
+        stride: Steps = 1,
         *,
-        dilation: int = 1,
-        padding: tuple[int, int] | None = None,
-        groups: int = 1,
-        expansion: float = 1.0,
+        dilation: Step = 1,
+        padding: tuple[Padding, Padding] | None = None,
+        groups: Channels = 1,
+        expansion: Expansion = 1.0,
         bias: bool = False,
     ) -> None:
-        check_steps("stride", stride)
-        check_number("expansion", expansion, 0)
         pad = dilation * (kernel_size // 2) if padding is None else padding
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size, stride, pad, dilation, groups, bias, device="meta")
@@ -254,6 +251,7 @@ def inner_channels(out_channels: int, expansion: float, groups: int) -> int:
     return int(out_channels * expansion) // groups * groups
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Shift:
     """Replace k x k convolutions by 1 x 1 convolutions around a shift, and depthwise ones by a shift.
@@ -278,18 +276,11 @@ class Shift:
         "with at least as many channels to move as the kernel has entries (a larger expansion gives more)"
     )
 
-    kernel_size: int | None = None
-    dilation: int | None = None
-    expansion: float = 1.0
-    init: str = "weights"
+    kernel_size: Annotated[int, Range(2, 1024)] | None = None
+    dilation: Step | None = None
+    expansion: Expansion = 1.0
+    init: Literal["weights", "random"] = "weights"
     depthwise: bool = True
-
-    def __post_init__(self) -> None:
-        check_whole_number("kernel_size", 2 if self.kernel_size is None else self.kernel_size, 2)
-        check_whole_number("dilation", 1 if self.dilation is None else self.dilation, 1)
-        check_number("expansion", self.expansion, 0)
-        check_choice("init", self.init, ("weights", "random"))
-        check_choice("depthwise", self.depthwise, (False, True))
 
     def accepts(self, module: nn.Module) -> bool:
         conv = executed(module) if is_convolution(module) else None

@@ -8,34 +8,38 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, KernelSide, Padding, PositiveShare, Steps, Templates, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.kinds import Kind
 from thriftnet.core.linear import GeneratedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_rank, check_steps, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import KernelChoice
+from thriftnet.memory import needs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Layer: TypeAlias = Convolution | nn.Linear
+AnySides: TypeAlias = Annotated[KernelSide | tuple[KernelSide, ...], "an integer from 1 to 1,024, or some"]
 
 
+@checked
 class TemplateBank(Tied):
     """Filters that several layers mix.
 
@@ -51,13 +55,10 @@ class TemplateBank(Tied):
 
     transient = (*Tied.transient, "mixer")
 
-    def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, ...]) -> None:
+    def __init__(self, num_templates: Templates, in_planes: Channels, out_planes: Channels, kernel_size: AnySides) -> None:
         super().__init__()
-        sides = (kernel_size, kernel_size) if not isinstance(kernel_size, tuple) else kernel_size
-        for side in sides:
-            check_whole_number("kernel_size", side, 1)
-        for name, value in (("num_templates", num_templates), ("in_planes", in_planes), ("out_planes", out_planes)):
-            check_whole_number(name, value, 1)
+        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        needs(4 * num_templates * in_planes * out_planes * math.prod(sides), "a bank of these sizes")
         self.templates = nn.Parameter(torch.empty(num_templates, out_planes, in_planes, *sides))  # (T, O, I, kh, kw)
         for template in self.templates.detach():
             nn.init.kaiming_normal_(template)
@@ -124,6 +125,7 @@ class SLinear(Mixed, GeneratedLinear):  # type: ignore[misc]
     """
 
 
+@checked
 class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[misc]
     """A convolution whose filters are mixed from a bank.
 
@@ -146,20 +148,14 @@ class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[misc]
     def __init__(
         self,
         bank: TemplateBank,
-        stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 1,
+        stride: Steps = 1,
+        padding: Literal["valid", "same"] | Padding | tuple[Padding, Padding] = 1,
         *,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
+        dilation: Steps = 1,
+        groups: Channels = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     ) -> None:
-        check_steps("stride", stride)
-        check_steps("dilation", dilation)
-        check_choice("padding", padding, ("valid", "same")) if isinstance(padding, str) else check_steps(
-            "padding", padding, 0
-        )
-        check_whole_number("groups", groups, 1)
         templates, outs, ins, kh, kw = bank.templates.shape
         options: dict[str, Any] = {"bias": False, "padding_mode": padding_mode, "device": "meta"}
         like = nn.Conv2d(ins * groups, outs, (kh, kw), stride, padding, dilation, groups, **options)
@@ -168,6 +164,7 @@ class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[misc]
             self.bias = nn.Parameter(bank.templates.new_zeros(outs))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SoftSharing:
     """Share templates among the layers of equal geometry.
@@ -192,14 +189,10 @@ class SoftSharing:
         "convolutions with a weight of their own (1 x 1 unless pointwise=False), and Linear (unless linear=False)"
     )
 
-    templates: int | float = 0.5
-    init: str = "weights"
+    templates: Templates | PositiveShare = 0.5
+    init: Literal["weights", "random"] = "weights"
     pointwise: bool = True
     linear: bool = True
-
-    def __post_init__(self) -> None:
-        check_rank("templates", self.templates)
-        check_choice("init", self.init, ("weights", "random"))
 
     def accepts(self, module: nn.Module) -> bool:
         if is_linear(module):
@@ -277,6 +270,7 @@ class LayerSimilarity:
     matrix: Tensor
 
 
+@checked
 def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
     """The layer similarity matrix of each bank, by the bank's name.
 
@@ -292,7 +286,8 @@ def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
     return result
 
 
-def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
+@checked
+def recurrences(model: nn.Module, threshold: PositiveShare = 0.99) -> list[list[str]]:
     """The names of layers that have learned the same mix, a list for each loop; empty if there is none.
 
     Two layers agree when ``2 <a, b> / (|a|^2 + |b|^2) >= threshold``, which is 1 only for equal coefficients (the cosine
@@ -302,7 +297,6 @@ def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
         ConfigError: A threshold outside (0, 1].
         IncompatibleModelError: The network has no bank.
     """
-    check_number("threshold", threshold, 0, 1)
     found: list[list[str]] = []
     for layers in _layers_of_banks(model).values():
         loops: list[list[tuple[str, Mixed]]] = []
@@ -317,7 +311,8 @@ def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
     return found
 
 
-def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
+@checked
+def fold_recurrence(model: nn.Module, threshold: PositiveShare = 0.99) -> nn.Module:
     """Make implicit recurrence explicit: the layers of each of the `recurrences` become one layer, used several times.
 
     It gets the mean of their coefficients and biases.
