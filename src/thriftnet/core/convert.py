@@ -87,7 +87,7 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             table[id(old)] = new.train(old.training)
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
-            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
+            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
     model_name = type(model).__name__
     converted = replace(model, table)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
@@ -204,6 +204,12 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
             reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
+
+
+def becomes(new: nn.Module) -> str:
+    """A new layer's class; with the rank that it got, which may be lower than the one asked for."""
+    rank = getattr(new, "rank", None)
+    return type(new).__name__ + ("" if rank is None else f"(rank={rank})")
 
 
 def describe(module: nn.Module) -> str:
