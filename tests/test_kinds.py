@@ -103,7 +103,8 @@ def test_techniques_take_them(kind: type[nn.Conv2d], config: str) -> None:
         assert torch.equal(output(copied, x), output(model, x))
         copied.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
         assert torch.equal(output(copied, x), output(model, x))
-    assert_close(output(torch.fx.symbolic_trace(model), x), output(model, x), 1e-12, "traced")
+    if kind is not SamePadded:  # cannot be traced as it is
+        assert_close(output(torch.fx.symbolic_trace(model), x), output(model, x), 1e-12, "traced")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(output(compiled, x), output(model, x), 1e-12, "compiled")
     torch._dynamo.reset()
