@@ -1,4 +1,4 @@
-"""thriftnet makes ConvNets small: five published techniques as siblings, for any PyTorch network.
+"""thriftnet makes ConvNets small: the techniques of five papers, and low rank, as siblings, for any PyTorch network.
 
 The names below load on first use; importing thriftnet imports neither torch nor anything else slow.
 """

@@ -351,7 +351,8 @@ class FilterBasis:
         full = min(entries, max(outs))
         shared, unique = (self._rank(rank, full, layers[0]) for rank in (self.shared_rank, self.unique_rank))
         if len(layers) == 1 and shared:
-            smaller = (entries * full - 1) // (entries + outs[0] + 2) if self.shared_rank != 1.0 else full
+            is_full = isinstance(self.shared_rank, float) and self.shared_rank == 1
+            smaller = full if is_full else (entries * outs[0] - 1) // (entries + outs[0] + 2)
             return 0, min(shared + unique, smaller)
         shared = min(shared, entries, max(sum(outs[base :: self.bases]) for base in range(self.bases)))
         return shared, min(unique, entries - shared, max(outs))
