@@ -374,7 +374,7 @@ def test_a_step_of_zero_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(tn.ConfigError, match=rf"{next(iter(arguments))}=.*: expected an integer from 1 to"):
         tn.SConv2d(tn.TemplateBank(2, 4, 4, 3), **arguments)
     if "stride" in arguments:
-        with pytest.raises(tn.ConfigError, match="stride=.*: expected an integer from 1 to"):
+        with pytest.raises(tn.ConfigError, match=r"stride=.*: expected an integer from 1 to"):
             tn.ShiftConv2d(4, 4, **arguments)
 
 

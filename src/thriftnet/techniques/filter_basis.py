@@ -132,7 +132,7 @@ class OfBasis(Kind):
         return self.bank.filters(self.layer, self.base)
 
 
-class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[misc]
+class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[override]
     """The convolution with a layer's basis: I channels in, one out per basis filter."""
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int) -> None:
@@ -141,7 +141,7 @@ class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[misc]
         self.out_channels = self.weight.shape[0]
 
 
-class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[misc]
+class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[override]
     """The linear layer with a layer's basis: I features in, one out per row of the basis."""
 
     def __init__(self, like: nn.Linear, bank: SharedBasis, layer: int, base: int) -> None:

@@ -116,7 +116,7 @@ class Mixed(Kind):
         return self.bank.templates.numel()
 
 
-class SLinear(Mixed, GeneratedLinear):  # type: ignore[misc]
+class SLinear(Mixed, GeneratedLinear):  # type: ignore[override]
     """A linear layer whose weight is mixed from a bank.
 
     Shape: as `nn.Linear`.
@@ -126,7 +126,7 @@ class SLinear(Mixed, GeneratedLinear):  # type: ignore[misc]
 
 
 @checked
-class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[misc]
+class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[override]
     """A convolution whose filters are mixed from a bank.
 
     Its coefficients start as a random direction of length 1, so that mixed filters have the templates' variance.
@@ -336,7 +336,7 @@ def fold_recurrence(model: nn.Module, threshold: PositiveShare = 0.99) -> nn.Mod
 
 def agreement(one: Mixed, other: Mixed) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if signature(one) != signature(other):
+    if signature(one) != signature(other):  # type: ignore[arg-type]  # a convolution or linear layer
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))

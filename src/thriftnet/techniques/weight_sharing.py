@@ -101,7 +101,7 @@ class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
     """A convolution with the fused weight of several."""
 
 
-class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
+class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override, misc]
     """A linear layer with the fused weight of several."""
 
 
@@ -151,9 +151,8 @@ class WeightSharing:
     linear: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.groups is not None:
-            if not all(len(group) > 1 for group in self.groups):
-                raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
+        if self.groups is not None and not all(len(group) > 1 for group in self.groups):
+            raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
 
     @property
     def keeps_members(self) -> bool:
