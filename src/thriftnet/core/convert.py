@@ -68,10 +68,10 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
-        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
+        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3]) or "it has no convolutions"
+        hint = "" if takes(config) in reasons else f". It takes {takes(config)}"
         raise IncompatibleModelError(
-            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
-            f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
+            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: {reasons}{hint}"
         )
     before, names = count_params(model), names_by_module(model)
     described = {id(module): describe(module) for module in model.modules()}
