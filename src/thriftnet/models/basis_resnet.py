@@ -112,7 +112,7 @@ def bottleneck_resnet(
 
 
 def _basis(
-    channels: int, bases: int, shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
+    channels: int, bases: Literal[1, 2], shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
 ) -> FilterBasis:
     """The config for ranks that belong to the first stage's number of channels."""
     technique = FilterBasis(

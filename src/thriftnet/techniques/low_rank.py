@@ -12,7 +12,7 @@ Accelerating Very Deep Convolutional Networks for Classification and Detection, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
@@ -25,7 +25,7 @@ from thriftnet.core.factorize import factorize
 from thriftnet.core.kinds import executed, kind_of
 from thriftnet.core.linear import PlainLinear, is_linear
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import plain_layer
 from thriftnet.core.width import WidthSpec
 
@@ -200,6 +200,7 @@ class LowRank:
     """
 
     takes: ClassVar[str] = "convolutions and Linear layers with a weight of their own, if two thinner ones store less"
+    partners: ClassVar[tuple[str, ...]] = ("weight-sharing",)
 
     rank: Annotated[int, Range(1, 100_000)] | PositiveShare = 0.25
     form: Literal["spatial", "channel"] = "spatial"
@@ -210,6 +211,15 @@ class LowRank:
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         return [[site] for site in sites]
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Each layer, with ranks up to the largest that makes it smaller."""
+        found: list[tuple[list[Site[Layer]], list[Technique]]] = []
+        for site in sites:
+            layer = effective(site.module)
+            most = 0 if layer is None else replace(self, rank=100_000).rank_of(layer)
+            found.append(([site], [replace(self, rank=rank) for rank in steps(1, most)]))
+        return found
 
     def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
         old = group[0].module

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
@@ -25,7 +25,7 @@ from thriftnet.core.convert import tie
 from thriftnet.core.kinds import Kind
 from thriftnet.core.linear import GeneratedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
@@ -205,6 +205,11 @@ class SoftSharing:
         if groups and not shareable:
             raise self._refusal(max(groups, key=len))
         return shareable
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Layers of equal geometry, with every number of templates."""
+        groups = group_by(sites, key=lambda site: geometry(site.module))
+        return [(group, [replace(self, templates=t) for t in steps(1, len(group) - 1)]) for group in groups]
 
     def count(self, layers: int) -> int:
         """Templates of a bank that serves so many layers."""
