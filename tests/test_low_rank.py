@@ -113,9 +113,12 @@ def test_the_plan_says_the_rank_that_each_layer_gets() -> None:
 
 def test_a_bias_in_between_keeps_two_layers() -> None:
     """A basis put in place of the first layer adds one, which the padding of the second does not: one convolution cannot do that."""
-    network = NETWORKS["chain"]
-    model = tn.convert(tn.convert(network.make(), tn.LowRank(rank=8)), tn.FilterBasis(shared_rank=2), select=r"reduce$")
-    perturb(model).eval()
+    network, basis = NETWORKS["chain"], tn.FilterBasis(shared_rank=2)
+    by_channels = perturb(tn.convert(tn.convert(network.make(), tn.LowRank(rank=4, form="channel")), basis)).eval()
+    merged = tn.fold(by_channels)
+    assert isinstance(merged.convs[0], nn.Conv2d), "a 1 x 1 convolution pads nothing"
+    assert_close(output(merged, network.image()), output(by_channels, network.image()), 1e-12, "fold")
+    model = perturb(tn.convert(tn.convert(network.make(), tn.LowRank(rank=8)), basis, select=r"reduce$")).eval()
     folded = tn.fold(model)
     assert isinstance(folded.convs[0], nn.Sequential)
     assert_close(output(folded, network.image()), output(model, network.image()), 1e-12, "fold")
