@@ -32,6 +32,17 @@ def test_factors_are_the_nearest_of_their_rank(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(left.norm(dim=-2), right.norm(dim=-1), atol=1e-7, rtol=1e-7)
 
 
+def test_a_few_directions_of_a_large_matrix_are_nearly_the_best() -> None:
+    matrix = torch.randn(1100, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix *= torch.arange(1, 1101) ** -0.5
+    left, right = factorize(matrix, 64)
+    least = torch.linalg.svdvals(matrix)[64:].norm()
+    assert least <= (left @ right - matrix).norm() <= 1.001 * least
+    again = factorize(matrix, 64)
+    assert torch.equal(left, again[0])
+    assert torch.equal(right, again[1])
+
+
 def test_a_direction_without_energy_can_still_learn() -> None:
     left, right = factorize(torch.zeros(3, 4, dtype=torch.float64), 2)
     assert (left.abs().sum() == 0) != (right.abs().sum() == 0)
