@@ -64,7 +64,7 @@ assert tn.plan(model, "filter-mix()").technique == tn.FilterMix()
 try:
     tn.convert(model, "filter-mx")
 except tn.ConfigError as error:
-    assert "did you mean 'filter-mix'?" in str(error), error
+    assert "did you mean 'filter-mix'" in str(error), error
 else:
     raise AssertionError("an unknown name was taken")
 from thriftnet.cli.demo import shown
