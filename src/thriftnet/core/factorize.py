@@ -48,11 +48,12 @@ def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """
     size = gram.shape[-1]
     if gram.ndim > 2 or size < LARGE or 4 * rank > size:
-        vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
-        return vectors
+        exact: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]
+        return exact
     start = torch.randn(size, rank + rank // 4 + 16, generator=torch.Generator().manual_seed(0), dtype=gram.dtype)
     space = start.to(gram.device)
     for _ in range(ITERATIONS):
         space = torch.linalg.qr(gram @ (gram @ space)).Q
     inside = torch.linalg.eigh(space.mT @ gram @ space).eigenvectors.flip(-1)[:, :rank]
-    return torch.linalg.qr(space @ inside).Q
+    found: Tensor = torch.linalg.qr(space @ inside).Q
+    return found
