@@ -68,10 +68,10 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
-        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
+        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3]) or "it has no convolutions"
+        hint = "" if takes(config) in reasons else f". It takes {takes(config)}"
         raise IncompatibleModelError(
-            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
-            f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
+            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: {reasons}{hint}"
         )
     before, names = count_params(model), names_by_module(model)
     described = {id(module): describe(module) for module in model.modules()}
@@ -87,7 +87,7 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
             table[id(old)] = new.train(old.training)
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
-            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
+            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
     model_name = type(model).__name__
     converted = replace(model, table)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
@@ -204,6 +204,12 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
             reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
+
+
+def becomes(new: nn.Module) -> str:
+    """A new layer's class; with the rank that it got, which may be lower than the one asked for."""
+    rank = getattr(new, "rank", None)
+    return type(new).__name__ + ("" if rank is None else f"(rank={rank})")
 
 
 def describe(module: nn.Module) -> str:

@@ -44,6 +44,8 @@ class PlainNorm(Tied, WidthAware):
 
     def active(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias at the selected width."""
+        if self.width_spec is None:
+            return self.weight, self.bias
         channels = self.active_sizes()[-1]
         return _first(self.weight, channels), _first(self.bias, channels)
 

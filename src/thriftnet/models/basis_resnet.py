@@ -123,6 +123,7 @@ def _basis(
         lambda_r=lambda_r,
         unique_penalty=unique_penalty,
         init="random",
+        alone=False,
     )
     check_ranks(shared_rank, unique_rank, 9 * channels, " in the first stage")
     return technique

@@ -117,7 +117,7 @@ def densenet_shared(
     check("shared_rank", shared_rank, Channels)
     model: nn.Module = DenseNet(depth, num_classes, in_chans)
     technique = FilterBasis(
-        shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random"
+        shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random", alone=False
     )
     check_ranks(shared_rank, unique_rank, entries=36 * DEPTHS[depth][1])
     for blocks in ("1", "2", "[34]") if original_sharing else ("1", "2", "3", "4"):

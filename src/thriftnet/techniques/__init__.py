@@ -60,9 +60,18 @@ class Registry(Mapping[str, "type[Technique]"]):
 TECHNIQUES = Registry(
     {
         "weight-sharing": ("WeightSharing",),
-        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "recurrences", "fold_recurrence"),
-        "filter-basis": ("FilterBasis", "BasisConv2d"),
-        "shift": ("Shift", "Shift2d", "ShiftConv2d"),
+        "soft-sharing": (
+            "SoftSharing",
+            "TemplateBank",
+            "SConv2d",
+            "SLinear",
+            "similarity",
+            "recurrences",
+            "fold_recurrence",
+        ),
+        "filter-basis": ("FilterBasis", "BasisConv2d", "BasisLinear"),
+        "shift": ("Shift", "Shift2d", "ShiftConv2d", "DepthwiseShift2d"),
+        "low-rank": ("LowRank", "LowRankConv2d", "LowRankLinear"),
         "slimmable": ("Slimmable",),
     }
 )
