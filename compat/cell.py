@@ -223,7 +223,9 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
 def _converted(plain: Plain, technique: Any) -> nn.Module:
     options: dict[str, Any] = {}
     if image_size(plain.inputs) is None and "example" in signature(tn.convert).parameters:
-        options["example"] = plain.inputs
+        args, kwargs = plain.inputs
+        names = list(signature(plain.model.forward).parameters)
+        options["example"] = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args
     if not plain.copies:
         options["inplace"] = True
     return tn.convert(plain.model, technique, **options)

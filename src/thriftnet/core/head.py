@@ -8,6 +8,7 @@ import math
 
 from torch import nn
 
+from thriftnet.core.copied import copied
 from thriftnet.core.history import history, record
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.sites import ends, replace
@@ -38,7 +39,7 @@ def replace_head(model: nn.Module, num_classes: int, *, inplace: bool = False) -
         Linear(in_features=64, out_features=12, bias=True)
     """
     check_whole_number("num_classes", num_classes, 1)
-    model = model if inplace else copy.deepcopy(model)
+    model = copied(model, inplace=inplace)
     head = classifier(model)
     replace(model, {id(head): _with_outputs(head, num_classes)})
     if hasattr(model, "num_classes"):

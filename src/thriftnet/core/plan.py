@@ -46,6 +46,7 @@ class Plan:
         left: (name, reason) of each convolution that stays as it is.
         params_before: Stored parameters of the network now, shared ones once.
         params_after: The same after the conversion.
+        not_checked: What running the converted network beside the plain one could not check, and why.
     """
 
     technique: Technique | str | Mapping[str, Any]
@@ -54,6 +55,7 @@ class Plan:
     left: tuple[tuple[str, str], ...] = ()
     params_before: int = 0
     params_after: int = 0
+    not_checked: str = ""
 
     @property
     def groups(self) -> list[list[str]]:
@@ -69,6 +71,8 @@ class Plan:
         text = table(["layer", "now", "becomes", "group", "relative error"], rows)
         if self.left:
             text += "\n\nleft alone:\n" + "\n".join(f"  {name}: {reason}" for name, reason in self.left)
+        if self.not_checked:
+            text += f"\n\nnot checked by running: {self.not_checked}"
         factor = self.params_before / max(1, self.params_after)
         change = f"{factor:.2f}x fewer" if factor >= 1 else f"{1 / factor:.2f}x MORE"
         return f"{text}\n\nstored parameters: {self.params_before:,} -> {self.params_after:,} ({change})"
@@ -96,7 +100,8 @@ class Plan:
             rows = tuple(PlanRow(**{**row, "names": tuple(row["names"])}) for row in data["rows"])
             left = tuple((str(name), str(reason)) for name, reason in data["left"])
             technique = data["technique"]
-            return cls(technique, data["model"], rows, left, data["params_before"], data["params_after"])
+            counts = data["params_before"], data["params_after"]
+            return cls(technique, data["model"], rows, left, *counts, str(data["not_checked"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"broken plan: {type(error).__name__} {error}. Make a new one with plan(...)") from None
 

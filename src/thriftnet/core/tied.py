@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
+from thriftnet.core.module import ThriftyModule
+
 M = TypeVar("M", bound=nn.Module)
 
 
-class Tied(nn.Module):
+class Tied(ThriftyModule):
     """Written into a state dict once, under the first name met; read from whichever of its names is present.
 
     Shape: any. A key missing under every name is reported as missing, under the first name.

@@ -12,6 +12,7 @@ from typing import ClassVar, TypeAlias
 
 from torch import nn
 
+from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 Width: TypeAlias = float | str
@@ -48,7 +49,7 @@ class WidthSpec:
         return {bn_set: outs for bn_set, outs in sorted(channels.items()) if bn_set != widest}
 
 
-class WidthAware(nn.Module):
+class WidthAware(ThriftyModule):
     """A layer that can run at several widths; until `set_width_spec` is called it has one.
 
     The class attributes say how a part of a network gets a width of its own, see `width_slots`.

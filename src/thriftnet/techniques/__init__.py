@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -84,7 +84,14 @@ def resolve(technique: TechniqueLike) -> Technique:
     return technique
 
 
-def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    technique: TechniqueLike,
+    *,
+    select: Select | None = None,
+    input_size: Sequence[int] | None = None,
+    example: Any = None,
+) -> Plan:
     """What `convert` would do to ``model``; the network and the random state do not change.
 
     Raises:
@@ -92,27 +99,39 @@ def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = 
     """
     from thriftnet.core import convert as core
 
-    return core.plan(model, resolve(technique), select=select)
+    return core.plan(model, resolve(technique), select=select, input_size=input_size, example=example)
 
 
 def convert(
-    model: nn.Module, technique: TechniqueLike | Plan, *, select: Select | None = None, inplace: bool = False
+    model: nn.Module,
+    technique: TechniqueLike | Plan,
+    *,
+    select: Select | None = None,
+    inplace: bool = False,
+    input_size: Sequence[int] | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Make a network small with a technique, starting from the weights it has.
+
+    The result runs once beside the plain network, at each width and without computing anything (on the meta device): every new layer
+    must run where the old one did, and outputs must keep their shapes.
 
     Args:
         model: Any network; it is left untouched unless ``inplace``.
         technique: A technique's config, its text or JSON form, or a plan made by `plan`.
         select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
             By default, all except stem and classifier.
-        inplace: Replace the layers in ``model`` itself.
+        inplace: Replace the layers in ``model`` itself; if the conversion is refused, it is as before.
+        input_size: Channels, height and width of an image. Default: what the network states, or one that it runs on.
+        example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
 
     Returns:
         The converted network.
 
     Raises:
-        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
-        IncompatibleModelError: A listed layer that the technique cannot replace, or nothing to convert.
+        ConfigError: ``select`` matches nothing, or names a layer that does not exist; or the network does not run on the given input.
+        IncompatibleModelError: A listed layer that the technique cannot replace, nothing to convert, or a result that does not run as
+            the plain network does.
 
     Example:
         >>> import thriftnet as tn
@@ -124,5 +143,6 @@ def convert(
 
     if isinstance(technique, Plan):
         planned = dataclasses.replace(technique, technique=resolve(technique.technique))
-        return core.convert(model, planned, select=select, inplace=inplace)
-    return core.convert(model, resolve(technique), select=select, inplace=inplace)
+        return core.convert(model, planned, select=select, inplace=inplace, input_size=input_size, example=example)
+    config = resolve(technique)
+    return core.convert(model, config, select=select, inplace=inplace, input_size=input_size, example=example)
