@@ -103,7 +103,7 @@ class Plain:
             self.notes.append("its output is not finite")
         self.copies = attempt(lambda: copy.deepcopy(self.model)) is not None
         self.saves = attempt(self._saved) is not None
-        self.ties_lost = (attempt(self._assigned) or 0) if self.copies else 0
+        self.ties_lost: int | None = attempt(self._assigned) if self.copies else None
         found = attempt(lambda: without_gradient(self._copy(), self.inputs))
         self.without_gradient: set[str] = {"all"} if found is None else found
         if "all" in self.without_gradient:
@@ -113,7 +113,7 @@ class Plain:
         return copy.deepcopy(self.model) if self.copies else self.model
 
     def _assigned(self) -> int:
-        """Parameters that an ordinary load_state_dict(assign=True) adds, since it unties what modules share."""
+        """Parameters that load_state_dict(assign=True) adds, since it unties what modules share; an error if it fails."""
         return count_params(reassigned(self.model)) - count_params(self.model)
 
     def _saved(self) -> bool:
@@ -161,7 +161,8 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
     kept(plain.model, converted, planned["rows"])
 
     yield "run"
-    same(run(plain.model, plain.inputs), plain.output, 0.0, "the network given to convert computes something else since")
+    if plain.copies:
+        same(run(plain.model, plain.inputs), plain.output, 0.0, "the network given to convert computes something else since")
     before = run(converted, plain.inputs)
     errors = [row["relative_error"] for row in planned["rows"] if "Norm" not in row["layer"]]
     if errors and all(error is not None and error < 1e-12 for error in errors):
@@ -180,7 +181,7 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
         check(not missing, f"no gradient reaches {len(missing)} parameters, such as {min(missing, default='')}")
 
     output = run(converted, plain.inputs)
-    if plain.copies:
+    if plain.ties_lost is not None:
         yield "deepcopy and load_state_dict(assign=True)"
         twin = reassigned(converted)
         check(count_params(twin) - count_params(converted) <= plain.ties_lost, "a copy has lost ties")
@@ -386,15 +387,9 @@ def attempt(function: Callable[[], Any]) -> Any:
 def randomised(model: nn.Module) -> nn.Module:
     """Random values where a network begins with zeros or ones, which would hide errors; norms stay healthy."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if (
-            parameter.is_meta
-            or nn.parameter.is_lazy(parameter)
-            or not parameter.is_floating_point()
-            or not parameter.numel()
-        ):
-            continue
-        if parameter.numel() < 2 or parameter.std() < 1e-4 * (parameter.abs().mean() + 1e-6) or parameter.abs().max() < 1e-4:
+    for parameter in filter(_has_values, model.parameters()):
+        constant = parameter.numel() < 2 or parameter.std() < 1e-4 * (parameter.abs().mean() + 1e-6)
+        if constant or parameter.abs().max() < 1e-4:
             noise = torch.rand(parameter.shape, generator=generator).to(parameter)
             parameter.copy_(0.5 + noise if parameter.flatten()[0] > 0.5 else 0.2 * noise + 0.05)
     return randomise_norms(model)
@@ -406,10 +401,17 @@ def randomise_norms(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(2)
     for name, buffer in model.named_buffers():
         leaf = name.rpartition(".")[2]
-        if buffer.is_meta or nn.parameter.is_lazy(buffer):
+        if not _has_values(buffer):
             continue
         if leaf.startswith("running_var"):
             buffer.copy_((0.5 + torch.rand(buffer.shape, generator=generator)).to(buffer))
         elif leaf.startswith("running_mean"):
             buffer.copy_((0.2 * torch.randn(buffer.shape, generator=generator)).to(buffer))
     return model
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer holds numbers that can be changed."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.is_inference():
+        return False
+    return tensor.is_floating_point() and tensor.numel() > 0

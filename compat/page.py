@@ -52,6 +52,7 @@ def _saved(cells: Iterable[Cell]) -> str:
 def general(reason: str) -> str:
     """A message without the names and numbers of one network."""
     text = re.sub(r"(layer|parameter|select=)\s*r?'[^']*'", r"\1 '...'", reason.replace("\n", " "))
+    text = re.sub(r"does not fit \w+", "does not fit ...", text)
     text = re.sub(r"^(\w+ )?(\w+) (cannot be copied|does not run|finds|runs on none)", r"\1... \3", text)
     return re.sub(r"\d+(?:\.\d+)?", "N", text)[:300]
 

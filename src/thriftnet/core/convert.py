@@ -133,7 +133,7 @@ def _prepare(
     not_checked = ""
     if trial is not None:
         try:
-            not_checked = trial.compare(converted, [(names[id(old)][0], old) for old, _ in replaced])
+            not_checked = trial.compare(converted, [(names[id(old)][0], old, new) for old, new in replaced])
         except MismatchError as error:
             restore()
             hint = "" if error.layer is None else _leaving_out(config, error.layer)

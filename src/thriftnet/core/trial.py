@@ -22,6 +22,7 @@ from thriftnet.core.untouched import untouched
 from thriftnet.core.width import format_width, select_width, widths
 from thriftnet.errors import ConfigError, first_line
 
+Replaced = tuple[str, nn.Module, nn.Module]  # the old layer's name, it, and the new one
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments by position, and by name
 
 
@@ -77,12 +78,12 @@ class Trial:
             "or example=..., a tensor, a tuple, or a dict of arguments"
         )
 
-    def compare(self, model: nn.Module, replaced: Sequence[tuple[str, nn.Module]]) -> str:
+    def compare(self, model: nn.Module, replaced: Sequence[Replaced]) -> str:
         """Run the converted network, at each of its widths; gives what could not be checked.
 
         Args:
             model: The converted network.
-            replaced: The replaced layers with their names, which their replacements have now.
+            replaced: What was replaced.
 
         Raises:
             MismatchError: It does not run, a new layer does not run where the old one did, or an output has another shape.
@@ -92,7 +93,7 @@ class Trial:
         registered = {id(tensor) for tensor in _tensors(model)}
         old = {
             id(tensor): (tensor, name)
-            for name, layer in replaced
+            for name, layer, _ in replaced
             for tensor in _tensors(layer)
             if id(tensor) not in registered
         }
@@ -115,14 +116,14 @@ class Trial:
                 )
             self._check_runs(model, replaced, after, where)
             self._check_outputs(after, where)
-        idle = [name for name, _ in replaced if not self.before.runs[name]]
+        idle = [name for name, *_ in replaced if not self.before.runs[name]]
         return f"layers that do not run in eval mode: {', '.join(map(repr, idle))}" if idle else ""
 
-    def _check_runs(self, model: nn.Module, replaced: Sequence[tuple[str, nn.Module]], after: Observed, where: str) -> None:
+    def _check_runs(self, model: nn.Module, replaced: Sequence[Replaced], after: Observed, where: str) -> None:
         first = {id(module): name for name, module in model.named_modules()}
         expected: Counter[str] = Counter()
-        for name, _ in replaced:
-            expected[first[id(model.get_submodule(name))]] += self.before.runs[name]
+        for name, _, new in replaced:
+            expected[first[id(new)]] += self.before.runs[name]
         for name, count in expected.items():
             if after.runs[name] != count:
                 raise MismatchError(

@@ -24,7 +24,7 @@ from thriftnet.core.head import replace_head
 from thriftnet.core.history import HISTORY, history
 from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
-from thriftnet.core.tied import first_names, unique_tensors
+from thriftnet.core.tied import EXTRA_STATE, first_names, unique_tensors
 from thriftnet.core.width import set_width
 from thriftnet.core.wrappers import unwrapped
 from thriftnet.dynamic.add_gate import add_gate
@@ -114,6 +114,8 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         if shapes.unfilled(rebuilt):
             with torch.random.fork_rng(devices=[]):
                 shapes.fill_rest(rebuilt, _plain(config) if model is None else model)
+        for name, value in config["extra_state"].items():
+            rebuilt.get_submodule(name.removesuffix(EXTRA_STATE).rstrip(".")).set_extra_state(value)
         if config["width"] is not None:
             set_width(rebuilt, config["width"])
         add_data_facts(rebuilt, config)
