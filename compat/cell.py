@@ -48,7 +48,7 @@ class Cell:
         before: Parameters of the plain network.
         after: Parameters of the converted one; of a slimmable one, at its smallest width.
         notes: What could not be checked.
-        seconds: How long it took.
+        seconds: Processor time that it took.
     """
 
     network: str
@@ -103,6 +103,7 @@ class Plain:
             self.notes.append("its output is not finite")
         self.copies = attempt(lambda: copy.deepcopy(self.model)) is not None
         self.saves = attempt(self._saved) is not None
+        self.traces = attempt(lambda: run(torch.fx.symbolic_trace(self._copy()), self.inputs)) is not None
         self.ties_lost: int | None = attempt(self._assigned) if self.copies else None
         found = attempt(lambda: without_gradient(self._copy(), self.inputs))
         self.without_gradient: set[str] = {"all"} if found is None else found
@@ -132,7 +133,7 @@ def measure(sample: Sample, plain: Plain, technique: Any, name: str) -> Cell:
         technique: A config.
         name: The technique's name in the registry.
     """
-    start = time.perf_counter()
+    start = time.process_time()
     cell = Cell(sample.name, format_spec(technique), before=count_params(plain.model), notes=tuple(plain.notes))
     try:
         for step in steps(plain, technique, cell):
@@ -145,7 +146,7 @@ def measure(sample: Sample, plain: Plain, technique: Any, name: str) -> Cell:
         cell.verdict, cell.reason = "crash", f"{type(error).__name__}: {first_line(error)}"
     if cell.verdict == "refused" and (why := without_meaning(name, plain.model)):
         cell.verdict, cell.reason = "no meaning", why
-    cell.seconds = round(time.perf_counter() - start, 2)
+    cell.seconds = round(time.process_time() - start, 2)
     return cell
 
 
@@ -204,6 +205,12 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
             frozen = tn.freeze(converted, index=0)
             cell.after = count_params(frozen)
             same(run(frozen, plain.inputs), narrow, plain.tolerance, "the frozen network computes something else")
+
+    if plain.traces:
+        yield "torch.fx.symbolic_trace"
+        same(
+            run(torch.fx.symbolic_trace(converted), plain.inputs), output, 0.0, "the traced network computes something else"
+        )
 
     if plain.saves:
         yield "save and load"

@@ -247,7 +247,7 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
         if not want(name, module):
             reason = "not selected" if select is not None else "the stem or the classifier"
         elif id(module) in ties:
-            reason = "{} is one parameter with {}: new layers would not share it".format(*ties[id(module)])
+            reason = "{!r} is one parameter with {!r}: new layers would not share it".format(*ties[id(module)])
         elif not technique.accepts(module):
             reason = f"{describe(module)}, not {takes(technique)}"
         else:
