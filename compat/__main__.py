@@ -17,12 +17,8 @@ from compat.sample import Sample
 from thriftnet.core.spec import parse_spec
 from thriftnet.techniques import TECHNIQUES
 
-QUICK = (  # one of each kind, all of them small
-    "timm:mobilenetv3_small_050",
-    "timm:test_byobnet",
-    "timm:test_vit",
-)
-EVERY_ODD = 4  # of the odd modules, those in the sample of the test suite
+QUICK = ("timm:mobilenetv3_small_050", "torchvision:shufflenet_v2_x0_5")  # small ones for the test suite
+EVERY_ODD = 6  # and of the odd modules, every sixth
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     import torchvision  # noqa: F401
 
     configs = configs_of(options.technique)
+    if options.fresh and options.cells:
+        options.cells.unlink(missing_ok=True)
     cells = Cells(options.cells, keep=options.keep)
     if not options.only_page:
         run_all(chosen, configs, cells, processes=options.processes, limit=options.limit, told=tell)
@@ -55,6 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a sample for the test suite")
     parser.add_argument("--list", action="store_true", help="only list the networks")
     parser.add_argument("--cells", type=Path, help="keep results here, and go on with those that are there")
+    parser.add_argument("--fresh", action="store_true", help="try again what is there")
     parser.add_argument("--keep", action="store_true", help="go on even if the source has changed since")
     parser.add_argument("--only-page", action="store_true", help="try nothing, only write")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the results between the markers of this page")

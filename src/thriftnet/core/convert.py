@@ -258,7 +258,7 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
 
 def describe(module: nn.Module) -> str:
     """A module in one line."""
-    text = f"{type(module).__name__}({module.extra_repr()})"
+    text = " ".join(f"{type(module).__name__}({module.extra_repr()})".split())
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -98,7 +98,7 @@ class Trial:
             if id(tensor) not in registered
         }
         available = widths(model)
-        for index in range(max(1, len(available))):
+        for index in reversed(range(max(1, len(available)))):  # the widest first: only there all has its full size
             where = f" at width {format_width(available[index])}" if available else ""
             after = Observed()
             try:
@@ -127,7 +127,7 @@ class Trial:
         for name, count in expected.items():
             if after.runs[name] != count:
                 raise MismatchError(
-                    f"the new layer {name!r} runs {after.runs[name]} times{where}, and the old one ran {count} times: "
+                    f"the new layer {name!r} runs {after.runs[name]} times{where}, the old one {count}: "
                     "the network chooses what to run by the class or an attribute of its layers",
                     name,
                 )
