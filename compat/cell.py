@@ -103,7 +103,8 @@ class Plain:
             self.notes.append("its output is not finite")
         self.copies = attempt(lambda: copy.deepcopy(self.model)) is not None
         self.saves = attempt(self._saved) is not None
-        self.traces = attempt(lambda: run(torch.fx.symbolic_trace(self._copy()), self.inputs)) is not None
+        traced = attempt(lambda: run(torch.fx.symbolic_trace(self._copy()), self.inputs))
+        self.traces = traced is not None and equal(traced, self.output)
         self.ties_lost: int | None = attempt(self._assigned) if self.copies else None
         found = attempt(lambda: without_gradient(self._copy(), self.inputs))
         self.without_gradient: set[str] = {"all"} if found is None else found

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from compat.sample import Inputs, Sample
 
-C = 8  # channels
+C = 16  # channels
 
 
 def conv(**options: Any) -> nn.Conv2d:

@@ -251,7 +251,7 @@ def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_skipped_steps_are_said_and_the_result_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--output", str(tmp_path), "--max-steps", "4", "--lr", "1e30", "--on-nan", "skip"]
+    options = ["--output", str(tmp_path), "--max-steps", "4", "--lr", "1e9", "--on-nan", "skip"]
     result = train(capsys, *SHORT, *options)
     assert any("steps were skipped" in str(note) for note in result["notes"])  # type: ignore[union-attr]
 

@@ -433,7 +433,7 @@ def test_small_classes_are_in_both_parts_and_single_images_are_trained_on():
     images.labels = torch.arange(6)
     with pytest.raises(tn.DataError, match="no class has two"):
         train_validation(images)
-    with pytest.raises(tn.ConfigError, match="between 0 and 1"):
+    with pytest.raises(tn.ConfigError, match=r"a number in \(0, 1\)"):
         train_validation(images, 1.0)
 
 

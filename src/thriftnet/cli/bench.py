@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from thriftnet.arguments import BatchSize, Count
 from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
 from thriftnet.cli.machine import use_allocator, use_threads
-from thriftnet.cli.options import positive
+from thriftnet.cli.options import reads, svg_file
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
 from thriftnet.text import table
 
@@ -54,9 +55,9 @@ def run(arguments: Sequence[str]) -> None:
     technique = "as 'shift()'; each one given makes a network of its own"
     add("--technique", action="append", default=[], metavar="T", help=technique)
     sizes = "images at a time; every number given is timed"
-    add("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help=sizes)
-    add("--rounds", type=positive, default=11, metavar="N", help="turns of each implementation")
-    add("--svg", metavar="FILE", help="draw the times, an SVG")
+    add("--batch-size", type=reads(BatchSize), nargs="+", default=[1], metavar="N", help=sizes)
+    add("--rounds", type=reads(Count), default=11, metavar="N", help="turns of each implementation")
+    add("--svg", type=svg_file, metavar="FILE.svg", help="draw the times, an SVG")
     parser.add_shared("--threads", nargs="+")
     parser.add_shared("--fast-malloc")
     options, kwargs = parse_with_kwargs(parser, arguments)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from thriftnet.arguments import as_path
 from thriftnet.cli.coming_from import hint
 from thriftnet.cli.options import OPTIONS
 from thriftnet.errors import ConfigError, unknown_name
@@ -114,11 +115,12 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> 
 
 def accepted_kwargs(source: str) -> set[str] | None:
     """Names of the arguments that the network called ``source`` takes; None if only the function that builds it knows."""
-    if Path(source).is_file():
+    path = as_path(source, "MODEL")
+    if path.is_file():
         from thriftnet.importing.systems import known_hints
 
         return {"num_classes", *known_hints()}
-    if source.startswith("hf-hub:") or Path(source).exists():
+    if source.startswith("hf-hub:") or path.exists():
         return {"num_classes"}
     return all_kwargs(source) if is_zoo_name(source) else None
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
+from thriftnet.arguments import Epochs, Seed
 from thriftnet.cli.common import Parser, emit, parse
 from thriftnet.cli.fold import checked_fold
 from thriftnet.cli.machine import one_thread, use_machine
-from thriftnet.cli.options import MACHINE_OPTIONS
+from thriftnet.cli.options import MACHINE_OPTIONS, reads
 from thriftnet.cli.train import Bar
 from thriftnet.text import table
 
@@ -52,8 +53,8 @@ class Result:
 def run(arguments: Sequence[str]) -> None:
     parser = Parser("demo", DESCRIPTION)
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
-    parser.add_argument("--epochs", type=int, metavar="N", help="per technique; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation")
+    parser.add_argument("--epochs", type=reads(Epochs), metavar="N", help="per technique; default: the recipe's")
+    parser.add_argument("--seed", type=reads(Seed), default=0, metavar="N", help="of weights, order and augmentation")
     parser.add_shared(*MACHINE_OPTIONS)
     options = parse(parser, arguments)
 

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from thriftnet.arguments import Classes
 from thriftnet.cli.common import Parser, chosen_width, emit, parse_with_kwargs, write_text
 from thriftnet.cli.inputs import open_inputs
-from thriftnet.cli.options import IMAGE_OPTIONS, numbers, quantity, svg_file
+from thriftnet.cli.options import IMAGE_OPTIONS, quantity, reads, svg_file
 from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 from thriftnet.text import table
 
@@ -67,9 +68,8 @@ def _parser() -> Parser:
     parser = Parser("evaluate", description, "model")
     add = parser.add_argument
     add("--split", default="test", metavar="NAME", help="train, val or test, which is val where there is no test split")
-    add(
-        "--topk", type=numbers(int, "1,5"), metavar="K,K", help="which accuracies; default: 1,5, or 1 for up to five classes"
-    )
+    topk = "which accuracies; default: 1,5, or 1 for up to five classes"
+    add("--topk", type=reads(tuple[Classes, ...]), metavar="K,K", help=topk)
     add("--confusion", action="store_true", help="print the confusion matrix")
     drawing: Any = {"type": svg_file, "metavar": "FILE.svg"}
     add("--confusion-plot", help="draw the confusion matrix", **drawing)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from thriftnet.arguments import Natural, OpenShare, Population, Seed
 from thriftnet.cli.common import Parser, emit, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
-from thriftnet.cli.options import IMAGE_OPTIONS, quantity
-from thriftnet.errors import ConfigError
+from thriftnet.cli.options import IMAGE_OPTIONS, quantity, reads
 
 if TYPE_CHECKING:
     from thriftnet.dynamic.search import Candidate
@@ -24,19 +24,23 @@ def run(arguments: Sequence[str]) -> None:
     add("--macs", type=quantity, metavar="N", required=True, help="most multiply-accumulates for one image, as 300M")
     add(
         "--validation",
-        type=float,
+        type=reads(OpenShare),
         default=0.1,
         metavar="SHARE",
         help="share of the training images that candidates are scored on",
     )
     recalibration = "batches to estimate the batch-norm statistics of each candidate from; 0: none"
-    add("--recalibration", type=int, default=8, metavar="N", help=recalibration)
-    add("--population", type=int, default=16, metavar="N", help="candidates kept from one generation to the next")
-    add("--generations", type=int, default=8, metavar="N", help="rounds of the evolution")
-    add("--seed", type=int, default=0, metavar="N", help="of the held-out images and the evolution")
+    add("--recalibration", type=reads(Natural), default=8, metavar="N", help=recalibration)
+    add(
+        "--population",
+        type=reads(Population),
+        default=16,
+        metavar="N",
+        help="candidates kept from one generation to the next",
+    )
+    add("--generations", type=reads(Natural), default=8, metavar="N", help="rounds of the evolution")
+    add("--seed", type=reads(Seed), default=0, metavar="N", help="of the held-out images and the evolution")
     options, kwargs = parse_with_kwargs(parser, arguments)
-    if options.recalibration < 0:
-        raise ConfigError(f"--recalibration {options.recalibration}: expected an integer >= 0")
 
     from thriftnet.data.split import train_validation
     from thriftnet.dynamic.search import Evolution, search

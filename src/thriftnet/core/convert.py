@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thriftnet.core.conv import Convolution
 from thriftnet.core.copied import copied
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
-from thriftnet.core.kept import check_replaceable, keep_attributes, parameter_ties
+from thriftnet.core.kept import keep_attributes, obstacle, parameter_ties
 from thriftnet.core.plan import Plan, PlanRow
 from thriftnet.core.sites import (
     Layer,
@@ -78,8 +78,6 @@ def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
 
 def _check_convertible(model: nn.Module) -> None:
     """Raise for what is no plain network."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"expected a network, got {model!r}. Build one by name with create_model(...)")
     if (name := inner_name(model)) is not None:
         raise IncompatibleModelError(
             f"{type(model).__name__} only wraps a network: convert that one, convert(model.{name}, ...), and wrap the result"
@@ -117,7 +115,8 @@ def _prepare(
     replaced: list[Replacement] = []
     for number, group in enumerate(groups):
         for site in group:
-            check_replaceable(site.name, site.module)
+            if (lost := obstacle(site.module)) is not None:
+                raise IncompatibleModelError(f"layer {site.name!r} {lost}")
         members = {id(site.module) for site in group}
         pairs = config.build(group)
         _freeze_alike(pairs)
@@ -125,7 +124,7 @@ def _prepare(
             replaced.append((old, new.train(old.training)))
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
-            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
+            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
     keep_attributes(replaced, names)
     model_name = type(model).__name__
     restore = restoring(model)
@@ -249,22 +248,33 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
         elif id(module) in ties:
             reason = "{!r} is one parameter with {!r}: new layers would not share it".format(*ties[id(module)])
         elif not technique.accepts(module):
-            reason = f"{describe(module)}, not {takes(technique)}"
+            lost = obstacle(module)
+            reason = f"{describe(module)} and {lost}" if lost else f"{describe(module)}, not {takes(technique)}"
         else:
             reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
 
 
+def becomes(new: nn.Module) -> str:
+    """A new layer's class; with the rank that it got, which may be lower than the one asked for."""
+    rank = getattr(new, "rank", None)
+    return type(new).__name__ + ("" if rank is None else f"(rank={rank})")
+
+
 def describe(module: nn.Module) -> str:
     """A module in one line."""
-    text = " ".join(f"{type(module).__name__}({module.extra_repr()})".split())
+    weight = getattr(module, "weight", None)
+    kind = (
+        f"complex {type(module).__name__}" if isinstance(weight, Tensor) and weight.is_complex() else type(module).__name__
+    )
+    text = " ".join(f"{kind}({module.extra_repr()})".split())
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     """``|new - old| / |old|`` of the weights of two convolutions or linear layers; None where one is neither, or has no data."""
-    if any(parameter.is_meta for parameter in new.parameters()):
+    if any(parameter.is_meta for parameter in (*old.parameters(), *new.parameters())):
         return None
     folded = new.fold() if is_foldable(new) else new
     if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)):

@@ -26,28 +26,23 @@ OF_TWO_TENSORS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._Norm
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raise if a replacement of the layer would lose what the user has put on it."""
+def obstacle(module: nn.Module) -> str | None:
+    """What a new layer in place of this one would lose of what the user has put on it, and what to do; None if nothing."""
     if isinstance(module, ThriftyModule):
-        return
+        return None
     for attribute, kind in HOOKS.items():
         if getattr(module, attribute):
-            raise IncompatibleModelError(
-                f"layer {name!r} has {kind}, which a new layer would lose (weight norm, spectral norm and pruning are hooks, too). "
+            return (
+                f"has {kind}, which a new layer would lose (weight norm, spectral norm and pruning are hooks, too). "
                 "Remove them first, and register them again afterwards"
             )
-    for attribute in vars(module).keys() - OF_EVERY_MODULE:
+    for attribute in sorted(vars(module).keys() - OF_EVERY_MODULE):
         if callable(getattr(type(module), attribute, None)):
-            raise IncompatibleModelError(
-                f"{attribute!r} of layer {name!r} was replaced on the instance, and a new layer would not have it. "
-                f"Undo it first: del layer.{attribute}"
-            )
+            return f"has a {attribute!r} that was replaced on the instance. Undo it first: del layer.{attribute}"
     extra = sorted(({*module._parameters, *module._buffers} - TENSORS) | {*module._modules})
     if extra and isinstance(module, OF_TWO_TENSORS) and type(module).__module__.startswith("torch.nn."):
-        raise IncompatibleModelError(
-            f"layer {name!r} holds {extra[0]!r}, which is not a part of a {type(module).__name__}: a new layer would lose it. "
-            "Hold it in the module around the layer"
-        )
+        return f"holds {extra[0]!r}, which a new layer would lose. Hold it in the module around the layer"
+    return None
 
 
 def keep_attributes(pairs: Sequence[Replacement], names: Mapping[int, Sequence[str]] | None = None) -> None:

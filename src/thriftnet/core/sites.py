@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Annotated, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -16,7 +16,10 @@ from thriftnet.errors import ConfigError, unknown_name
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 Want: TypeAlias = Callable[[str, nn.Module], bool]
-Select: TypeAlias = str | Sequence[str] | Want
+Select: TypeAlias = Annotated[
+    str | Sequence[str] | set[str] | frozenset[str] | Want,
+    "a regular expression, a list of names, or (name, module) -> bool",
+]
 Replacement: TypeAlias = tuple[nn.Module, nn.Module]
 Layer: TypeAlias = Convolution | nn.Linear | GeneratedLinear
 
@@ -142,8 +145,6 @@ def selection(model: nn.Module, select: Select | None) -> Want:
         except re.error as error:
             raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
         return lambda name, module: pattern.search(name) is not None
-    if not isinstance(select, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in select):
-        raise ConfigError(f"select={select!r}: expected a regular expression, a list of names, or (name, module) -> bool")
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:

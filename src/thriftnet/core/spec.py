@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ def format_spec(config: object) -> str:
     """A config as text: its name and the fields that differ from their defaults."""
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
     values = [(field.name, getattr(config, field.name), field.default) for field in fields]
-    parts = [f"{name}={value!r}" for name, value, default in values if value != default]
+    parts = [f"{name}={value!r}" for name, value, default in values if value != default or type(value) is not type(default)]
     return spec_name(type(config).__name__) + (f"({', '.join(parts)})" if parts else "")
 
 
@@ -40,7 +39,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     Example:
         >>> from thriftnet.techniques import TECHNIQUES
         >>> parse_spec("shift(expansion=3.0)", TECHNIQUES)
-        Shift(kernel_size=3, dilation=1, expansion=3.0, init='weights')
+        Shift(kernel_size=None, dilation=None, expansion=3.0, init='weights', depthwise=True)
     """
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
@@ -90,32 +89,3 @@ def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> 
 def _tuples(value: Any) -> Any:
     """Lists as tuples, so that configs stay hashable and JSON round trips are exact."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def check_whole_number(name: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
-
-
-def check_steps(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``, or two of them."""
-    for step in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-        check_whole_number(name, step, least)
-
-
-def check_number(name: str, value: object, above: float, most: float = sys.float_info.max, *, closed: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in ``(above, most]``, or equal to ``above`` if the range is ``closed``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (above < value <= most or (closed and value == above)):  # type: ignore[operator]
-        bounded = f"in {'[' if closed else '('}{above:g}, {most:g}]"
-        expected = bounded if most < sys.float_info.max else f"{'>=' if closed else '>'} {above:g}"
-        raise ConfigError(f"{name}={value!r}: expected a number {expected}")
-
-
-def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
-    """Raise unless ``value`` is one of ``expected``."""
-    if not any(value == item and type(value) is type(item) for item in expected):
-        if isinstance(value, str) and isinstance(expected[0], str):
-            raise unknown_name(name, value, map(str, expected))
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.module import ThriftyModule
@@ -32,7 +33,8 @@ from thriftnet.measure.report import Report
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
 
 
-def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
+@checked
+def inspect(model: nn.Module, input_size: InputSize | None = None) -> Report:
     """Parameters of a network and the cost of one image, with shared parts counted correctly.
 
     Counted are convolutions, linear layers and matrix products (attention's, too), each time they run. Computing weights

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.core.convert import convert, tie
 from thriftnet.core.fold import fold, freeze
 from thriftnet.core.head import replace_head
@@ -46,6 +47,7 @@ START = b'{"__metadata__":{"%s":"{\\"sha256\\":\\"' % ENTRY.encode()  # of the h
 CHECKSUM = slice(8 + len(START), 8 + len(START) + len(NO_CHECKSUM))
 
 
+@checked
 def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load` gives it back bit by bit, at the width it has now.
 
@@ -66,9 +68,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         CheckpointError: The folder holds something that is not a model, or cannot be written.
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"save needs a network (nn.Module), got a {type(model).__name__}")
-    place = _path(folder)
+    place = as_path(folder, "folder")
     try:
         if not _is_replaceable(place):
             raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
@@ -82,6 +82,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
     return place
 
 
+@checked
 def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote, in eval mode on the CPU, at the width it was saved at.
 
@@ -98,8 +99,6 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     """
     if isinstance(source, str) and source.startswith(HUB):
         source = download(source)
-    if not (model is None or isinstance(model, nn.Module)):
-        raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
     path = model_path(source)
     config, stored = read_model(path)
     if model is None and config["model"] is None:
@@ -127,6 +126,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     return rebuilt.eval()
 
 
+@checked
 def read_config(source: str | os.PathLike[str]) -> Config:
     """The config of a model folder or file.
 
@@ -139,7 +139,7 @@ def read_config(source: str | os.PathLike[str]) -> Config:
 
 def model_path(source: str | os.PathLike[str]) -> Path:
     """The model file in a model folder, in the folder of a training or of its last finished stage, or the file itself."""
-    place = _path(source)
+    place = as_path(source, "source")
     if place.is_file():
         return place
     if (place / MODEL).exists():
@@ -195,12 +195,6 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
         model = model.eval()
     setattr(model, HISTORY, [*before, *history])  # with the errors that were measured then
     return model
-
-
-def _path(source: str | os.PathLike[str]) -> Path:
-    if not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
-        raise CheckpointError(f"{source!r} is not a path: give text or a pathlib.Path")
-    return Path(source)
 
 
 def _encoded(config: Config, tensors: dict[str, Tensor]) -> bytes:

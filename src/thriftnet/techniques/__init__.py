@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core import spec
 from thriftnet.errors import ConfigError
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from thriftnet.core.sites import Select
     from thriftnet.core.technique import Technique
 
-TechniqueLike: TypeAlias = "Technique | str | Mapping[str, Any]"
+TechniqueLike: TypeAlias = Annotated[
+    Union["Technique", str, Mapping[str, Any]], "a technique's config or text, as 'soft-sharing(templates=2)'"
+]
 
 
 class Registry(Mapping[str, "type[Technique]"]):
@@ -57,9 +60,18 @@ class Registry(Mapping[str, "type[Technique]"]):
 TECHNIQUES = Registry(
     {
         "weight-sharing": ("WeightSharing",),
-        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "recurrences", "fold_recurrence"),
-        "filter-basis": ("FilterBasis", "BasisConv2d"),
-        "shift": ("Shift", "Shift2d", "ShiftConv2d"),
+        "soft-sharing": (
+            "SoftSharing",
+            "TemplateBank",
+            "SConv2d",
+            "SLinear",
+            "similarity",
+            "recurrences",
+            "fold_recurrence",
+        ),
+        "filter-basis": ("FilterBasis", "BasisConv2d", "BasisLinear"),
+        "shift": ("Shift", "Shift2d", "ShiftConv2d", "DepthwiseShift2d"),
+        "low-rank": ("LowRank", "LowRankConv2d", "LowRankLinear"),
         "slimmable": ("Slimmable",),
     }
 )
@@ -84,12 +96,13 @@ def resolve(technique: TechniqueLike) -> Technique:
     return technique
 
 
+@checked
 def plan(
     model: nn.Module,
     technique: TechniqueLike,
     *,
     select: Select | None = None,
-    input_size: Sequence[int] | None = None,
+    input_size: InputSize | None = None,
     example: Any = None,
 ) -> Plan:
     """What `convert` would do to ``model``; the network and the random state do not change.
@@ -102,13 +115,14 @@ def plan(
     return core.plan(model, resolve(technique), select=select, input_size=input_size, example=example)
 
 
+@checked
 def convert(
     model: nn.Module,
     technique: TechniqueLike | Plan,
     *,
     select: Select | None = None,
     inplace: bool = False,
-    input_size: Sequence[int] | None = None,
+    input_size: InputSize | None = None,
     example: Any = None,
 ) -> nn.Module:
     """Make a network small with a technique, starting from the weights it has.

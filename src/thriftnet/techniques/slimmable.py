@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
+from thriftnet.arguments import PositiveShare, checked
 from thriftnet.core import probe
 from thriftnet.core.conv import PlainConv2d
 from thriftnet.core.linear import PlainLinear
@@ -35,6 +36,7 @@ PLAIN: dict[type[nn.Module], type[WidthAware]] = {
 }
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Slimmable:
     """Let a network run at several widths; it takes every layer with parameters.
@@ -59,15 +61,20 @@ class Slimmable:
     )
     every_layer: ClassVar[bool] = True
 
-    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    widths: Annotated[tuple[PositiveShare, ...], "numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)"] = (
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    )
     gate: bool | str = False
 
     def __post_init__(self) -> None:
         values = self.widths if isinstance(self.widths, list | tuple) else (self.widths,)
-        if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1 for v in values):
-            raise ConfigError(f"widths={self.widths!r}: expected numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)")
+        if not values:
+            raise ConfigError("widths=(): expected numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)")
         object.__setattr__(self, "widths", tuple(sorted({float(v) for v in values})))
-        if not isinstance(self.gate, bool | str) or self.gate == "":
+        if self.gate == "":
             raise ConfigError(f"gate={self.gate!r}: expected False, True, or the name of the module that ends the front")
         if self.gate and len(self.widths) < 2:
             raise ConfigError(f"a gate has nothing to choose from with widths={self.widths}: give two or more")

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Depth, Natural, PositiveShare, Seed, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.technique import Example
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
@@ -30,9 +30,10 @@ from thriftnet.kernels.fusion import Fuser, choose, fuse
 
 Layer: TypeAlias = Convolution | nn.Linear
 
-MAPPINGS = ("sequential", "strided", "random")
-DISTRIBUTIONS = ("uniform", "front", "middle", "back")
-FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")
+WORDS = "lists of at least two layer names or indices"
+Mapping = Literal["sequential", "strided", "random"]
+Distribution = Literal["uniform", "front", "middle", "back"]
+Fusion = Literal["mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean"]
 
 
 class Fused(Tied):
@@ -104,6 +105,7 @@ class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
     """A linear layer with the fused weight of several."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WeightSharing:
     """Let groups of equal convolutions, and linear layers if asked, use one weight.
@@ -112,8 +114,7 @@ class WeightSharing:
     Depthwise convolutions and norms keep their own, as in the paper.
 
     Args:
-        rate: Layers per group. A network none of whose sets of equal layers it divides is refused; where it divides
-            some, the last layers of the others keep their own weight.
+        rate: Layers per group. Where it does not divide a set of equal layers, the last layers of the set keep their own weight.
         mapping: Which layers form a group: neighbours ("sequential"), every n-th ("strided") or "random".
         distribution: Which part of the depth shares: all of it ("uniform"), or the "front", "middle" or "back".
         fusion: How the weights that the layers have become one. The weighted means train a factor per layer, or per
@@ -124,7 +125,8 @@ class WeightSharing:
             fusion); `fold` bakes the result in.
         groups: Layers that share, as lists of names or of indices in depth; overrides rate and mapping.
         depthwise: Let depthwise convolutions share, too.
-        linear: Let linear layers share, too, as those in the blocks of a vision transformer.
+        linear: Let linear layers share, too, as those in the blocks of a vision transformer. Default: in networks where no
+            convolutions can share.
 
     Example:
         >>> WeightSharing(rate=2, mapping="strided")
@@ -134,33 +136,24 @@ class WeightSharing:
     """
 
     takes: ClassVar[str] = (
-        "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear with linear=True"
+        "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear (unless linear=False)"
     )
 
-    rate: int = 2
-    mapping: str = "sequential"
-    distribution: str = "uniform"
-    fusion: str = "mean"
-    seed: int | None = None
-    portion: float = 0.5
+    rate: Depth = 2
+    mapping: Mapping = "sequential"
+    distribution: Distribution = "uniform"
+    fusion: Fusion = "mean"
+    seed: Seed | None = None
+    portion: PositiveShare = 0.5
     trained: bool = False
-    groups: tuple[tuple[str | int, ...], ...] | None = None
+    groups: Annotated[tuple[tuple[str | Natural, ...], ...], WORDS] | None = None
     depthwise: bool = False
-    linear: bool = False
+    linear: bool | None = None
 
     def __post_init__(self) -> None:
-        check_whole_number("rate", self.rate, 1)
-        check_choice("mapping", self.mapping, MAPPINGS)
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_choice("fusion", self.fusion, FUSIONS)
-        check_whole_number("seed", self.seed or 0, 0)
-        check_number("portion", self.portion, 0, 1)
         if self.groups is not None:
-            if not isinstance(self.groups, list | tuple) or not all(
-                isinstance(group, list | tuple) and len(group) > 1 for group in self.groups
-            ):
-                raise ConfigError(f"groups={self.groups!r}: expected lists of at least two layer names or indices")
-            object.__setattr__(self, "groups", tuple(map(tuple, self.groups)))
+            if not all(len(group) > 1 for group in self.groups):
+                raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
 
     @property
     def keeps_members(self) -> bool:
@@ -170,17 +163,24 @@ class WeightSharing:
     def accepts(self, module: nn.Module) -> bool:
         if is_convolution(module):
             return self.depthwise or not is_depthwise(module)
-        return self.linear and is_linear(module)
+        return self.linear is not False and is_linear(module)
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
+        convs = [site for site in sites if not isinstance(site.module, nn.Linear)]
         if self.groups is not None:
-            return _named_groups(sites, self.groups)
-        equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
-        shareable = [layers for layers in equal if len(layers) >= self.rate]
-        if (shareable and not any(len(layers) % self.rate == 0 for layers in shareable)) or (equal and not shareable):
-            raise self._indivisible(equal)
+            return _named_groups(sites, convs if self.linear is None and convs else sites, self.groups)
+        if self.linear is None and convs and (groups := self._groups(convs)):
+            return groups
+        groups = self._groups(sites)
+        if sites and not groups:
+            raise self._too_large(sites)
+        return groups
+
+    def _groups(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
+        """Layers that share: of each set of equal ones, as many as the rate divides."""
         groups: list[list[Site[Layer]]] = []
-        for layers in shareable:
+        for equal in group_by(sites, key=lambda site: signature(site.module)):
+            layers = self._part(equal)
             depth = len(layers) - len(layers) % self.rate
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed or 0)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
@@ -194,14 +194,20 @@ class WeightSharing:
         start = {"front": 0, "middle": (len(layers) - length) // 2, "back": len(layers) - length}[self.distribution]
         return layers[start : start + length]
 
-    def _indivisible(self, equal: list[list[Site[Layer]]]) -> IncompatibleModelError:
-        largest = max(equal, key=len)
-        size = len(largest)
-        rates = [rate for rate in range(2, size + 1) if size % rate == 0]
-        where = f" (from {largest[0].name!r})" if largest else ""
+    def _too_large(self, sites: Sequence[Site[Layer]]) -> IncompatibleModelError:
+        largest = max((self._part(equal) for equal in group_by(sites, key=lambda site: signature(site.module))), key=len)
+        if len(largest) < 2:
+            part = (
+                ""
+                if self.distribution == "uniform"
+                else f" in the part of the depth that distribution={self.distribution!r} takes"
+            )
+            return IncompatibleModelError(
+                f"{len(sites)} layers could share, but no two of them are equal{part}. LowRank() makes each layer small by itself"
+            )
         return IncompatibleModelError(
-            f"rate={self.rate} divides no set of equal layers: the largest{where} has {size}. "
-            f"Expected one of {', '.join(map(str, rates)) or 'none'}; or say which layers share with groups=[...]"
+            f"rate={self.rate} is too large: the largest set of equal layers (from {largest[0].name!r}) has {len(largest)}. "
+            f"Use a rate of at most {len(largest)}"
         )
 
     def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
@@ -237,21 +243,23 @@ def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int =
     return [slots[place] for place in order]
 
 
-def _named_groups(sites: Sequence[Site[Layer]], wanted: Sequence[Sequence[str | int]]) -> list[list[Site[Layer]]]:
-    """Groups by names or indices; each layer is in one group, with layers of its geometry."""
+def _named_groups(
+    sites: Sequence[Site[Layer]], indexed: Sequence[Site[Layer]], wanted: Sequence[Sequence[str | int]]
+) -> list[list[Site[Layer]]]:
+    """Groups by names, or by indices into ``indexed``; each layer is in one group, with layers of its geometry."""
     by_name = {name: site for site in sites for name in site.names}
     groups: list[list[Site[Layer]]] = []
     used: set[str] = set()
     for keys in wanted:
         groups.append([])
         for key in keys:
-            if isinstance(key, int) and not 0 <= key < len(sites):
+            if isinstance(key, int) and not 0 <= key < len(indexed):
                 raise ConfigError(
-                    f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
+                    f"groups names layer {key}, but there are {len(indexed)} layers that can share (0 to {len(indexed) - 1})"
                 )
             if isinstance(key, str) and key not in by_name:
                 raise unknown_name("layer in groups", key, by_name)
-            site = sites[key] if isinstance(key, int) else by_name[key]
+            site = indexed[key] if isinstance(key, int) else by_name[key]
             if site.name in used:
                 raise ConfigError(f"groups names layer {site.name!r} twice: name each layer once")
             first = groups[-1][0] if groups[-1] else site

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Classes, checked
 from thriftnet.core.width import eval_mode
 from thriftnet.data.loaders import Batch, Loader
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
@@ -68,11 +69,12 @@ class Evaluation:
         return result
 
 
+@checked
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
-    topk: Sequence[int] = (1, 5),
+    topk: Sequence[Classes] = (1, 5),
     confusion: bool = False,
     classes: Sequence[str] | None = None,
     on_batch: Callable[[int], None] = lambda seen: None,

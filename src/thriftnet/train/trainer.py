@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.arguments import check, checked
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
-from thriftnet.core.spec import check_choice
 from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import Loader, make_loader
@@ -83,6 +83,7 @@ class TrainResult:
         return asdict(self) | {"notes": list(self.notes), "loss": self.loss if math.isfinite(self.loss) else None}
 
 
+@checked
 def train(
     recipe: Recipe,
     data: str | DataSource,
@@ -163,7 +164,7 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
         raise ConfigError("none of the recipe's stages trains: one must have a field stage")
     for part in trained:
         for name in part.run.trackers:
-            check_choice("tracker", name, tuple(LoggerType.list()))
+            check("tracker", name, Literal[tuple(LoggerType.list())])
         size = input_size(part, source)
         stage = make_stage(part.stage.name, model, part.stage.options, size)
         if isinstance(stage, GateStage):
