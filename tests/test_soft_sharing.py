@@ -339,7 +339,7 @@ def test_the_command_shows_and_ties_what_agrees(tmp_path: Path, capsys: pytest.C
     assert found["params"] < found["params_before"]
     drawn = picture.read_text()
     assert drawn.startswith("<svg")
-    assert all(f"<!-- {layer} -->" in drawn for bank in found["banks"].values() for layer in bank["layers"])
+    assert all(f">{layer}</text>" in drawn for bank in found["banks"].values() for layer in bank["layers"])
     assert main(["similarity", place, "--threshold", "0.9999"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "layer1.0.conv1.bank"
@@ -374,7 +374,7 @@ def test_a_step_of_zero_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(tn.ConfigError, match=rf"{next(iter(arguments))}=.*: expected an integer from 1 to"):
         tn.SConv2d(tn.TemplateBank(2, 4, 4, 3), **arguments)
     if "stride" in arguments:
-        with pytest.raises(tn.ConfigError, match="stride=.*: expected an integer from 1 to"):
+        with pytest.raises(tn.ConfigError, match=r"stride=.*: expected an integer from 1 to"):
             tn.ShiftConv2d(4, 4, **arguments)
 
 

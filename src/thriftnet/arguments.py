@@ -129,7 +129,7 @@ def check(name: str, value: T, hint: Any) -> T:
     """
     for candidate in (value, _tuples(value)):
         if _fits(candidate, hint):
-            return candidate  # type: ignore[no-any-return]
+            return candidate
     if isinstance(value, str) and (names := [each for each in _choices(hint) if isinstance(each, str)]):
         raise unknown_name(name, shown(value)[1:-1], names)
     raise ConfigError(f"{name}={shown(value)}: expected {expected(hint)}")
@@ -172,11 +172,19 @@ def fits(value: object, hint: Any) -> bool:
 
 def _fits(value: object, hint: Any) -> bool:
     typeguard = _typeguard()
+    if isinstance(value, range) and value:  # its ends say as much as all of it, which may be endless
+        least, most = sorted((value[0], value[-1]))
+        value = range(least, most + 1, max(1, most - least))
     try:
         typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except (typeguard.TypeCheckError, RecursionError):
         return False
     return True
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function's or class's arguments."""
+    return _hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
 
 
 def as_path(given: str | os.PathLike[str], name: str = "path", *, home: bool = False) -> Path:
@@ -260,10 +268,13 @@ def _typeguard() -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, also those in a mapping."""
-    if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """Lists as tuples, also those in a mapping; a list that contains itself stays as it is."""
+    try:
+        if isinstance(value, dict):
+            return {key: _tuples(entry) for key, entry in value.items()}
+        return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    except RecursionError:
+        return value
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -126,8 +126,16 @@ IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": MODEL_HELP},
-    "--technique": {"metavar": "T", "help": "as 'soft-sharing(templates=2)'; docs/techniques lists the fields"},
+    "--technique": {
+        "metavar": "T",
+        "help": "as 'soft-sharing(templates=2)', or \"{'layer4': 'soft-sharing', 'layer3': 'shift'}\" by patterns on names; "
+        "docs/techniques lists the fields",
+    },
     "--select": {"metavar": "REGEX", "help": "which layers, by name; default: all but the stem and the classifier"},
+    "--exclude": {"metavar": "REGEX", "help": "which of them to leave alone"},
+    "--params": {"metavar": "N", "help": "at most so many stored parameters: a share of what it has, as 0.5, or 300K"},
+    "--macs": {"metavar": "N", "help": "at most so many multiply-accumulates for one image: 0.5, or 300M"},
+    "--bytes": {"metavar": "N", "help": "at most so many bytes of parameters and buffers: 0.5, or 1MB"},
     "--output": {"metavar": "FOLDER", "required": True, "help": "where to save the network"},
     "--input-size": {
         "type": reads(InputSize),

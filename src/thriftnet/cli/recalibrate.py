@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thriftnet.arguments import Count, Index, PositiveShare, Seed
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, reads, width_from
+from thriftnet.cli.output import emit
 
 DESCRIPTION = (
     "Estimate the batch-norm statistics of a network again from the training images, at each width; weights do not change."
@@ -39,9 +40,10 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.recalibrate import recalibrate
     from thriftnet.core.width import format_width, widths
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         images = source.split(options.split)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from thriftnet.arguments import Natural, OpenShare, Population, Seed
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
 from thriftnet.cli.options import IMAGE_OPTIONS, quantity, reads
+from thriftnet.cli.output import emit, has_terminal, show
 
 if TYPE_CHECKING:
     from thriftnet.dynamic.search import Candidate
@@ -44,23 +44,25 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.data.split import train_validation
     from thriftnet.dynamic.search import Evolution, search
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
     from thriftnet.train.evaluate import evaluate
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, "train", device)
         training, held_out = train_validation(source.split("train"), options.validation, options.seed)
         scored = loader_of(held_out, options.limit)
         batches = loader_of(training, None, shuffle=True, seed=options.seed)
+        _, channels, height, width = next(iter(scored))[0].shape
         found = search(
             model,
             lambda candidate: evaluate(candidate, scored).top1,
             macs=options.macs,
             loader=islice(batches, options.recalibration) if options.recalibration else None,
             evolution=Evolution(population=options.population, generations=options.generations, seed=options.seed),
-            input_size=next(iter(scored))[0].shape[1:],
-            progress=_progress if sys.stderr.isatty() else None,
+            input_size=(channels, height, width),
+            progress=_progress if has_terminal() else None,
         )
         top1 = evaluate(found.model, loader_of(source.split("test"), None)).top1
     folder = save(found.model.cpu(), options.output)
@@ -73,5 +75,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _progress(tried: int, latest: Candidate) -> None:
-    sys.stderr.write(f"\r{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs ")
-    sys.stderr.flush()
+    show(f"{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs")

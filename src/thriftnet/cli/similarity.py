@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from thriftnet.arguments import PositiveShare
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
 from thriftnet.cli.options import reads, svg_file
+from thriftnet.cli.output import emit, write_text
 from thriftnet.text import table
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ def build_within_memory(build: Callable[[], nn.Module], what: str) -> nn.Module:
     Raises:
         ConfigError: It does not fit into memory; next to nothing has been allocated.
     """
+    before = torch.get_rng_state()
     try:
         with _Counting(SMALL):
             return build()
     except _LargeError:
-        pass
+        torch.set_rng_state(before)
     with torch.device("meta"), _Counting(None) as counted:
         build()
     needs(counted.size, what)

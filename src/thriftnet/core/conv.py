@@ -33,7 +33,7 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         like: The convolution to replace: geometry and bias are copied from it.
     """
 
-    padding: str | tuple[int, int]  # type: ignore[assignment]
+    padding: str | tuple[int, int]
     padding_mode: str  # type: ignore[assignment]
     weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
     bias: Tensor | None
@@ -81,10 +81,10 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         groups = self.groups if self.groups == 1 else ins // per_group
         return weight[:outs, : ins // groups], None if bias is None else bias[:outs], groups
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.kind is not None:
-            return self.kind.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        weight, bias, groups = self.active()
+            return self.kind.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+        (weight, bias, groups), x = self.active(), input
         padding: str | int | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -133,7 +133,7 @@ class SharedConv2d(PlainConv2d):
 Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
 
 
-def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:  # type: ignore[narrowed-type-not-subtype]
+def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it.
 
     Also of a class derived from `nn.Conv2d`, but not one whose weight is computed by a parametrization, or is complex.

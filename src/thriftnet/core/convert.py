@@ -34,19 +34,19 @@ from thriftnet.core.wrappers import inner_name
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 
-def plan(
+def dry_run(
     model: nn.Module,
     technique: Technique,
     *,
     select: Select | None = None,
     input_size: Sequence[int] | None = None,
     example: Any = None,
-) -> Plan:
-    """As `thriftnet.plan`, for a config."""
+) -> tuple[nn.Module, Plan]:
+    """A converted copy and its plan; the random state does not change."""
     _check_convertible(model)
     with torch.random.fork_rng(devices=[]):
         model = copied(model)
-        return _prepare(model, technique, select, Trial(model, input_size, example))[1]
+        return _prepare(model, technique, select, Trial(model, input_size, example))
 
 
 def convert(
@@ -104,10 +104,10 @@ def _prepare(
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
-        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
+        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3]) or "it has no convolutions"
+        hint = "" if takes(config) in reasons else f". It takes {takes(config)}"
         raise IncompatibleModelError(
-            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
-            f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
+            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: {reasons}{hint}"
         )
     before, names = count_params(model), names_by_module(model)
     described = {id(module): describe(module) for module in model.modules()}

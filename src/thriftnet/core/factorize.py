@@ -16,7 +16,8 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
         directions = torch.linalg.qr(spanned).Q
     else:
         directions = _leading_eigenvectors(matrix.mT @ matrix, rank)
-    return directions.mT.to(rows).contiguous()
+    found: Tensor = directions.mT.to(rows).contiguous()
+    return found
 
 
 def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ here: whatever a class makes of its weight, it makes of the new one.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from thriftnet.errors import IncompatibleModelError
-
-L = TypeVar("L", bound=nn.Conv2d | nn.Linear)
 
 OWN = ("weight", "bias")
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -34,7 +32,7 @@ class Kind(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.kind is None:
             return super().__reduce_ex__(protocol)
-        return _empty, (self.ours, self.kind), self.__getstate__()  # type: ignore[attr-defined]  # of Tied
+        return _empty, (self.ours, self.kind), self.__getstate__()  # type: ignore[no-untyped-call]  # that of Tied
 
     def adopt_kind(self, like: nn.Module) -> None:
         """Inherit from the class of ``like``, and copy what it has beyond weight, bias and geometry."""
@@ -46,7 +44,7 @@ def inherit(layer: nn.Module, like: nn.Module) -> None:
     """Give a layer the class of ``like``, and what it has beyond a layer of `torch.nn`."""
     kind = kind_of(like)
     if kind is not None:
-        layer.__class__ = _with_kind(type(layer), kind) if isinstance(layer, Kind) else kind
+        layer.__class__ = _with_kind(type(layer), kind) if isinstance(layer, Kind) else kind  # type: ignore[arg-type]  # a class is hashable
     for name in extras(like):
         value = getattr(like, name)
         if isinstance(value, nn.Parameter):
@@ -79,18 +77,21 @@ def extras(layer: nn.Module) -> tuple[str, ...]:
 def has_own_weight(module: nn.Module) -> bool:
     """Whether a layer's weight is a real parameter of its own, which its class's forward reads."""
     weight = module._parameters.get("weight")
-    is_ours = isinstance(module, Kind)
-    return (
-        type(weight) is nn.Parameter
-        and weight.is_floating_point()
-        and not module._modules
-        and "forward" not in vars(module)
-        and (module.replaceable if is_ours else not hasattr(type(module), "fold"))  # type: ignore[union-attr]
-    )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or module._modules or "forward" in vars(module):
+        return False
+    return module.replaceable if isinstance(module, Kind) else not hasattr(type(module), "fold")
+
+
+@overload
+def executed(layer: nn.Conv2d) -> nn.Conv2d | None: ...
+
+
+@overload
+def executed(layer: nn.Linear) -> nn.Linear | None: ...
 
 
 @torch.no_grad()
-def executed(layer: L) -> L | nn.Conv2d | nn.Linear | None:
+def executed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear | None:
     """A layer of the same function whose weight is the one that runs; None if there is none.
 
     That is the layer itself, unless its class computes another weight, as weight standardisation does. A class that
@@ -103,7 +104,7 @@ def executed(layer: L) -> L | nn.Conv2d | nn.Linear | None:
         side = [1 + d * (k - 1) + s for k, s, d in zip(layer.kernel_size, layer.stride, layer.dilation)]
         sizes = [(layer.in_channels, *(length + more for length in side)) for more in range(max(layer.stride))]
     else:
-        sizes = [(layer.in_features,)]  # type: ignore[list-item]
+        sizes = [(layer.in_features,)]
     mode, calls = layer.training, []
     runs = [(True, sizes[0]), *((False, size) for size in (*sizes, sizes[0]))]  # some pad at certain sizes only
     for layer.training, size in runs:
@@ -124,7 +125,7 @@ def executed(layer: L) -> L | nn.Conv2d | nn.Linear | None:
     options: dict[str, Any] = {"bias": call["bias"] is not None, "device": "meta"}
     if isinstance(layer, nn.Conv2d):
         options |= {name: call[name] for name in ("stride", "padding", "dilation", "groups") if name in call}
-        made = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+        made = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **options)  # type: ignore[arg-type]
     else:
         made = nn.Linear(layer.in_features, layer.out_features, **options)
     for name in (name for name in OWN if call[name] is not None):
@@ -138,11 +139,11 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(a is b or a.is_meta or torch.equal(a, b) for a, b in pairs)
 
 
-class _Calls(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Calls(TorchFunctionMode):
     """Records the convolutions and linear layers that run within the block."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[dict[str, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,7 +160,7 @@ def _usual(plain: type[nn.Module]) -> frozenset[str]:
 
 
 @functools.cache
-def _with_kind(ours: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _with_kind(ours: Any, kind: Any) -> Any:
     """The class that is ours, with the forward of ``kind``."""
     names = {"kind": kind, "ours": ours, "__module__": ours.__module__, "__doc__": ours.__doc__}
     try:
@@ -172,5 +173,6 @@ def _with_kind(ours: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
 
 def _empty(ours: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
     """A layer of both classes, whose state a copy or file brings."""
-    made = _with_kind(ours, kind)
-    return made.__new__(made)
+    made = _with_kind(ours, kind)  # type: ignore[arg-type]  # a class is hashable
+    layer: nn.Module = made.__new__(made)
+    return layer

@@ -28,7 +28,7 @@ class GeneratedLinear(Kind, Tied, WidthAware, nn.Linear):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
     channel_axis: ClassVar[int] = -1
 
     def __init__(self, like: nn.Linear) -> None:
@@ -85,7 +85,7 @@ class SharedLinear(PlainLinear):
     """A linear layer that several layers of the original network share."""
 
 
-def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:  # type: ignore[narrowed-type-not-subtype]
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:
     """Whether ``module`` is a linear layer with a weight of its own, so that a technique may replace it.
 
     Also of a class derived from `nn.Linear`, but not one whose weight is computed by a parametrization, or is complex.

@@ -75,7 +75,7 @@ def stated_input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """The input size in a network's data facts, ``default_cfg`` (the zoo's networks) or ``pretrained_cfg`` (timm's)."""
     configs = [getattr(model, name, None) for name in ("default_cfg", "pretrained_cfg")]
     sizes = [data_facts(model).input_size, *(c.get("input_size") for c in configs if isinstance(c, Mapping))]
-    return next((tuple(size) for size in sizes if fits(size, InputSize)), None)
+    return next(((size[0], size[1], size[2]) for size in sizes if size is not None and fits(size, InputSize)), None)
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:

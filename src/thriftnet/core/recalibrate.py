@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from thriftnet.arguments import Count, Index, PositiveShare, checked
 from thriftnet.core.history import history
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
+from thriftnet.core.processes import failing_together
 from thriftnet.core.width import Width, eval_mode, require_widths, select_width, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
@@ -63,9 +64,9 @@ def recalibrate(
             for norm in norms:
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
-        seen = _pass(model, itertools.islice(loader, batches), chosen, like)
-        if not seen:
-            raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
+        with failing_together():
+            if not _pass(model, itertools.islice(loader, batches), chosen, like):
+                raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
         _average_over_processes(model, norms, chosen)
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
             raise DataError("recalibrate got images that make statistics infinite or NaN: they are unchanged")

@@ -19,7 +19,9 @@ def spec_name(name: str) -> str:
 
 
 def format_spec(config: object) -> str:
-    """A config as text: its name and the fields that differ from their defaults."""
+    """A config as text: its name and the fields that differ from their defaults; of a mapping, those of its entries."""
+    if isinstance(config, Mapping):
+        return repr({pattern: None if each is None else format_spec(each) for pattern, each in config.items()})
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
     values = [(field.name, getattr(config, field.name), field.default) for field in fields]
     parts = [f"{name}={value!r}" for name, value, default in values if value != default or type(value) is not type(default)]
@@ -61,6 +63,23 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     return make(match[1], kwargs, table)
 
 
+def parse_mapping(text: str) -> dict[str, Any]:
+    """The mapping from regular expressions to techniques that is written as ``{'layer4': 'soft-sharing(templates=8)'}``.
+
+    Raises:
+        ConfigError: Malformed text, or a key that is no text.
+    """
+    try:
+        mapping = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(pattern, str) for pattern in mapping):
+        raise ConfigError(
+            f"cannot read {text!r}: write patterns and techniques as {{'layer4': 'soft-sharing(templates=8)', 'layer3': 'shift'}}"
+        )
+    return mapping
+
+
 def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
     """The config written as ``{"technique": name, field: value, ...}``."""
     if not isinstance(data.get("technique"), str):
@@ -69,7 +88,9 @@ def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """A config as JSON-ready dict, all fields included."""
+    """A config as JSON-ready dict, all fields included; of a mapping, those of its entries."""
+    if isinstance(config, Mapping):
+        return {pattern: None if each is None else to_dict(each) for pattern, each in config.items()}
     return {"technique": spec_name(type(config).__name__), **dataclasses.asdict(config)}  # type: ignore[call-overload]
 
 

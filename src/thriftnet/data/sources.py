@@ -69,6 +69,12 @@ def _without_corrupt(source: DataSource) -> DataSource:
             raise DataError(f"{source.spec}: not one image of the {name} split can be decoded; the first: {problems[0]}")
         skipped += filter(None, problems)
         splits[name] = images if len(intact) == len(images) else Subset(images, intact)
+        lost = set(images.labels.tolist()) - set(splits[name].labels.tolist())
+        if lost and name == "train":
+            first = problems[images.labels.tolist().index(min(lost))]
+            raise DataError(
+                f"{source.spec}: no training image of class {source.classes[min(lost)]!r} can be decoded; the first: {first}"
+            )
     return replace(source, splits=splits, skipped=tuple(skipped))
 
 

@@ -256,7 +256,8 @@ class _MacsAt:
         with IgnoreOuterModes():
             read = self.front(next(self.gate.parameters()).new_empty(1, *size))[self.read]
             of_gate = inspect(self.gate, read.shape[1:]).macs
-            return tuple(inspect(network, size).macs + of_gate for network in self.networks)
+            channels, height, width = size
+            return tuple(inspect(network, (channels, height, width)).macs + of_gate for network in self.networks)
 
 
 def mixture(choice: Tensor, outputs: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Source:
         return f"{self.file} ({self.format}), {self.system}: {SYSTEMS[self.system].title}"
 
 
+@checked
 @dataclass(frozen=True)
 class ImportedCheckpoint:
     """A network from an author's file.

@@ -84,7 +84,8 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
         ConfigError: A Triton implementation is forced on a device without Triton.
     """
     if not isinstance(x, Tensor):  # traced by torch.fx
-        return F.conv2d(x, kernel, padding=dilation * (kernel.shape[-1] // 2), dilation=dilation, groups=len(kernel))
+        pad = dilation * (kernel.shape[-1] // 2)  # type: ignore[unreachable]
+        return F.conv2d(x, kernel, padding=pad, dilation=dilation, groups=len(kernel))
     moves, implementation = Moves(kernel_size, dilation, moved), choose(x).implementation
     if implementation in ON_GPU:
         by_triton: Tensor = triton_shift.shift(x, *moves)

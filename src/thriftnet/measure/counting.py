@@ -71,6 +71,13 @@ def inspect(model: nn.Module, input_size: InputSize | None = None) -> Report:
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None, size_bytes)
 
 
+def layer_macs(layer: nn.Module, shape: Sequence[int]) -> int:
+    """Multiply-accumulates of one run of a layer, on one input of this shape (without the batch)."""
+    found = layer_costs(layer)
+    _run(layer, tuple(shape), found)
+    return sum(cost.macs for cost in found.values())
+
+
 def _refuse_lazy(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -79,7 +86,7 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, LayerCost]) -> dict[str, int]:
+def _run(model: nn.Module, size: tuple[int, ...], found: dict[int, LayerCost]) -> dict[str, int]:
     """Run ``model`` once and charge its layers; returns the operations without a formula."""
     tensors = [*model.parameters(), *model.buffers()]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()] or [torch.zeros(())]

@@ -112,13 +112,13 @@ def bottleneck_resnet(
 
 
 def _basis(
-    channels: int, bases: int, shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
+    channels: int, bases: Literal[1, 2], shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
 ) -> FilterBasis:
     """The config for ranks that belong to the first stage's number of channels."""
     technique = FilterBasis(
         shared_rank=shared_rank,
         unique_rank=unique_rank,
-        bases=bases,
+        bases=bases,  # type: ignore[arg-type]  # checked there
         rank_channels=channels,
         lambda_r=lambda_r,
         unique_penalty=unique_penalty,

@@ -96,9 +96,10 @@ def check_ranks(shared_rank: int, unique_rank: int, entries: int, where: str = "
     """Raise for more filters in a basis than a filter has entries."""
     if shared_rank + unique_rank > entries:
         larger, other = ("shared", unique_rank) if shared_rank > unique_rank else ("unique", shared_rank)
+        nearest = f"{larger}_rank={entries - other}" if other <= entries else f"shared_rank={entries}, unique_rank=0"
         raise ConfigError(
             f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {entries}, the entries of "
-            f"a filter{where}; nearest is {larger}_rank={max(0, entries - other)}"
+            f"a filter{where}; nearest is {nearest}"
         )
 
 

@@ -18,10 +18,10 @@ from thriftnet.core.tied import count_params, extra_state
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.models.table import IDENTITY
+from thriftnet.store.sealed import NO_CHECKSUM, SEAL
 
 MODEL, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md")
 FORMAT = 1
-NO_CHECKSUM = "0" * 64  # while it is computed
 MOST_STEPS = 1000
 
 Config = dict[str, Any]
@@ -93,7 +93,7 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
         known["input_size"] = list(size)
     metrics = check("metrics", facts.pop("metrics", None), FIELDS["metrics"])
     return {
-        "sha256": NO_CHECKSUM,
+        SEAL: NO_CHECKSUM,
         "thriftnet_format": FORMAT,
         "thriftnet_version": __version__,
         "model": identity,

@@ -80,11 +80,19 @@ TECHNIQUES = Registry(
 def resolve(technique: TechniqueLike) -> Technique:
     """A technique's config from its text (``soft-sharing(templates=4)``) or JSON form; a config is returned unchanged.
 
+    A mapping from regular expressions to techniques, or its text, becomes a `thriftnet.core.by_pattern.ByPattern`.
+
     Raises:
         ConfigError: Unknown technique or field, with close matches, or a value it refuses.
     """
+    if isinstance(technique, str) and technique.lstrip().startswith("{"):
+        return resolve(spec.parse_mapping(technique))
     if isinstance(technique, str):
         return spec.parse_spec(technique, TECHNIQUES)
+    if isinstance(technique, Mapping) and "technique" not in technique:
+        from thriftnet.core.by_pattern import ByPattern
+
+        return ByPattern({pattern: None if each is None else resolve(each) for pattern, each in technique.items()})
     if isinstance(technique, Mapping):
         return spec.from_dict(technique, TECHNIQUES)
     if isinstance(technique, type):
@@ -97,30 +105,12 @@ def resolve(technique: TechniqueLike) -> Technique:
 
 
 @checked
-def plan(
-    model: nn.Module,
-    technique: TechniqueLike,
-    *,
-    select: Select | None = None,
-    input_size: InputSize | None = None,
-    example: Any = None,
-) -> Plan:
-    """What `convert` would do to ``model``; the network and the random state do not change.
-
-    Raises:
-        ConfigError, IncompatibleModelError: As `convert`.
-    """
-    from thriftnet.core import convert as core
-
-    return core.plan(model, resolve(technique), select=select, input_size=input_size, example=example)
-
-
-@checked
 def convert(
     model: nn.Module,
     technique: TechniqueLike | Plan,
     *,
     select: Select | None = None,
+    exclude: Select | None = None,
     inplace: bool = False,
     input_size: InputSize | None = None,
     example: Any = None,
@@ -132,9 +122,12 @@ def convert(
 
     Args:
         model: Any network; it is left untouched unless ``inplace``.
-        technique: A technique's config, its text or JSON form, or a plan made by `plan`.
+        technique: A technique's config, its text or JSON form, a mapping from regular expressions on module names to these, or a
+            plan made by `plan`.
         select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
-            By default, all except stem and classifier.
+            By default, all except stem and classifier; "preset:all" takes these, too, and "preset:later-blocks" leaves out
+            the first block of each stage.
+        exclude: Which of them to leave alone, in the same forms.
         inplace: Replace the layers in ``model`` itself; if the conversion is refused, it is as before.
         input_size: Channels, height and width of an image. Default: what the network states, or one that it runs on.
         example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
@@ -154,9 +147,14 @@ def convert(
     """
     from thriftnet.core import convert as core
     from thriftnet.core.plan import Plan
+    from thriftnet.core.sites import without
 
+    select = without(model, select, exclude)
     if isinstance(technique, Plan):
-        planned = dataclasses.replace(technique, technique=resolve(technique.technique))
-        return core.convert(model, planned, select=select, inplace=inplace, input_size=input_size, example=example)
+        planned = dataclasses.replace(technique, technique=resolve(technique.technique), then=None)
+        converted = core.convert(model, planned, select=select, inplace=inplace, input_size=input_size, example=example)
+        if technique.then is None:
+            return converted
+        return convert(converted, technique.then, inplace=True, input_size=input_size, example=example)
     config = resolve(technique)
     return core.convert(model, config, select=select, inplace=inplace, input_size=input_size, example=example)

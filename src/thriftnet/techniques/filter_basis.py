@@ -12,7 +12,7 @@ Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -37,7 +37,7 @@ from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear, plain
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError
@@ -132,7 +132,7 @@ class OfBasis(Kind):
         return self.bank.filters(self.layer, self.base)
 
 
-class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[misc]
+class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[override]
     """The convolution with a layer's basis: I channels in, one out per basis filter."""
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int) -> None:
@@ -141,7 +141,7 @@ class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[misc]
         self.out_channels = self.weight.shape[0]
 
 
-class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[misc]
+class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[override]
     """The linear layer with a layer's basis: I features in, one out per row of the basis."""
 
     def __init__(self, like: nn.Linear, bank: SharedBasis, layer: int, base: int) -> None:
@@ -332,6 +332,14 @@ class FilterBasis:
             return [group for group in group_by(sites, key=lambda site: signature(site.module)) if len(group) > 1]
         groups = group_by(sites, key=lambda site: (*geometry(site.module)[1:], site.module.weight.shape[1:]))
         return [group for group in groups if self._is_worthwhile([site.module for site in group])]
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Layers of equal input, with shared ranks up to what their filters span."""
+        found: list[tuple[list[Site[Layer]], list[Technique]]] = []
+        for group in replace(self, shared_rank=1, unique_rank=0, rank_channels=None).group(sites):
+            most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group))
+            found.append((group, [replace(self, shared_rank=rank, rank_channels=None) for rank in steps(1, most)]))
+        return found
 
     def _is_worthwhile(self, layers: Sequence[Layer]) -> bool:
         """Whether layers share, or at least become smaller where that is what the config asks for."""

@@ -12,8 +12,8 @@ Accelerating Very Deep Convolutional Networks for Classification and Detection, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from thriftnet.core.factorize import factorize
 from thriftnet.core.kinds import executed, kind_of
 from thriftnet.core.linear import PlainLinear, is_linear
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import plain_layer
 from thriftnet.core.width import WidthSpec
 
@@ -38,6 +38,9 @@ WORTH_TWO_LAYERS = 0.9
 class LowRankPair(Composed):
     """Two layers whose product is the weight of one: to a few channels, and from there to the outputs."""
 
+    reduce: PlainConv2d | PlainLinear
+    expand: PlainConv2d | PlainLinear
+
     @property
     def rank(self) -> int:
         """Channels between the two, per group."""
@@ -46,7 +49,7 @@ class LowRankPair(Composed):
     @property
     def weight(self) -> Tensor:
         """The product: the weight of the one layer that computes the same."""
-        return product(self.reduce.weight, self.expand.weight, int(getattr(self.reduce, "groups", 1)))  # type: ignore[arg-type]
+        return product(self.reduce.weight, self.expand.weight, int(getattr(self.reduce, "groups", 1)))
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """Every group keeps its rank at every width."""
@@ -101,8 +104,10 @@ class LowRankConv2d(LowRankPair, ComposedConv2d):
         sizes = ("stride", "dilation", *([] if isinstance(like.padding, str) else ["padding"]))
         split = {name: getattr(like, name) for name in sizes}
         neutral = {"stride": 1, "padding": 0, "dilation": 1}
-        before = {name: (value[0], neutral[name]) if spatial else value for name, value in split.items()}
-        after = {name: (neutral[name], value[1]) if spatial else neutral[name] for name, value in split.items()}
+        before: dict[str, Any] = {name: (value[0], neutral[name]) if spatial else value for name, value in split.items()}
+        after: dict[str, Any] = {
+            name: (neutral[name], value[1]) if spatial else neutral[name] for name, value in split.items()
+        }
         if not spatial:
             after |= {"padding": 0, "padding_mode": "zeros"}
         bias = None if like.bias is None else like.bias.detach()
@@ -149,7 +154,7 @@ class LowRankLinear(LowRankPair, ComposedLinear):
     def _merged(self, reduce: nn.Module, expand: nn.Module) -> nn.Linear | None:
         if not (isinstance(reduce, nn.Linear) and isinstance(expand, nn.Linear)):
             return None
-        weight, bias = product(reduce.weight, expand.weight, 1), expand.bias
+        weight, bias = product(reduce.weight, expand.weight, 1), cast("Tensor | None", expand.bias)
         if reduce.bias is not None:
             bias = expand.weight @ reduce.bias + (0 if bias is None else bias)
         return plain_layer(nn.Linear, weight.shape[::-1], weight, bias)
@@ -195,6 +200,7 @@ class LowRank:
     """
 
     takes: ClassVar[str] = "convolutions and Linear layers with a weight of their own, if two thinner ones store less"
+    partners: ClassVar[tuple[str, ...]] = ("weight-sharing",)
 
     rank: Annotated[int, Range(1, 100_000)] | PositiveShare = 0.25
     form: Literal["spatial", "channel"] = "spatial"
@@ -205,6 +211,15 @@ class LowRank:
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         return [[site] for site in sites]
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Each layer, with ranks up to the largest that makes it smaller."""
+        found: list[tuple[list[Site[Layer]], list[Technique]]] = []
+        for site in sites:
+            layer = effective(site.module)
+            most = 0 if layer is None else replace(self, rank=100_000).rank_of(layer)
+            found.append(([site], [replace(self, rank=rank) for rank in steps(1, most)]))
+        return found
 
     def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
         old = group[0].module
@@ -238,7 +253,9 @@ class LowRank:
 
 def effective(module: nn.Module) -> Layer | None:
     """A layer of the same function whose weight is the one that runs, or None for what has no such weight."""
-    return executed(module) if is_convolution(module) or is_linear(module) else None
+    if is_linear(module):
+        return executed(module)
+    return executed(module) if is_convolution(module) else None
 
 
 EXAMPLES = (  # 8 -> 8 channels: 3 x 1 and 1 x 3 by way of 4 channels; 3 x 3 and 1 x 1 by way of 6; with bias

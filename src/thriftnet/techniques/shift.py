@@ -10,7 +10,7 @@ Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Con
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, is_dep
 from thriftnet.core.kinds import executed, kind_of
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
@@ -271,6 +271,7 @@ class Shift:
     Source: Wu et al., section 4.
     """
 
+    partners: ClassVar[tuple[str, ...]] = ("weight-sharing", "soft-sharing(pointwise=True)")
     takes: ClassVar[str] = (
         "convolutions with a square kernel, zero padding of at most half of it, and the kernel_size and dilation of the config, "
         "with at least as many channels to move as the kernel has entries (a larger expansion gives more)"
@@ -300,6 +301,16 @@ class Shift:
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         return [[site] for site in sites]
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Each layer, with expansions in quarters."""
+        return [([site], self._expansions(site.module)) for site in sites]
+
+    def _expansions(self, conv: nn.Conv2d) -> list[Technique]:
+        if is_depthwise(conv):
+            return [self]
+        configs = [replace(self, expansion=quarter / 4) for quarter in steps(1, 4 * conv.kernel_size[0] ** 2)]
+        return [config for config in configs if config.accepts(conv)]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         old = group[0].module

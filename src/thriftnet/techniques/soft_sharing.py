@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
@@ -25,7 +25,7 @@ from thriftnet.core.convert import tie
 from thriftnet.core.kinds import Kind
 from thriftnet.core.linear import GeneratedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
@@ -116,7 +116,7 @@ class Mixed(Kind):
         return self.bank.templates.numel()
 
 
-class SLinear(Mixed, GeneratedLinear):  # type: ignore[misc]
+class SLinear(Mixed, GeneratedLinear):  # type: ignore[override]
     """A linear layer whose weight is mixed from a bank.
 
     Shape: as `nn.Linear`.
@@ -126,7 +126,7 @@ class SLinear(Mixed, GeneratedLinear):  # type: ignore[misc]
 
 
 @checked
-class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[misc]
+class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[override]
     """A convolution whose filters are mixed from a bank.
 
     Its coefficients start as a random direction of length 1, so that mixed filters have the templates' variance.
@@ -205,6 +205,11 @@ class SoftSharing:
         if groups and not shareable:
             raise self._refusal(max(groups, key=len))
         return shareable
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Layers of equal geometry, with every number of templates."""
+        groups = group_by(sites, key=lambda site: geometry(site.module))
+        return [(group, [replace(self, templates=t) for t in steps(1, len(group) - 1)]) for group in groups]
 
     def count(self, layers: int) -> int:
         """Templates of a bank that serves so many layers."""
@@ -336,7 +341,7 @@ def fold_recurrence(model: nn.Module, threshold: PositiveShare = 0.99) -> nn.Mod
 
 def agreement(one: Mixed, other: Mixed) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if signature(one) != signature(other):
+    if signature(one) != signature(other):  # type: ignore[arg-type]  # a convolution or linear layer
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))

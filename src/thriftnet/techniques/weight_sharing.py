@@ -11,18 +11,18 @@ Source: Lin et al., SPIN: An Empirical Evaluation on Sharing Parameters of Isotr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from thriftnet.arguments import Depth, Natural, PositiveShare, Seed, checked
+from thriftnet.arguments import Depth, Index, PositiveShare, Seed, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import KernelChoice
@@ -101,7 +101,7 @@ class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
     """A convolution with the fused weight of several."""
 
 
-class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
+class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override, misc]
     """A linear layer with the fused weight of several."""
 
 
@@ -146,14 +146,13 @@ class WeightSharing:
     seed: Seed | None = None
     portion: PositiveShare = 0.5
     trained: bool = False
-    groups: Annotated[tuple[tuple[str | Natural, ...], ...], WORDS] | None = None
+    groups: Annotated[tuple[tuple[str | Index, ...], ...], WORDS] | None = None
     depthwise: bool = False
     linear: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.groups is not None:
-            if not all(len(group) > 1 for group in self.groups):
-                raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
+        if self.groups is not None and not all(len(group) > 1 for group in self.groups):
+            raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
 
     @property
     def keeps_members(self) -> bool:
@@ -185,6 +184,16 @@ class WeightSharing:
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed or 0)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Equal layers, with every rate that divides them: convolutions, or linear layers where the config takes those."""
+        convs = [site for site in sites if not isinstance(site.module, nn.Linear)]
+        only = self.linear is None and convs and replace(self, rate=2)._groups(convs)
+        groups = group_by(convs if only else sites, key=lambda site: signature(site.module))
+        return [
+            (group, [replace(self, rate=rate) for rate in range(2, len(group) + 1) if len(group) % rate == 0])
+            for group in groups
+        ]
 
     def _part(self, layers: list[Site[Layer]]) -> list[Site[Layer]]:
         """The layers of the part of the depth that shares: a multiple of the rate, unless it is all."""

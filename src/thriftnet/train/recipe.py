@@ -31,6 +31,7 @@ from thriftnet.arguments import (
 )
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.files import read_text
 from thriftnet.models.table import normalize_name
 
 # fields that do not change the result: a resumed run may differ in them
@@ -266,7 +267,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise unknown_name("recipe", name, list_recipes())
         path = SHIPPED / f"{name}.yaml"
     try:
-        stated = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stated = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {name}: {' '.join(str(error).split())}") from None
     if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
