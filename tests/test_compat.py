@@ -148,6 +148,15 @@ def test_a_hook_on_a_gradient_is_not_lost_by_copying() -> None:
         tn.convert(odd.parameter_hook(), "weight-sharing", select="^blocks.[12]")
 
 
+def test_tensors_on_a_layer_are_not_lost() -> None:
+    model = odd.Body(odd.conv)
+    model.blocks[0].register_buffer("steps", torch.zeros(1))
+    with pytest.raises(
+        IncompatibleModelError, match=r"layer 'blocks.0' holds 'steps', which its replacement, a ShiftConv2d"
+    ):
+        tn.convert(model, "shift")
+
+
 def test_layers_that_share_a_parameter_are_left_alone() -> None:
     converted = tn.convert(odd.SharedParameter(), "weight-sharing")
     reasons = dict(history(converted)[-1]["plan"]["left"])

@@ -62,7 +62,7 @@ assert tn.FilterMix.__module__ == "thriftnet.techniques.filter_mix"
 model = tn.create_model("resnet20")
 assert tn.plan(model, "filter-mix()").technique == tn.FilterMix()
 try:
-    tn.convert(model, "low-rnk")
+    tn.convert(model, "filter-mx")
 except tn.ConfigError as error:
     assert "did you mean 'filter-mix'?" in str(error), error
 else:

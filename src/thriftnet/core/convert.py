@@ -137,7 +137,8 @@ def _prepare(
             restore()
             hint = "" if error.layer is None else _leaving_out(config, error.layer)
             raise IncompatibleModelError(f"{format_spec(config)} does not fit {model_name}: {error}.{hint}") from error
-    return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted), not_checked)
+    counts = before, count_params(converted)
+    return converted, Plan(config, model_name, tuple(rows), tuple(left), *counts, not_checked=not_checked)
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:

@@ -39,9 +39,6 @@ def obstacle(module: nn.Module) -> str | None:
     for attribute in sorted(vars(module).keys() - OF_EVERY_MODULE):
         if callable(getattr(type(module), attribute, None)):
             return f"has a {attribute!r} that was replaced on the instance. Undo it first: del layer.{attribute}"
-    extra = sorted(({*module._parameters, *module._buffers} - TENSORS) | {*module._modules})
-    if extra and isinstance(module, OF_TWO_TENSORS) and type(module).__module__.startswith("torch.nn."):
-        return f"holds {extra[0]!r}, which a new layer would lose. Hold it in the module around the layer"
     return None
 
 
@@ -49,12 +46,20 @@ def keep_attributes(pairs: Sequence[Replacement], names: Mapping[int, Sequence[s
     """Give the new layers every attribute of the old ones that they lack.
 
     Raises:
-        IncompatibleModelError: One layer replaces several, which have different values of it.
+        IncompatibleModelError: One layer replaces several, which have different values of it; or an old layer holds a tensor or a
+            module that the new one lacks.
     """
     given: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
     for old, new in pairs:
         if old is new:
             continue
+        own = isinstance(old, OF_TWO_TENSORS) and type(old).__module__.startswith("torch.nn.")
+        for held in sorted({*old._parameters, *old._buffers, *old._modules} - TENSORS) if own and names else ():
+            if not hasattr(new, held):
+                raise IncompatibleModelError(
+                    f"layer {names[id(old)][0]!r} holds {held!r}, which its replacement, a {type(new).__name__}, would not have. "
+                    "Hold it in the module around the layer"
+                )
         for attribute in _attributes(old):
             value = getattr(old, attribute)
             first, known = given.get((id(new), attribute), (old, value))
