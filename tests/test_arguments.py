@@ -34,7 +34,7 @@ def function_of(public: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "public", [*PUBLIC.values(), *OTHERS, *{builder(entry) for entry in MODELS.values()}], ids=lambda public: public.__name__
+    "public", [*PUBLIC.values(), *OTHERS, *dict.fromkeys(builder(entry) for entry in MODELS.values())], ids=lambda public: public.__name__
 )
 def test_everything_public_checks_its_arguments_and_every_number_has_a_range(public: Any):
     assert function_of(public).checks_arguments

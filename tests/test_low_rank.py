@@ -32,6 +32,17 @@ def test_factors_are_the_nearest_of_their_rank(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(left.norm(dim=-2), right.norm(dim=-1), atol=1e-7, rtol=1e-7)
 
 
+def test_a_few_directions_of_a_large_matrix_are_nearly_the_best() -> None:
+    matrix = torch.randn(1100, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix *= torch.arange(1, 1101) ** -0.5
+    left, right = factorize(matrix, 64)
+    least = torch.linalg.svdvals(matrix)[64:].norm()
+    assert least <= (left @ right - matrix).norm() <= 1.001 * least
+    again = factorize(matrix, 64)
+    assert torch.equal(left, again[0])
+    assert torch.equal(right, again[1])
+
+
 def test_a_direction_without_energy_can_still_learn() -> None:
     left, right = factorize(torch.zeros(3, 4, dtype=torch.float64), 2)
     assert (left.abs().sum() == 0) != (right.abs().sum() == 0)
@@ -113,9 +124,12 @@ def test_the_plan_says_the_rank_that_each_layer_gets() -> None:
 
 def test_a_bias_in_between_keeps_two_layers() -> None:
     """A basis put in place of the first layer adds one, which the padding of the second does not: one convolution cannot do that."""
-    network = NETWORKS["chain"]
-    model = tn.convert(tn.convert(network.make(), tn.LowRank(rank=8)), tn.FilterBasis(shared_rank=2), select=r"reduce$")
-    perturb(model).eval()
+    network, basis = NETWORKS["chain"], tn.FilterBasis(shared_rank=2)
+    by_channels = perturb(tn.convert(tn.convert(network.make(), tn.LowRank(rank=4, form="channel")), basis)).eval()
+    merged = tn.fold(by_channels)
+    assert isinstance(merged.convs[0], nn.Conv2d), "a 1 x 1 convolution pads nothing"
+    assert_close(output(merged, network.image()), output(by_channels, network.image()), 1e-12, "fold")
+    model = perturb(tn.convert(tn.convert(network.make(), tn.LowRank(rank=8)), basis, select=r"reduce$")).eval()
     folded = tn.fold(model)
     assert isinstance(folded.convs[0], nn.Sequential)
     assert_close(output(folded, network.image()), output(model, network.image()), 1e-12, "fold")

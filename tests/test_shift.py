@@ -169,7 +169,10 @@ def test_bad_configs(arguments: dict[str, object], message: str) -> None:
 def test_a_block_without_channels_inside_is_refused() -> None:
     with pytest.raises(tn.ConfigError, match=r"expansion=0\.05 of 8 channels leaves none: use at least 0\.125"):
         tn.ShiftConv2d(8, 8, expansion=0.05)
-    with pytest.raises(tn.IncompatibleModelError, match="as many channels to move as the kernel has entries"):
+    with pytest.raises(
+        tn.IncompatibleModelError,
+        match=r"as many channels to move .*: 'convs\.0' needs 9\. Use an expansion of at least 1\.125",
+    ):
         tn.convert(NETWORKS["chain"].make(), tn.Shift(expansion=0.05))
 
 
@@ -213,7 +216,7 @@ def _site(conv: nn.Conv2d) -> object:
     [
         nn.Conv2d(9, 9, 3, padding=2),
         nn.Conv2d(9, 9, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(9, 9, 5, padding=2),
+        nn.Conv2d(9, 9, 5, padding=2, groups=9),
         nn.Conv2d(9, 9, 1),
         nn.Conv2d(9, 9, 4, padding="same"),
         nn.Conv2d(9, 9, (3, 1), padding=(1, 0)),

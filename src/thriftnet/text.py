@@ -8,7 +8,7 @@ MESSAGE = 2000  # most characters of an error's message
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Text from outside as it may be shown anywhere: what is not printable becomes an escape, as in a ``repr``.
+    r"""Text from outside as it may be shown anywhere: what is not printable becomes an escape, as in a ``repr``.
 
     That is control characters (escape sequences, tabs), marks that turn the direction of writing, and the lone surrogates by which
     Python represents bytes of file names that are not UTF-8.
@@ -28,11 +28,11 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def one_line(text: str, limit: int = MESSAGE) -> str:
-    """A message in one printable line; of a longer one the beginning and the end, which says what to do.
+    r"""A message in one printable line; of a longer one the beginning and the end, which says what to do.
 
     Example:
         >>> one_line("a\n  b"), one_line("no such layer: " + 99 * "x" + ". See --help", 40)
-        ('a b', 'no such layer: xxxxxxxxxxx … . See --help')
+        ('a b', 'no such layer: xxxxxxxxx … x. See --help')
     """
     text = printable(" ".join(text.split()))
     end = limit // 3

@@ -118,7 +118,7 @@ def _basis(
     technique = FilterBasis(
         shared_rank=shared_rank,
         unique_rank=unique_rank,
-        bases=bases,  # checked there
+        bases=bases,
         rank_channels=channels,
         lambda_r=lambda_r,
         unique_penalty=unique_penalty,

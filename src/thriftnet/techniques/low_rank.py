@@ -123,9 +123,9 @@ class LowRankConv2d(LowRankPair, ComposedConv2d):
         if reduce.bias is not None:
             if not is_pointwise(expand):
                 return None  # the second layer pads what the bias was added to
-            between = torch.einsum(
-                "gor,gr->go", *(part.reshape(reduce.groups, -1, self.rank) for part in (expand.weight, reduce.bias))
-            )
+            groups, rank = reduce.groups, expand.weight.shape[1]
+            up, offset = expand.weight.reshape(groups, -1, rank), reduce.bias.reshape(groups, rank)
+            between = torch.einsum("gor,gr->go", up, offset)
             bias = between.flatten() + (0 if bias is None else bias)
         geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation")}
         return plain_conv2d(reduce, weight, bias, reduce.groups, **geometry)

@@ -9,6 +9,7 @@ Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,7 +26,7 @@ from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
-from thriftnet.errors import ConfigError
+from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, shift
 from thriftnet.kernels.triton_pointwise import shift_pointwise
@@ -273,8 +274,8 @@ class Shift:
 
     partners: ClassVar[tuple[str, ...]] = ("weight-sharing", "soft-sharing(pointwise=True)")
     takes: ClassVar[str] = (
-        "convolutions with a square kernel, zero padding of at most half of it, and the kernel_size and dilation of the config, "
-        "with at least as many channels to move as the kernel has entries (a larger expansion gives more)"
+        "convolutions with a square kernel, zero padding of at most half of it, and the kernel_size and dilation of the config; "
+        "depthwise ones with at least as many channels as the kernel has entries"
     )
 
     kernel_size: Annotated[int, Range(2, 1024)] | None = None
@@ -297,10 +298,23 @@ class Shift:
             return False
         if is_depthwise(conv):
             return self.depthwise and conv.out_channels == conv.in_channels >= side**2
-        return inner_channels(conv.out_channels, self.expansion, conv.groups) >= side**2
+        return True
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
-        return [[site] for site in sites]
+        groups = [[site] for site in sites if self._moves(site.module)]
+        if sites and not groups:
+            conv, offsets = sites[0].module, sites[0].module.kernel_size[0] ** 2
+            raise IncompatibleModelError(
+                f"expansion={self.expansion:g} gives no layer as many channels to move as its kernel has entries: {sites[0].name!r} "
+                f"needs {offsets}. Use an expansion of at least {math.ceil(offsets / conv.out_channels * 1000) / 1000:g}"
+            )
+        return groups
+
+    def _moves(self, conv: nn.Conv2d) -> bool:
+        """Whether there are enough channels for all offsets; with fewer, all would stay."""
+        return (
+            is_depthwise(conv) or inner_channels(conv.out_channels, self.expansion, conv.groups) >= conv.kernel_size[0] ** 2
+        )
 
     def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
         """Each layer, with expansions in quarters."""
@@ -309,8 +323,8 @@ class Shift:
     def _expansions(self, conv: nn.Conv2d) -> list[Technique]:
         if is_depthwise(conv):
             return [self]
-        configs = [replace(self, expansion=quarter / 4) for quarter in steps(1, 4 * conv.kernel_size[0] ** 2)]
-        return [config for config in configs if config.accepts(conv)]
+        configs: list[Shift] = [replace(self, expansion=quarter / 4) for quarter in steps(1, 4 * conv.kernel_size[0] ** 2)]
+        return [config for config in configs if config._moves(conv)]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         old = group[0].module
