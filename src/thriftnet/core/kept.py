@@ -54,8 +54,8 @@ def keep_attributes(pairs: Sequence[Replacement], names: Mapping[int, Sequence[s
         if old is new:
             continue
         own = isinstance(old, OF_TWO_TENSORS) and type(old).__module__.startswith("torch.nn.")
-        for held in sorted({*old._parameters, *old._buffers, *old._modules} - TENSORS) if own and names else ():
-            if not hasattr(new, held):
+        for held in sorted({*old._parameters, *old._buffers, *old._modules} - TENSORS):
+            if names and own and not hasattr(new, held):
                 raise IncompatibleModelError(
                     f"layer {names[id(old)][0]!r} holds {held!r}, which its replacement, a {type(new).__name__}, would not have. "
                     "Hold it in the module around the layer"
