@@ -183,6 +183,8 @@ def _work(sample: Sample, configs: Configs, sending: Connection) -> None:
         return
     for name, config in configs.items():
         sending.send(measure(sample, plain, config, name).to_dict())
+        if not plain.copies:  # it was converted in place
+            plain = Plain(sample)
 
 
 def _used() -> int:
