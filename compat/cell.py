@@ -106,7 +106,9 @@ class Plain:
         traced = attempt(lambda: run(torch.fx.symbolic_trace(self._copy()), self.inputs))
         self.traces = traced is not None and equal(traced, self.output)
         self.ties_lost: int | None = attempt(self._assigned) if self.copies else None
-        found = attempt(lambda: without_gradient(self._copy(), self.inputs))
+        found = (
+            attempt(lambda: without_gradient(self._copy(), self.inputs)) if self.copies else None
+        )  # it changes statistics
         self.without_gradient: set[str] = {"all"} if found is None else found
         if "all" in self.without_gradient:
             self.notes.append("cannot be trained")
