@@ -47,7 +47,8 @@ class PlainNorm(Tied, WidthAware):
         if self.width_spec is None:
             return self.weight, self.bias
         channels = self.active_sizes()[-1]
-        return _first(self.weight, channels), _first(self.bias, channels)
+        weight, bias = self.weight, self.bias
+        return None if weight is None else weight[:channels], None if bias is None else bias[:channels]
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running statistics of the selected width."""

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, TypeAlias
 from torch import nn
 
 from thriftnet.arguments import Index, Range, checked
+from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 Width: TypeAlias = Annotated[Annotated[float, Range(-1e9, 1e9)] | str, "a ratio such as 0.5, or a name such as 'largest'"]
@@ -49,7 +50,7 @@ class WidthSpec:
         return {bn_set: outs for bn_set, outs in sorted(channels.items()) if bn_set != widest}
 
 
-class WidthAware(nn.Module):
+class WidthAware(ThriftyModule):
     """A layer that can run at several widths; until `set_width_spec` is called it has one.
 
     The class attributes say how a part of a network gets a width of its own, see `width_slots`.
