@@ -556,9 +556,9 @@ def test_names_that_lead_nowhere(tmp_path: Path):
 
 @pytest.mark.parametrize("place", [None, b"bytes", "a\0b"])
 def test_what_is_no_path_is_refused(place: Any):
-    with pytest.raises(tn.ConfigError, match="expected .*path"):
+    with pytest.raises(tn.ConfigError, match=r"expected .*path"):
         tn.save(tn.create_model("resnet20"), place)
-    with pytest.raises(tn.ConfigError, match="expected .*path"):
+    with pytest.raises(tn.ConfigError, match=r"expected .*path"):
         tn.load(place)
 
 

@@ -23,7 +23,6 @@ from thriftnet.arguments import (
     expected,
     shown,
 )
-from thriftnet.errors import ConfigError
 
 MODEL_HELP = (
     "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, hf-hub:OWNER/NAME, a saved folder, a run, "

@@ -274,15 +274,21 @@ def describe(module: nn.Module) -> str:
 
 
 def relative_error(old: nn.Module, new: nn.Module) -> float | None:
-    """``|new - old| / |old|`` of the weights of two convolutions or linear layers; None where one is neither, or has no data."""
+    """``|new - old| / |old|`` of weight and bias of two convolutions or linear layers; None where one is neither, or has no data."""
     if any(parameter.is_meta for parameter in (*old.parameters(), *new.parameters())):
         return None
     folded = new.fold() if is_foldable(new) else new
     if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)):
         return None
     wide = torch.complex128 if old.weight.is_complex() else torch.float64
-    before, after = old.weight.detach().to(wide), folded.weight.detach().to(wide)
-    if before.shape != after.shape:
+    if old.weight.shape != folded.weight.shape:
         return None
+    before, after = (_values(layer).to(wide) for layer in (old, folded))
     error, norm = (after - before).norm(), before.norm()
     return float(error / norm if norm > 0 else error)
+
+
+def _values(layer: Layer) -> Tensor:
+    """Weight and bias in one row; a missing bias is zeros."""
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    return torch.cat([layer.weight.detach().flatten(), bias.detach()])

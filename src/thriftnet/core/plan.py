@@ -27,7 +27,7 @@ class PlanRow:
         layer: What it is now.
         becomes: What it will be.
         group: Number of the group it shares with; None for a module that is wrapped, not replaced, as by a gate.
-        relative_error: Of its new weight, ``|new - old| / |old|``; None if the new layer is not a single convolution or
+        relative_error: Of its new weight and bias, ``|new - old| / |old|``; None if the new layer is not a single convolution or
             linear layer.
         output_error: The same of its outputs, less their means, for images, or for noise where no images were given and there is
             no error of the weight; None if it was not measured.

@@ -236,7 +236,10 @@ def _skeleton(config: Config, plain: nn.Module | None) -> nn.Module:
         try:
             with shapes.shapes_only():
                 plain = _plain(config)
-        except (NotImplementedError, ConfigError):  # it computes with numbers while it is built, as torchvision's RegNet does
+        except (
+            NotImplementedError,
+            ConfigError,
+        ):  # it computes with numbers while it is built, as torchvision's RegNet does
             with torch.random.fork_rng(devices=[]):
                 plain = shapes.emptied(_plain(config))
     with shapes.shapes_only():

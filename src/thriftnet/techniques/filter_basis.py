@@ -183,7 +183,8 @@ class BasisConv2d(ComposedConv2d):
     @property
     def weight(self) -> Tensor:
         """The weight of the one convolution that computes the same in eval mode."""
-        return self.fold().weight.detach()
+        scale, _ = scale_and_shift(self.norm)
+        return torch.einsum("or,rihw->oihw", self.coefficients.weight.flatten(1) * scale, self.filters.weight)
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         return (self.rank,) * len(width_spec.widths)  # the basis keeps its rank at every width
@@ -245,7 +246,7 @@ class BasisLinear(ComposedLinear):
     @property
     def weight(self) -> Tensor:
         """The weight of the one layer that computes the same."""
-        return self.fold().weight.detach()
+        return self.coefficients.weight @ self.filters.weight
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         return (self.rank,) * len(width_spec.widths)
