@@ -92,6 +92,7 @@ SOUND: dict[str, list[str]] = {
     "models": ["resnet*"],
     "count": ["small"],
     "plan": ["small", "--technique", "shift"],
+    "suggest": ["small", "--params", "0.8", "--technique", "soft-sharing"],
     "convert": ["small", "--technique", "shift", "--output", "new"],
     "train": ["--model", "small", "--data", "folder:images", "--output", "new", "--max-steps", "1", "--device", "cpu"],
     "evaluate": ["small", "--data", "folder:images"],

@@ -221,6 +221,7 @@ class BasisConv2d(ComposedConv2d):
         return filters, mix * scale, mix @ shift + (0 if coefficients.bias is None else coefficients.bias), groups
 
 
+@checked
 class BasisLinear(ComposedLinear):
     """Basis and coefficients in place of one linear layer, without a norm between them.
 
@@ -231,7 +232,7 @@ class BasisLinear(ComposedLinear):
     Args: As of `BasisConv2d`.
     """
 
-    def __init__(self, like: nn.Linear, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
+    def __init__(self, like: nn.Linear, bank: SharedBasis, layer: Index, base: Index, coefficients: Tensor) -> None:
         super().__init__(like)
         self.filters = BasisRows(like, bank, layer, base)
         bias = None if like.bias is None else like.bias.detach()

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from thriftnet.arguments import PositiveShare, Range, checked
+from thriftnet.arguments import Channels, PositiveShare, Range, checked
 from thriftnet.core.composed import Composed, ComposedConv2d, ComposedLinear
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution, is_pointwise, plain_conv2d
 from thriftnet.core.factorize import factorize
@@ -79,6 +79,7 @@ class LowRankPair(Composed):
         raise NotImplementedError
 
 
+@checked
 class LowRankConv2d(LowRankPair, ComposedConv2d):
     """A convolution to a few channels, and one from there to the outputs.
 
@@ -93,7 +94,7 @@ class LowRankConv2d(LowRankPair, ComposedConv2d):
         spatial: Whether the first has the height of the kernel and the second its width; otherwise the first has both.
     """
 
-    def __init__(self, like: Convolution, rank: int, spatial: bool) -> None:
+    def __init__(self, like: Convolution, rank: Channels, spatial: bool) -> None:
         super().__init__(like)
         left, right = factorize(as_matrix(like.weight.detach(), like.groups, spatial), rank)  # (G, p, r), (G, r, q)
         kh, kw = like.kernel_size
@@ -131,6 +132,7 @@ class LowRankConv2d(LowRankPair, ComposedConv2d):
         return plain_conv2d(reduce, weight, bias, reduce.groups, **geometry)
 
 
+@checked
 class LowRankLinear(LowRankPair, ComposedLinear):
     """Two linear layers in place of one.
 
@@ -143,7 +145,7 @@ class LowRankLinear(LowRankPair, ComposedLinear):
         rank: Features between the two.
     """
 
-    def __init__(self, like: nn.Linear, rank: int) -> None:
+    def __init__(self, like: nn.Linear, rank: Channels) -> None:
         super().__init__(like)
         left, right = factorize(like.weight.detach(), rank)
         bias = None if like.bias is None else like.bias.detach()

@@ -133,6 +133,7 @@ def crops(kernel_size: int, dilation: int, padding: tuple[int, int]) -> tuple[tu
     return rows, columns
 
 
+@checked
 class DepthwiseShift2d(Shift2d):
     """A shift in place of a depthwise convolution.
 

@@ -116,6 +116,7 @@ class Mixed(Kind):
         return self.bank.templates.numel()
 
 
+@checked
 class SLinear(Mixed, GeneratedLinear):  # type: ignore[override]
     """A linear layer whose weight is mixed from a bank.
 

@@ -27,6 +27,7 @@ from thriftnet.arguments import (
     Share,
     Weight,
     Workers,
+    as_path,
     checked,
 )
 from thriftnet.data.augmentation import Augmentation
@@ -257,7 +258,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The fields that a recipe file states."""
     import yaml
 
-    path = Path(name)
+    path = as_path(name, "recipe")
     if path.suffix not in (".yaml", ".yml"):
         if name not in list_recipes() and path.exists():
             raise ConfigError(
