@@ -172,7 +172,8 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
     taken = {id(inner) for site in found for inner in site.module.modules()}
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))
-        if owns and id(module) not in taken:
+        inner = any(True for child in module.children() for _ in child.parameters())  # then it is changed with its layers
+        if owns and not inner and id(module) not in taken:
             raise _refusal(technique, name, module)
     for site in found:
         if chosen is not None and not any(chosen(name, site.module) for name in site.names):
@@ -192,11 +193,13 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
     """(name, reason) of each convolution that is not converted."""
     want = selection(model, select)
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
-    left = []
+    left, every = [], requires_all_layers(technique)
     for name, module in model.named_modules():
-        if id(module) in taken or not isinstance(module, Convolution):
+        if id(module) in taken or not isinstance(module, Layer if every else Convolution):
             continue
-        if not want(name, module):
+        if every:
+            reason = technique.why_left(model, name) if hasattr(technique, "why_left") else "in no group of layers"
+        elif not want(name, module):
             reason = "not selected" if select is not None else "the stem or the classifier"
         elif not technique.accepts(module):
             reason = f"{describe(module)}, not {takes(technique)}"
