@@ -22,6 +22,7 @@ from thriftnet.core.channel_rules import RULES, SIZES_GIVEN, Axes, Call, pointwi
 from thriftnet.core.probe import IgnoreOuterModes, Size, run
 from thriftnet.core.spaces import Axis, Space, keep_whole, length, repeated, unify
 from thriftnet.core.width import WidthAware, channels_of
+from thriftnet.errors import IncompatibleModelError, first_line
 
 COUNTS = re.compile(r"head|group|chan|dim|feature|chs|width|plane|hidden|embed|filter|^c$|^nc$")  # attributes that count channels
 
@@ -79,8 +80,17 @@ class ChannelTrace(TorchDispatchMode):
                 break
             self.modes.append(training)
             self.ghost.train(training)
-            with running(self.ghost, self._step), self:
-                run(self.ghost, size)
+            try:
+                with running(self.ghost, self._step), self:
+                    run(self.ghost, size)
+            except Exception as error:
+                if not training:
+                    raise
+                idle = next(iter(layers - {step.name for step in self.steps}))
+                raise IncompatibleModelError(
+                    f"{type(self.ghost).__name__} runs on images of {size} in eval mode only, and {idle!r} does not run there: "
+                    f"{first_line(error)}. Give the size it is trained with: input_size=(C, H, W)"
+                ) from None
             for axes in self.steps[-1].shapes:
                 for _, axis in axes:
                     keep_whole(axis, "they reach the network's output")

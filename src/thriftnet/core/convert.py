@@ -84,7 +84,8 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
         pairs = config.build(group)
         _freeze_alike(pairs)
         for old, new in pairs:
-            table[id(old)] = new.train(old.training)
+            new.train(old.training)
+            table[id(old)] = new
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
             rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
@@ -124,12 +125,14 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
             )
         wanted.add(id(modules[name]))
     if requires_all_layers(config):
-        for site in sites(model, lambda _, module: config.accepts(module)):
-            if id(site.module) not in wanted:
-                raise IncompatibleModelError(
-                    f"the plan was made for another network: {format_spec(config)} must take every layer, "
-                    f"but the plan leaves out {site.name!r}. Make a new plan"
-                )
+        groups = config.group(_accepted(model, config, None))
+        missing = [site.name for group in groups for site in group if id(site.module) not in wanted]
+        if missing:
+            raise IncompatibleModelError(
+                f"the plan was made for another network: {format_spec(config)} must take every layer, "
+                f"but the plan leaves out {missing[0]!r}. Make a new plan"
+            )
+        return config, groups
     by_module = {id(site.module): site for site in sites(model, lambda _, module: id(module) in wanted)}
     return config, [[by_module[id(modules[name])] for name in group] for group in planned.groups]
 
@@ -220,10 +223,10 @@ def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     if any(parameter.is_meta for parameter in new.parameters()):
         return None
     folded = new.fold() if is_foldable(new) else new
-    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)):
+    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)) or old.weight.shape != folded.weight.shape:
         return None
+    if torch.equal(old.weight, folded.weight):
+        return 0.0
     before, after = old.weight.detach().double(), folded.weight.detach().double()
-    if before.shape != after.shape:
-        return None
     error, norm = (after - before).norm(), before.norm()
     return float(error / norm if norm > 0 else error)

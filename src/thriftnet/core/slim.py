@@ -250,12 +250,14 @@ class Narrowing:
         if self.trace.cut is not None:
             ends = self.shares(self.trace.cut_axis)
             ghost.get_submodule(self.trace.cut).register_forward_hook(lambda _, a, out: out[:, : ends[check.index]])
-        check = _Check(self, type(model).__name__)
-        for check.index in range(len(self.widths)):
-            select_width(ghost, check.index)
-            blocker = check.run(ghost)
-            if blocker is not None:
-                return blocker
+        check = _Check(self)
+        for training in self.trace.modes:
+            ghost.train(training)  # once: what a network remembers of one width must not be used at the next
+            for check.index in range(len(self.widths)):
+                select_width(ghost, check.index)
+                blocker = check.run(ghost, training)
+                if blocker is not None:
+                    return blocker
         return None
 
     def _keep_whole(self, blocker: Blocker, level: int) -> bool:
@@ -281,31 +283,29 @@ class _Unexpected(Exception):  # noqa: N818  # tells where, not what
 class _Check:
     """Compares a run of a narrowed network with what its trace says of this width."""
 
-    def __init__(self, narrowing: Narrowing, model: str) -> None:
-        self.trace, self.widths, self.model, self.index = narrowing.trace, narrowing.widths, model, 0
-        self.size = narrowing.size
+    def __init__(self, narrowing: Narrowing) -> None:
+        self.trace, self.widths, self.size, self.index = narrowing.trace, narrowing.widths, narrowing.size, 0
         self.known = {step.name for step in self.trace.steps}
+        first = next(i for i, step in enumerate(self.trace.steps) if step.name == "" and not step.begins) + 1
+        self.steps = {False: self.trace.steps[:first], True: self.trace.steps[first:]}
 
-    def run(self, ghost: nn.Module) -> Blocker | None:
-        self.position, self.stack = 0, [""]
-        at = f"at width {format_width(self.widths[self.index])}"
+    def run(self, ghost: nn.Module, training: bool) -> Blocker | None:
+        self.coming, self.stack = iter(self.steps[training]), [""]
         try:
-            for training in self.trace.modes:
-                ghost.train(training)
-                with torch.no_grad(), running(ghost, self._step, self.known):
-                    run(ghost, self.size)
+            with torch.no_grad(), running(ghost, self._step, self.known):
+                run(ghost, self.size)
         except Exception as error:  # a network's own code may raise anything
-            name = self.stack[-1]
+            name, width = self.stack[-1], format_width(self.widths[self.index])
             kind = type(self.trace.ghost.get_submodule(name))
-            return Blocker(kind, f"{kind.__name__} {name!r} does not run {at}: {first_line(error)}")
+            return Blocker(kind, f"{kind.__name__} {name!r} does not run at width {width}: {first_line(error)}")
         return None
 
     def _step(self, name: str, begins: bool, tensors: list[Tensor]) -> None:
-        width, step = self.widths[self.index], self.trace.steps[self.position]
-        self.position += 1
-        expected = [[size if axis is None else count(axis, width) for size, axis in shape] for shape in step.shapes]
+        width, step = self.widths[self.index], next(self.coming, None)
+        shapes = [] if step is None else step.shapes
+        expected = [[size if axis is None else count(axis, width) for size, axis in shape] for shape in shapes]
         got = [list(tensor.shape) for tensor in tensors]
-        if (name, begins) != (step.name, step.begins) or got != expected:
+        if step is None or (name, begins) != (step.name, step.begins) or got != expected:
             raise _Unexpected(f"{name!r} {'gets' if begins else 'gives'} {got}, expected {expected}")
         if begins:
             self.stack.append(name)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from thriftnet.core import probe
+from thriftnet.core.provenance import input_size_of
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.slim import PLAIN, Narrowing
 from thriftnet.core.spaces import length
@@ -30,19 +31,22 @@ from thriftnet.errors import ConfigError, IncompatibleModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Slimmable:
-    """Let a network run at several widths; it takes every layer with parameters.
+    """Let any network run at several widths.
 
-    The first layer reads all channels of the image and the classifier outputs all classes at every width; all other channels are
-    narrowed. Each channel count times each width must be an integer.
+    Which channels are narrowed together is seen by running the network on the meta device, and checked by running it at every width.
+    Channels of the image, those that reach an output, and those whose number the network's code fixes stay whole; the plan
+    lists the layers that do, and why. A width is at least that share of the channels: 3 of 8 at 0.3.
 
     Args:
         widths: Ratios in (0, 1]; kept in ascending order.
         gate: Let a gate choose the width per image: the name of the module that ends the front, or True for the first stage, as
             `add_gate` does for a network that is slimmable already.
+        input_size: Channels, height and width of the images that show how the network is connected. Default: the size it states,
+            or one it runs on.
 
     Example:
         >>> Slimmable(widths=(1.0, 0.5))
-        Slimmable(widths=(0.5, 1.0), gate=False)
+        Slimmable(widths=(0.5, 1.0), gate=False, input_size=None)
 
     Source: Yu et al., section 3; Li et al., section 3.3.
     """
@@ -52,6 +56,7 @@ class Slimmable:
 
     widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     gate: bool | str = False
+    input_size: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         values = self.widths if isinstance(self.widths, list | tuple) else (self.widths,)
@@ -60,6 +65,8 @@ class Slimmable:
         object.__setattr__(self, "widths", tuple(sorted({float(v) for v in values})))
         if not isinstance(self.gate, bool | str) or self.gate == "":
             raise ConfigError(f"gate={self.gate!r}: expected False, True, or the name of the module that ends the front")
+        if self.input_size is not None:
+            object.__setattr__(self, "input_size", input_size_of(nn.Identity(), self.input_size))
         if self.gate and len(self.widths) < 2:
             raise ConfigError(f"a gate has nothing to choose from with widths={self.widths}: give two or more")
 
@@ -104,9 +111,9 @@ class Slimmable:
         if network not in _found:
             front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
             try:
-                size = probe.input_size(network)
-            except IncompatibleModelError as error:
-                raise IncompatibleModelError(f"{format_spec(self)} runs a network to see how it is connected. {error}") from None
+                size = probe.input_size(network, self.input_size)
+            except (ConfigError, IncompatibleModelError) as error:
+                raise type(error)(f"{format_spec(self)} runs a network to see how it is connected. {error}") from None
             before = front.front if front else ()
             _found[network] = Narrowing(
                 network, self.widths, size, lambda name: is_within(name, before), front.after if front else None
