@@ -179,9 +179,9 @@ class Narrowing:
                 yield name, module, self._narrow(name, module)
 
     def narrows(self, name: str, module: nn.Module) -> bool:
-        """Whether a module has something to narrow, or statistics of its own for each width."""
+        """Whether a module has something to narrow, statistics of its own for each width, or a place before the gate."""
         if self.trace.front(name):
-            return False
+            return type(module) in PLAIN
         if isinstance(module, WidthAware):
             return (name, "ins") in self.trace.counts
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -217,7 +217,8 @@ class Narrowing:
         if (name, ins) in counts and (name, outs) in counts:
             new = module if layer is None else layer(module)  # type: ignore[call-arg]
             if isinstance(new, WidthAware):
-                new.set_width_spec(self._spec(counts[name, ins], counts[name, outs]))
+                before_gate = self.trace.front(name)
+                new.set_width_spec(None if before_gate else self._spec(counts[name, ins], counts[name, outs]))
                 return new
         return self._slim(name, module)
 

@@ -112,7 +112,9 @@ class WidthAware(nn.Module):
             expected = "one width" if spec is None else f"{sorted({*spec.ins})} channels"
             raise ConfigError(f"{type(self).__name__} reads {expected}, got {ins}")
         outs = spec.outs[index] if self.chooses_outs else ins * spec.outs[index] // spec.ins[index]
-        return WidthSpec(("own",), (ins,), (outs,)), 0
+        read, made = spec.ins.index(ins), index % len(spec.widths)
+        runs = spec.in_runs[read : read + 1], spec.out_runs[made : made + 1] if outs == spec.outs[made] else ()
+        return WidthSpec(("own",), (ins,), (outs,), in_runs=runs[0], out_runs=runs[1]), 0
 
 
 def take(tensor: Tensor, dim: int, runs: Runs) -> Tensor:

@@ -109,11 +109,11 @@ class Slimmable:
     def _narrowing(self, network: nn.Module) -> Narrowing:
         """Which layers are narrowed, and how; found once for a network that does not change."""
         if network not in _found:
-            front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
             try:
+                front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
                 size = probe.input_size(network, self.input_size)
-            except (ConfigError, IncompatibleModelError) as error:
-                raise type(error)(f"{format_spec(self)} runs a network to see how it is connected. {error}") from None
+            except IncompatibleModelError as error:
+                raise IncompatibleModelError(f"{error} ({format_spec(self)} runs a network to see how it is connected)") from None
             before = front.front if front else ()
             _found[network] = Narrowing(
                 network, self.widths, size, lambda name: is_within(name, before), front.after if front else None
