@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from thriftnet.core.spaces import Axis, Space, is_whole, keep_whole, leaves, part, repeated, unify
+from thriftnet.core.spaces import Axis, Space, is_whole, keep_whole, leaves, mark_made, part, repeated, unify
 
 Axes: TypeAlias = list[Axis]
 Rule: TypeAlias = Callable[["Call"], "list[Axes]"]
@@ -106,6 +106,7 @@ def convolution(call: Call) -> list[Axes]:
     if args.bias is not None:
         call.unify(of_outs, call.axes(args.bias)[0])
     call.whole(*weight[2:])
+    mark_made(of_outs)
     call.note("in_channels", ins, of_ins)
     call.note("out_channels", outs, of_outs)
     out = call.outputs[0]
@@ -155,6 +156,7 @@ def matrix_product(call: Call) -> list[Axes]:
     if len(a) == 3:
         call.unify(a[0], b[0])
     found = [*a[:-1], *b[1 if len(b) < 3 else 2 :]]
+    mark_made(found[-1] if found else None)
     if len(a) == 2 and len(b) == 2:
         call.note("in_features", tensors[-2].shape[1], b[0])
         call.note("out_features", tensors[-1].shape[1], b[1])

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.channel_rules import RULES, SIZES_GIVEN, Axes, Call, pointwise, unknown
 from thriftnet.core.probe import IgnoreOuterModes, Size, run
-from thriftnet.core.spaces import Axis, Space, keep_whole, length, repeated, unify
+from thriftnet.core.spaces import Axis, Space, keep_whole, leaves, length, mark_made, repeated, unify
 from thriftnet.core.width import WidthAware, channels_of
 from thriftnet.errors import IncompatibleModelError, first_line
 
@@ -95,6 +95,11 @@ class ChannelTrace(TorchDispatchMode):
                 for _, axis in axes:
                     keep_whole(axis, "they reach the network's output")
         self.ghost.eval()
+        of_steps = [axis for step in self.steps for shape in step.shapes for _, axis in shape]
+        for axis in (*self.counts.values(), *of_steps, *(axis for axes in self.params.values() for axis in axes)):
+            for space, each in leaves(axis or ()):
+                if not space.made:
+                    keep_whole([(space, each)], "no layer makes them")
 
     def axes(self, tensor: Tensor) -> Axes:
         """Channels of each axis of a tensor."""
@@ -167,6 +172,7 @@ class ChannelTrace(TorchDispatchMode):
             self.stack.pop()
             if name == self.cut:
                 axes, self.cut_axis = self.axes(tensors[0]), [(Space(tensors[0].shape[1]), 1)]
+                mark_made(self.cut_axis)
                 self._known[id(tensors[0])] = tensors[0], [axes[0], self.cut_axis, *axes[2:]]
         if not self._opaque or (self._opaque == 1 and begins and isinstance(module, WidthAware)):
             shapes = [list(zip(tensor.shape, self.axes(tensor), strict=True)) for tensor in tensors]
@@ -182,6 +188,7 @@ class ChannelTrace(TorchDispatchMode):
         of_outs: Axis = [(Space(outs), 1)] if groups == 1 else repeated(group, 1, outs // groups)
         if groups == 1 and not layer.chooses_outs:
             of_outs = of_ins
+        mark_made(of_outs)
         at, axes = layer.channel_axis % out.ndim, self._arrived
         unify(axes[at], of_ins, why)
         unify(of_ins, self.counts.setdefault((name, "ins"), of_ins), why)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
@@ -39,7 +40,8 @@ class IgnoreOuterModes(TorchFunctionMode):
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in eval mode on the meta device, without hooks."""
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module))) if isinstance(leaf, torch.Tensor)]
+    for tensor in kept:  # parameters, buffers, and what a network remembers beside them
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     ghost = copy.deepcopy(model, memo).eval()

@@ -21,10 +21,13 @@ class Space:
     Args:
         size: How many.
         whole: Why they are kept at every width; "" for those that are narrowed.
+
+    Attributes:
+        made: Whether they leave a convolution or linear layer; only such channels are narrowed.
     """
 
     def __init__(self, size: int, whole: str = "") -> None:
-        self.size, self.whole = size, whole
+        self.size, self.whole, self.made = size, whole, False
         self.parts: Sequence[Piece] | None = None  # what it turned out to consist of
 
 
@@ -62,9 +65,17 @@ def reasons(axis: Axis) -> list[str]:
     return list(dict.fromkeys(space.whole for space, _ in leaves(axis or ()) if space.whole))
 
 
+def mark_made(axis: Axis) -> None:
+    """These channels leave a layer."""
+    for space, _ in leaves(axis or ()):
+        space.made = True
+
+
 def _consists_of(space: Space, *parts: Piece) -> None:
     if space.whole:
         keep_whole(parts, space.whole)
+    if space.made:
+        mark_made(parts)
     space.parts = parts
 
 
