@@ -211,7 +211,9 @@ def test_samples_of_every_format_are_made(tmp_path: Path) -> None:
 def test_results_are_put_between_the_markers(tmp_path: Path) -> None:
     place = tmp_path / "page.md"
     place.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    page.write_page(place, {"one": Figure("One", ["what", "count"], [["a", 12345]], ["it broke"], ["A note."])}, 3, Length.USUAL)
+    page.write_page(
+        place, {"one": Figure("One", ["what", "count"], [["a", 12345]], ["it broke"], ["A note."])}, 3, Length.USUAL
+    )
     text = place.read_text()
     assert text.startswith(f"before\n{page.BEGIN}\n")
     assert text.endswith(f"{page.END}\nafter\n")

@@ -281,7 +281,9 @@ def test_a_network_without_channels_to_narrow_is_refused_with_every_reason() -> 
         match=r"slimmable\(widths=\(0\.5, 1\.0\)\) finds nothing to narrow in Sequential: 0: .*reach the network's output",
     ):
         tn.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), tn.Slimmable(widths=(0.5, 1.0)))
-    with pytest.raises(tn.IncompatibleModelError, match=r"Give the size .*input_size=\(C, H, W\) \(slimmable.* runs a network"):
+    with pytest.raises(
+        tn.IncompatibleModelError, match=r"Give the size .*input_size=\(C, H, W\) \(slimmable.* runs a network"
+    ):
         tn.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(7, 2)), tn.Slimmable(widths=(0.5, 1.0)))
 
 

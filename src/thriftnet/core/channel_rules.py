@@ -41,7 +41,14 @@ class Call:
         heads: int,
         where: str,
     ) -> None:
-        self.args, self.outputs, self.axes, self.note, self.heads, self.where = SimpleNamespace(**args), outputs, axes, note, heads, where
+        self.args, self.outputs, self.axes, self.note, self.heads, self.where = (
+            SimpleNamespace(**args),
+            outputs,
+            axes,
+            note,
+            heads,
+            where,
+        )
 
     def unify(self, one: Axis, other: Axis) -> None:
         unify(one, other, f"{self.where} fixes them")
@@ -120,7 +127,8 @@ def batch_norm(call: Call) -> list[Axes]:
         if isinstance(value, Tensor) and value is not call.args.input:
             call.unify(x[1], call.axes(value)[0])
     call.note("num_features", call.args.input.shape[1], x[1])
-    return [x, *([None] for _ in call.outputs[1:])]
+    rest: list[Axes] = [[None] for _ in call.outputs[1:]]
+    return [x, *rest]
 
 
 def layer_norm(call: Call) -> list[Axes]:
@@ -133,7 +141,8 @@ def layer_norm(call: Call) -> list[Axes]:
         call.note("normalized_shape", args.input.shape[-1], x[-1])
     else:
         call.whole(*x[start:])
-    return [x, *([*x[:start], *[None] * (len(x) - start)] for _ in call.outputs[1:])]
+    rest: list[Axes] = [[*x[:start], *[None] * (len(x) - start)] for _ in call.outputs[1:]]
+    return [x, *rest]
 
 
 def group_norm(call: Call) -> list[Axes]:
@@ -145,7 +154,8 @@ def group_norm(call: Call) -> list[Axes]:
             call.unify(x[1], call.axes(value)[0])
     call.note("num_groups", args.group, group)
     call.note("num_channels", args.C, x[1])
-    return [x, *([None] * out.ndim for out in call.outputs[1:])]
+    rest: list[Axes] = [[None] * out.ndim for out in call.outputs[1:]]
+    return [x, *rest]
 
 
 def matrix_product(call: Call) -> list[Axes]:
@@ -460,4 +470,6 @@ _NAMES: dict[str, Rule] = {
     "view _unsafe_view _reshape_alias reshape squeeze unsqueeze": view,
 }
 RULES: dict[str, Rule] = {name: rule for names, rule in _NAMES.items() for name in names.split()}
-SIZES_GIVEN = {"view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "repeat", "slice", "split", "split_with_sizes", "constant_pad_nd"}
+# operations that are given sizes: where a network counts channels in its code
+SIZES_GIVEN = {"view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "repeat", "constant_pad_nd"}
+SIZES_GIVEN |= {"slice", "split", "split_with_sizes"}

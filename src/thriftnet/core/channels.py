@@ -24,7 +24,9 @@ from thriftnet.core.spaces import Axis, Space, keep_whole, leaves, length, mark_
 from thriftnet.core.width import WidthAware, channels_of
 from thriftnet.errors import IncompatibleModelError, first_line
 
-COUNTS = re.compile(r"head|group|chan|dim|feature|chs|width|plane|hidden|embed|filter|^c$|^nc$")  # attributes that count channels
+COUNTS = re.compile(
+    r"head|group|chan|dim|feature|chs|width|plane|hidden|embed|filter|^c$|^nc$"
+)  # attributes that count channels
 
 OnStep: TypeAlias = Callable[[str, bool, list[Tensor]], None]
 
@@ -196,7 +198,10 @@ class ChannelTrace(TorchDispatchMode):
         if self.front(name):
             keep_whole(of_ins, "it runs before the gate")
             keep_whole(of_outs, "it runs before the gate")
-        return [of_outs if i == at else axis if size == out.shape[i] else None for i, (size, axis) in enumerate(self._sized(out, axes))]
+        return [
+            of_outs if i == at else axis if size == out.shape[i] else None
+            for i, (size, axis) in enumerate(self._sized(out, axes))
+        ]
 
     @staticmethod
     def _sized(out: Tensor, axes: Axes) -> list[tuple[int, Axis]]:
@@ -222,10 +227,16 @@ def running(ghost: nn.Module, step: OnStep, known: Collection[str] | None = None
         return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
     for name, module in ghost.named_modules():
-        handles += [] if known is not None and name not in known else [
-            module.register_forward_pre_hook(lambda _, a, k, name=name: step(name, True, tensors(a, k)), with_kwargs=True),
-            module.register_forward_hook(lambda _, a, out, name=name: step(name, False, tensors(out))),
-        ]
+        handles += (
+            []
+            if known is not None and name not in known
+            else [
+                module.register_forward_pre_hook(
+                    lambda _, a, k, name=name: step(name, True, tensors(a, k)), with_kwargs=True
+                ),
+                module.register_forward_hook(lambda _, a, out, name=name: step(name, False, tensors(out))),
+            ]
+        )
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with IgnoreOuterModes(), sdpa_kernel(SDPBackend.MATH):

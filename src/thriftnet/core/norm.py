@@ -157,7 +157,9 @@ def add_statistics(norm: nn.modules.batchnorm._BatchNorm, width_spec: WidthSpec 
     for bn_set, index in width_spec.narrower_bn_sets().items():
         for name in STATISTICS:
             values = norm.get_buffer(name)
-            norm.register_buffer(f"{name}_{bn_set}", (width_spec.take_outs(values, index) if values.ndim else values).clone())
+            norm.register_buffer(
+                f"{name}_{bn_set}", (width_spec.take_outs(values, index) if values.ndim else values).clone()
+            )
     if width_spec.out_runs:  # the widest set is updated in place: its values come first, whichever the channels are
         for name in ("running_mean", "running_var"):
             taken = width_spec.take_outs(norm.get_buffer(name), -1).clone()

@@ -7,8 +7,6 @@ from its own, `Slim`: at a narrower width its parameters read as their first cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -26,7 +24,7 @@ from thriftnet.core.norm import (
     statistics_suffix,
 )
 from thriftnet.core.probe import Size, on_meta, run
-from thriftnet.core.sites import Replacement, replace
+from thriftnet.core.sites import replace
 from thriftnet.core.spaces import Axis, count, is_whole, keep_whole, reasons, runs
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import Runs, WidthAware, WidthSpec, format_width, select_width, take
@@ -81,7 +79,7 @@ class Slim(Tied, WidthAware):
                 setattr(self, name, values[-1])
             for name in ("_slim", "width_spec", "width_index"):
                 del self.__dict__[name]
-            self.__class__ = type(self).original
+            self.__class__ = cast(Any, type(self).original)
             if isinstance(self, nn.modules.batchnorm._BatchNorm):
                 add_statistics(self, None)
 
@@ -90,7 +88,9 @@ class Slim(Tied, WidthAware):
         """A module of its original class, at the selected width."""
         kind = type(self).original
         plain = kind.__new__(kind)
-        plain.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("_slim", "width_spec", "width_index", *self.transient)}
+        plain.__dict__ = {
+            k: v for k, v in self.__dict__.items() if k not in ("_slim", "width_spec", "width_index", *self.transient)
+        }
         plain._modules = dict(self._modules)
         narrower = isinstance(self, nn.modules.batchnorm._BatchNorm)
         names = [name for name in self._buffers if name in STATISTICS or not (narrower and name.startswith(STATISTICS))]
@@ -118,9 +118,14 @@ def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:
     return tensor
 
 
-@cache
+_classes: dict[type[nn.Module], type[Slim]] = {}
+
+
 def _slim_class(kind: type[nn.Module]) -> type[Slim]:
-    return type(f"Slim{kind.__name__}", (Slim, kind), {"original": kind, "__module__": kind.__module__})
+    """The class of modules of this class that are narrowed."""
+    if kind not in _classes:
+        _classes[kind] = type(f"Slim{kind.__name__}", (Slim, kind), {"original": kind, "__module__": kind.__module__})
+    return _classes[kind]
 
 
 def _new_slim(kind: type[nn.Module]) -> Slim:
@@ -168,9 +173,8 @@ class Narrowing:
 
     def __bool__(self) -> bool:
         """Whether anything is narrowed."""
-        return not all(is_whole(axis) for (name, _), axes in self.trace.params.items() for axis in axes if not self.trace.front(name)) or not all(
-            map(is_whole, self.trace.counts.values())
-        )
+        params = (axis for (name, _), axes in self.trace.params.items() for axis in axes if not self.trace.front(name))
+        return not all(map(is_whole, (*params, *self.trace.counts.values())))
 
     def layers(self, network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         """Name, old and new module of each that is narrowed; those of the network's own classes are changed in place."""
@@ -215,7 +219,7 @@ class Narrowing:
         counts = self.trace.counts
         layer, ins, outs = PLAIN.get(type(module), (None, "ins", "outs"))
         if (name, ins) in counts and (name, outs) in counts:
-            new = module if layer is None else layer(module)  # type: ignore[call-arg]
+            new = module if layer is None else layer(module)
             if isinstance(new, WidthAware):
                 before_gate = self.trace.front(name)
                 new.set_width_spec(None if before_gate else self._spec(counts[name, ins], counts[name, outs]))
@@ -248,10 +252,10 @@ class Narrowing:
         """What differs from expectation when the narrowed network runs at each width, on the meta device."""
         ghost = on_meta(model)
         ghost = replace(ghost, {id(old): new for _, old, new in self.layers(ghost)})
+        check = _Check(self)
         if self.trace.cut is not None:
             ends = self.shares(self.trace.cut_axis)
             ghost.get_submodule(self.trace.cut).register_forward_hook(lambda _, a, out: out[:, : ends[check.index]])
-        check = _Check(self)
         for training in self.trace.modes:
             ghost.train(training)  # once: what a network remembers of one width must not be used at the next
             for check.index in range(len(self.widths)):

@@ -142,7 +142,8 @@ def repeated(axis: Axis, times: int, each: int = 1) -> Axis:
     if axis is None:
         return None
     if times * len(axis) > MOST_PIECES:
-        return keep_whole(axis, "it is repeated too often")
+        keep_whole(axis, "they are repeated too often")
+        return None
     return [(space, own * each) for space, own in axis] * times
 
 

@@ -113,7 +113,9 @@ class Slimmable:
                 front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
                 size = probe.input_size(network, self.input_size)
             except IncompatibleModelError as error:
-                raise IncompatibleModelError(f"{error} ({format_spec(self)} runs a network to see how it is connected)") from None
+                raise IncompatibleModelError(
+                    f"{error} ({format_spec(self)} runs a network to see how it is connected)"
+                ) from None
             before = front.front if front else ()
             _found[network] = Narrowing(
                 network, self.widths, size, lambda name: is_within(name, before), front.after if front else None
