@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from faults import disk, hostile, kills, mutants, trainings, writers
+from faults import calls, commands, datasets, disk, flips, hostile, kills, mutants, signals, trainings, writers
 from faults.figure import SHOWN, Figure, Length
 from faults.page import facts, write_page
 from thriftnet.text import table
@@ -22,10 +22,16 @@ from thriftnet.text import table
 FIGURES: dict[str, Callable[[Path, int, Length], Figure]] = {
     "kills": kills.measure,
     "disk": disk.measure,
+    "flips": flips.measure,
     "mutants": mutants.measure,
     "hostile": hostile.measure,
     "writers": writers.measure,
     "trainings": trainings.measure,
+    "datasets": datasets.measure,
+    "calls": calls.measure,
+    "commands": commands.measure,
+    "signals": signals.measure,
+    "disk-trainings": disk.measure_trainings,
 }
 
 

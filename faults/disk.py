@@ -1,4 +1,4 @@
-"""Figure 2: the disk is full, or files may not grow; `save` says so, and the old network stays as it was.
+"""The disk is full, or files may not grow: `save` and trainings say so, and what was there stays as it was.
 
 ``python -m faults.disk FOLDER`` fills small file systems in memory. It is started where it may mount them, in a mount namespace of
 its own, so that they are gone with it.
@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import thriftnet as tn
+from faults import signals
 from faults.figure import Figure, Length, bits, ended, forked, names_in
 from saver import network
-from thriftnet.errors import CheckpointError
+from thriftnet.errors import CheckpointError, ThriftnetError
 from thriftnet.store.config import FILES
 from thriftnet.store.model_file import read_config
 
@@ -92,10 +93,81 @@ def _prepared(folder: Path) -> Path:
     return tn.save(network(1.0), folder / "m", metadata={"value": 1.0})
 
 
+# -- trainings
+
+
+def measure_trainings(folder: Path, seed: int, length: Length) -> Figure:
+    """The same with trainings, of which each is taken up again when there is room."""
+    figure = Figure(
+        "Disk full during a training",
+        ["limit", "trainings", "refused in one line", "went through", "same result in the end"],
+    )
+    count = length.pick(2, 4, 10)
+    sizes = [round(300 * 60 ** (number / (count - 1))) for number in range(count)]  # the largest file has 13,000 bytes
+    wanted = _trained(folder / "whole")
+    counts = [0, 0, 0, 0]
+    for size in sizes:
+        _check_training(folder / f"limit{size}", lambda size=size: _limit(size), lambda: None, wanted, figure, counts)  # type: ignore[misc]
+    figure.rows.append([f"file size at most {', '.join(f'{size:,}' for size in sizes)} bytes", *counts])
+    if length is not Length.QUICK:
+        _on_file_systems(folder, figure, "trainings", str(count))
+    return figure
+
+
+def _trained(place: Path) -> signals.Facts:
+    return signals.facts_of(place, signals.train_here(place))
+
+
+def _check_training(
+    place: Path,
+    before: Callable[[], None],
+    after: Callable[[], object],
+    wanted: signals.Facts,
+    figure: Figure,
+    counts: list[int],
+) -> None:
+    """Train in a process where there is too little room, make room, and train to the end."""
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        before()
+        try:
+            signals.train_here(place)
+        except ThriftnetError as error:
+            os.write(writing, str(error).encode())
+
+    child = forked(work)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    code = ended(child)
+    refused = said.startswith("cannot write ") and "\n" not in said
+    after()
+    found = _trained(place)
+    for index, right in enumerate((True, refused, not said, found == wanted)):
+        counts[index] += right
+    figure.expect(code == 0 and (refused or not said), f"{place.name}: exit code {code}, it said {said!r}")
+    figure.expect(found == wanted, f"{place.name}: another result in the end")
+
+
+def _trainings_on_file_systems(folder: Path, count: int) -> Figure:
+    figure, counts = Figure("", []), [0, 0, 0, 0]
+    wanted = _trained(folder / "whole-again")
+    sizes = [4 * (1 + round(70 * number / count)) for number in range(count)]  # the last one is enough
+    for kib in sizes:
+        with _mounted(folder / f"room{kib}", f"size={kib}k") as system:
+            grow = ["mount", "-o", "remount,size=8m", str(system)]
+            _check_training(
+                system / "run", lambda: None, lambda grow=grow: subprocess.run(grow, check=True), wanted, figure, counts
+            )  # type: ignore[misc]
+    figure.rows.append([f"tmpfs of {', '.join(map(str, sizes))} KiB", *counts])
+    return figure
+
+
 # -- file systems
 
 
-def _on_file_systems(folder: Path, figure: Figure) -> None:
+def _on_file_systems(folder: Path, figure: Figure, *what: str) -> None:
     unshare = shutil.which("unshare")
     options = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
     mountable = folder / "mountable"
@@ -104,7 +176,7 @@ def _on_file_systems(folder: Path, figure: Figure) -> None:
     if unshare is None or subprocess.run([unshare, *probe], capture_output=True).returncode:
         figure.notes.append(NO_MOUNT)
         return
-    command = [unshare, *options, sys.executable, "-m", "faults.disk", str(folder)]
+    command = [unshare, *options, sys.executable, "-m", "faults.disk", str(folder), *what]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
     if done.returncode:
         figure.failures.append(f"the process with its own file systems failed: {done.stderr[-400:]}")
@@ -157,5 +229,6 @@ def _use_inodes(system: Path, left: int) -> None:
 
 
 if __name__ == "__main__":
-    result = _small_file_systems(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    result = _trainings_on_file_systems(place, int(sys.argv[3])) if sys.argv[2:] else _small_file_systems(place)
     print(json.dumps({"rows": result.rows, "failures": result.failures}))

@@ -99,6 +99,12 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def ended_already(child: int) -> int | None:
+    """As `ended`, without waiting: None while the process runs."""
+    number, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if number else None
+
+
 def killed_after(work: Callable[[int], None], seconds: float) -> int:
     """Fork work(pipe), kill -9 it some time after it wrote a first byte there; gives how it ended."""
     reading, writing = os.pipe()

@@ -27,7 +27,7 @@ CANARY, SECRET = "canary", "root:"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 HARMLESS = {"builtins.id", "sys._getframe", "object.__getattr__"}  # looking at what is there
 LISTING = {"os.listdir", "os.scandir"}
-LONGEST = 10  # seconds for one of them
+LONGEST = 120  # seconds for one of them, which take milliseconds
 MEMORY = 4 << 30  # address space for all of them together, so that an endless file cannot harm the machine
 
 

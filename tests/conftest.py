@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from thriftnet.train import run_folder
 # compilers of two workers must not write one cache
 CACHE = Path(tempfile.gettempdir()) / f"thriftnet-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a shell started in the background would ignore it
 torch.set_num_threads(1)  # `make test` has two workers: two threads in all; tiny networks gain nothing from more
 settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]

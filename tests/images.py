@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +45,10 @@ def class_folders(root: Path, per_class: int = 5, names: tuple[str, ...] = ("cat
     return root
 
 
-def parquet_files(root: Path, counts: dict[str, int], names: list[str] | None = None, rows: int = 3) -> Path:
-    """Tables in the layout of Hugging Face; labels alternate; row groups of ``rows``."""
+def parquet_files(
+    root: Path, counts: dict[str, int], names: list[str] | None = None, rows: int = 3, *, checksums: bool = False
+) -> Path:
+    """Tables in the layout of Hugging Face; labels alternate; row groups of ``rows``; pages with checksums, or without."""
     import pyarrow
     from pyarrow import parquet
 
@@ -53,5 +59,25 @@ def parquet_files(root: Path, counts: dict[str, int], names: list[str] | None = 
         if names is not None:
             features = {"label": {"names": names, "_type": "ClassLabel"}}
             table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        parquet.write_table(table, root / f"{split}-00000-of-00001.parquet", row_group_size=rows)
+        path = root / f"{split}-00000-of-00001.parquet"
+        parquet.write_table(table, path, row_group_size=rows, write_page_checksum=checksums)
     return root
+
+
+def cifar_files(root: Path, kind: str, patch: Callable[[Any, str, Any], object] = setattr) -> Path:
+    """A few images in the layout of CIFAR; torchvision's md5 sums are changed to match."""
+    from torchvision import datasets
+
+    ten = kind == "cifar10"
+    made = datasets.CIFAR10 if ten else datasets.CIFAR100
+    folder = root / made.base_folder
+    folder.mkdir()
+    for number, (name, _) in enumerate(made.train_list + made.test_list):
+        data = np.random.default_rng(number).integers(0, 256, (3, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels" if ten else "fine_labels": [0, 1, 2]}))
+    (folder / made.meta["filename"]).write_bytes(pickle.dumps({made.meta["key"]: ["a", "b", "c"]}))
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    patch(made, "train_list", [[name, sums[name]] for name, _ in made.train_list])
+    patch(made, "test_list", [[name, sums[name]] for name, _ in made.test_list])
+    patch(made, "meta", {**made.meta, "md5": sums[made.meta["filename"]]})
+    return folder

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from thriftnet.store.model_file import CHECKSUM, ENTRY, _checksum
+from thriftnet.store.sealed import CHECKSUM, ENTRY, checksum
 
 
 def sealed(data: bytes) -> bytes:
     """The content with the checksum that fits it."""
     if len(data) < CHECKSUM.stop:
         return data
-    return data[: CHECKSUM.start] + _checksum(data).encode() + data[CHECKSUM.stop :]
+    return data[: CHECKSUM.start] + checksum(data).encode() + data[CHECKSUM.stop :]
 
 
 def config_text(data: bytes) -> str:

@@ -118,7 +118,7 @@ def test_floors_are_drawn_with_both_sides() -> None:
     found.measured.append(Measured("shift", "both sides", {"thriftnet": spread, "floor": spread}, ratios))
     drawn = floors(found)
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
-    assert drawn.count("<!-- both sides") == 1  # matplotlib notes each text
+    assert drawn.count(">both sides") == 1
     assert "case, NCHW" not in drawn
 
 
@@ -220,7 +220,7 @@ def test_a_network_is_timed_in_every_implementation(
     }
     assert written["conditions"]["input_size"] == [3, 32, 32]
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
-    assert "<!-- batch 2, 2 threads -->" in picture.read_text()
+    assert ">batch 2, 2 threads</text>" in picture.read_text()
 
 
 def test_speedups_are_against_the_network_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +253,8 @@ def test_what_computes_something_else_or_does_not_convert_is_left_out(monkeypatc
 
 def test_wrong_use_of_bench(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in {
-        ("resnet20", "--batch-size", "0"): "--batch-size 0: expected an integer >= 1",
-        ("resnet20", "--rounds", "0"): "--rounds 0: expected an integer >= 1",
+        ("resnet20", "--batch-size", "0"): "--batch-size 0: expected an integer from 1 to",
+        ("resnet20", "--rounds", "0"): "--rounds 0: expected an integer from 1 to",
         ("resnet20", "--threads", "1", "-2"): "--threads",
         ("resnet20", "--technique", "shfit()"): "did you mean 'shift'",
         ("resnet20", "--input-size", "4,32,32"): "got (1, 4, 32, 32)",
@@ -289,7 +289,7 @@ def test_long_jobs_take_threads_and_allocator(verb: str, tmp_path: Path, capsys:
     images = ["resnet20", "--data", "digits", "--output", str(tmp_path), "--macs", "1M"]
     given = words.get(verb, images[: {"evaluate": 3, "recalibrate": 5}.get(verb, 7)])
     assert main([verb, *given, "--threads", "0"]) == 2
-    assert "--threads 0: expected an integer >= 1" in capsys.readouterr().err
+    assert "--threads 0: expected an integer from 1 to" in capsys.readouterr().err
 
 
 def test_single_images_run_on_one_thread(capsys: pytest.CaptureFixture[str]) -> None:

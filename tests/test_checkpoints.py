@@ -25,7 +25,8 @@ from thriftnet.core.provenance import data_facts
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.resolve import open_model
 from thriftnet.store.config import FIELDS
-from thriftnet.store.model_file import CHECKSUM, _verified, read_config
+from thriftnet.store.model_file import read_config
+from thriftnet.store.sealed import CHECKSUM, verified
 
 STEPS = [
     ["weight-sharing(rate=2)"],
@@ -151,9 +152,9 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path):
     for bit in bits:
         data[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CheckpointError, match=r"is damaged|is not a model file"):
-            _verified(data, path)
+            verified(data, path)
         data[bit // 8] ^= 1 << bit % 8
-    assert _verified(data, path)["class_names"] == ["a", "b"]
+    assert json.loads(verified(data, path))["class_names"] == ["a", "b"]
     for byte in (0, 8, 60, CHECKSUM.start, CHECKSUM.stop + 5, header - 1, header, len(data) - 1):
         path.write_bytes(data[:byte] + bytes([data[byte] ^ 1]) + data[byte + 1 :])
         with pytest.raises(CheckpointError, match=r"is damaged|is not a model file"):
@@ -264,7 +265,7 @@ def test_facts_have_fields_of_their_own(tmp_path: Path):
     ids=str,
 )
 def test_facts_of_the_wrong_type_are_refused(facts: dict[str, Any], tmp_path: Path):
-    with pytest.raises(ConfigError, match="metadata"):
+    with pytest.raises(ConfigError, match="metadata" if "model" in facts else next(iter(facts))):
         tn.save(made(["shift"]), tmp_path / "m", metadata=facts)
     assert not list(tmp_path.iterdir())
 

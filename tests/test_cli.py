@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 import thriftnet
 from thriftnet.cli import VERBS, main
 from thriftnet.cli.common import Parser, parse_with_kwargs
+from thriftnet.cli.output import emit, write_text
+from thriftnet.core.provenance import data_facts
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -183,7 +187,7 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["count", "resnet20", "--sweep", "num_clases=3,4"], "did you mean 'num_classes'"),
         (["count", "resnet20", "--sweep", "num_classes"], "expected an argument and its values"),
         (["count", "resnet20", "--sweep", "num_classes=3", "--num-classes", "4"], "num_classes is given twice"),
-        (["count", "resnet20", "--sweep", "num_classes=-3"], "takes none of these combinations"),
+        (["count", "resnet20", "--sweep", "num_classes=-3"], "num_classes=-3: expected an integer from 1"),
         (["count", "resnet20", "--plot", "x.svg"], "--plot draws what --sweep counts"),
         (["count", "resnet20", "--sweep", "num_classes=3", "--against", "resnet32"], "give one of them"),
         (["count", "resnet20", "--jsn"], "did you mean '--json'"),
@@ -192,8 +196,16 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["convert", "resnet20", "--output", "x"], "either --technique or --plan"),
         (["convert", "resnet20", "--plan", "missing.json", "--output", "x"], "missing.json"),
         (["fold", "resnet20", "--output", "x"], "plain layers only"),
-        (["demo", "--epochs", "0", "--output", "x"], "epochs=0: expected a number >= 1"),
+        (["demo", "--epochs", "0", "--output", "x"], "epochs 0: expected an integer from 1 to"),
         (["models", "nothing*"], "no model matches"),
+        (["convert", "resnet20", "--technique", "shift", "--output", ""], "--output is empty"),
+        (["train", "--model", "resnet20", "--data", "digits", "--output="], "--output is empty"),
+        (["count", "no:\0thing"], "NUL"),
+        (["demo", "--output", __file__], "is no folder"),
+        (["search", "resnet20", "--data", "digits", "--macs", "1M", "--output", __file__], "is no model folder"),
+        (["recipes", 5000 * "x"], "File name too long: xxx"),
+        (["count", ":"], "package.module:callable"),
+        (["count", "a\x1b[2J"], "unknown model 'a\\x1b[2J'"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
@@ -208,6 +220,117 @@ def test_fold_takes_networks_that_are_thrifty_by_themselves(capsys: pytest.Captu
     done = json.loads(run(capsys, "fold", "swrn16_1_2", "--output", str(tmp_path / "m"), "--json"))
     assert done["params"] == 175066  # as many templates as layers: only the 12 coefficients go
     assert "plain layers only" in refused(capsys, "fold", str(tmp_path / "m"), "--output", str(tmp_path / "again"))
+
+
+# -- whatever happens, it is said in one line
+
+
+def test_one_file_prints():
+    """All else goes through it, so nothing unprintable reaches a terminal."""
+    rooms = Path(thriftnet.__file__).parent
+    files = (path for path in rooms.rglob("*.py") if path.name != "inert.py")  # which prints for the process that started it
+    printing = re.compile(r"sys\.std(out|err)\b|^\s*print\(", re.MULTILINE)
+    assert [path.name for path in files if printing.search(path.read_text())] == ["output.py"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("a\x1b[2J"), 70, "a fault of thriftnet, KeyError: 'a\\x1b[2J'. The traceback is in"),
+        (RecursionError("deep"), 70, "RecursionError: deep"),
+        (OSError(28, "No space left on device", "x"), 1, "No space left on device: x. The traceback is in"),
+        (MemoryError(), 1, "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "there is not enough memory"),
+        (KeyboardInterrupt(), 130, "the same command starts over"),
+        (KeyboardInterrupt("step 3 is saved"), 130, "step 3 is saved"),
+    ],
+)
+def test_the_unforeseen_is_one_line_and_a_log(
+    error: BaseException,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("thriftnet.cli.models.run", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["models", "a b"]) == code
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    logs = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(logs) == (code != 130)
+    assert all("Traceback (most recent" in log and "thriftnet models 'a b'" in log for log in logs)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device full of Linux")
+@pytest.mark.parametrize("arguments", ["models", "models --json", "models --help", "--help", "--version"])
+def test_output_that_nobody_takes_is_no_success(arguments: str):
+    command = f"{sys.executable} -m thriftnet {arguments}"
+    for redirected, said in ((">/dev/full", "No space left"), (">&-", "is closed"), ("2>&- >/dev/full", "")):
+        done = subprocess.run(f"{command} {redirected}", shell=True, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, bool(said))
+        assert said in done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command.split(), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, ""), "its reader went away, as head does"
+
+
+def test_a_message_is_one_printable_line_with_its_end():
+    said = str(thriftnet.ConfigError(f"layer 'a\x1b[2J\udcff{99_999 * 'x'}'\nis unknown. See --help"))
+    assert said.startswith("layer 'a\\x1b[2J\\udcffxx")
+    assert said.endswith("' is unknown. See --help")
+    assert len(said) <= 2000
+
+
+def test_json_has_no_numbers_of_its_own(capsys: pytest.CaptureFixture[str]):
+    emit("", {"loss": float("nan"), "name": "\x7f\x9b\udcff"}, as_json=True)
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == {"loss": None, "name": "\x7f\x9b\udcff"}
+    assert printed.rstrip().isprintable()
+    assert printed.isascii()
+
+
+def test_of_several_processes_one_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        emit(f"rank {rank}", {}, as_json=False)
+        write_text(tmp_path / rank, "x")
+    assert capsys.readouterr().out == "rank 0\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+NAMES = ["$x$_^", "\udcff\x1b[2J", "a\nb<i>&", "x" * 200, "é日本\u202e"]
+
+
+def test_class_names_of_all_kinds_are_saved_and_loaded(tmp_path: Path):
+    model = thriftnet.create_model("resnet20", reduction=4, num_classes=len(NAMES))
+    folder = thriftnet.save(model, tmp_path / "m", metadata={"class_names": NAMES, "data": "folder:\udcff"})
+    assert list(data_facts(thriftnet.load(folder)).class_names or ()) == NAMES
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "\\udcff\\x1b[2J" in card
+    assert all(line.isprintable() for line in card.splitlines())
+
+
+def test_an_expression_that_takes_forever_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("thriftnet.core.patterns.SECONDS", 0.05)
+    arguments = ["plan", "resnet20", "--technique", "shift", "--select", r"^(.?){40}(\w)\2{3}(.?){40}$"]
+    assert "repetitions in repetitions" in refused(capsys, *arguments)
+
+
+def test_a_network_for_other_channels_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    facts = {"normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}, "input_size": [3, 8, 8]}
+    folder = thriftnet.save(thriftnet.create_model("resnet20", reduction=4), tmp_path / "m", metadata=facts)
+    said = refused(capsys, "evaluate", str(folder), "--data", "digits")
+    assert "was trained on images of 3 channels, those of digits have 1" in said
 
 
 def test_select_needs_a_technique(capsys: pytest.CaptureFixture[str]):

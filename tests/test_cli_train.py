@@ -199,7 +199,7 @@ def test_another_training_in_the_folder_is_not_overwritten(tmp_path: Path, capsy
     assert "holds a training already" in refused(capsys, *place, "--resume", "none")
     assert "nowhere" in refused(capsys, *place, "--resume", str(tmp_path / "nowhere"))
     (tmp_path / "run" / "run.json").write_text("[]")
-    assert "not of a training" in refused(capsys, *place)
+    assert "run.json is damaged" in refused(capsys, *place)
 
 
 def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -224,6 +224,13 @@ def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.
     assert f"another training runs in {place} (process {os.getpid()})" in line
     assert not (place / "run.json").exists()
     train(capsys, *SHORT, "--output", str(place), "--max-steps", "1")
+
+
+def test_the_folder_of_a_network_is_no_place_for_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    place = tn.save(tn.create_model("resnet20", reduction=4), tmp_path / "m")
+    before = sorted(path.name for path in place.iterdir())
+    assert "is the folder of a saved network" in refused(capsys, *SHORT, "--output", str(place))
+    assert sorted(path.name for path in place.iterdir()) == before
 
 
 def test_a_full_disk_gives_one_line_and_loses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -251,7 +258,7 @@ def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_skipped_steps_are_said_and_the_result_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--output", str(tmp_path), "--max-steps", "4", "--lr", "1e30", "--on-nan", "skip"]
+    options = ["--output", str(tmp_path), "--max-steps", "4", "--lr", "1e9", "--on-nan", "skip"]
     result = train(capsys, *SHORT, *options)
     assert any("steps were skipped" in str(note) for note in result["notes"])  # type: ignore[union-attr]
 

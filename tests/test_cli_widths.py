@@ -170,7 +170,10 @@ MISTAKES = {
     "no number": (["evaluate", "--mode", "dynamic", "--budget", "much"], "--budget much: expected a number > 0"),
     "picture": (["evaluate", "--mode", "all", "--plot", "x.png"], "ends in .svg"),
     "search budget": (["search", "--macs", "1K", "--output", "OUT"], "out of reach: expected"),
-    "search limit": (["search", "--macs", "1M", "--limit", "0", "--output", "OUT"], "--limit 0: expected an integer >= 1"),
+    "search limit": (
+        ["search", "--macs", "1M", "--limit", "0", "--output", "OUT"],
+        "--limit 0: expected an integer from 1 to",
+    ),
     "width and index": (["evaluate", "--width", "0.5", "--width-index", "1"], "give one of them"),
     "index": (["evaluate", "--width-index", "9"], "no width at index=9: expected 0.25, 0.5"),
     "recalibrate indices": (["recalibrate", "--width-indices", "0,x", "--output", "OUT"], "--width-indices 0,x"),

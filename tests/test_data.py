@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import io
+import json
 import os
 import pickle
+import re
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -16,8 +19,9 @@ import torch
 from PIL import Image
 
 import thriftnet as tn
-from images import arrays, class_folders, parquet_files, picture, png
-from thriftnet.data.dataset import DataSource, ImageDataset, Subset, TorchImages
+from images import arrays, cifar_files, class_folders, parquet_files, picture, png
+from thriftnet.data import decode
+from thriftnet.data.dataset import ArrayImages, DataSource, ImageDataset, Subset, TorchImages
 from thriftnet.data.folder import FolderImages
 from thriftnet.data.parquet import ParquetImages
 from thriftnet.data.sources import open_data
@@ -113,6 +117,33 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         open_data(f"folder:{root}")
 
 
+def test_hidden_files_are_no_images(tmp_path: Path):
+    root = class_folders(tmp_path, per_class=4)
+    (root / "dog" / "._0.png").write_bytes(b"Mac OS X")
+    (root / "dog" / ".ipynb_checkpoints").mkdir()
+    (root / "dog" / ".ipynb_checkpoints" / "0.png").write_bytes(png(0))
+    assert sum(len(split) for split in open_data(f"folder:{root}").splits.values()) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "train" / "owl").symlink_to("nowhere"), r"owl is a link to nothing"),
+        (lambda root: (root / "val" / "cat" / "deeper").symlink_to("deeper"), r"deeper is a link to nothing"),
+        (lambda root: (root / "val" / "cat" / "9.png").mkdir(), r"9\.png is a folder, named as an image"),
+        (lambda root: [path.unlink() for path in (root / "val" / "cat").iterdir()], r"val/cat has no images"),
+        (lambda root: (root / "validation").mkdir(), r"has two folders for the val split, val and validation"),
+        (lambda root: (root / "Valid").mkdir(), r"has two folders for the val split"),
+        (lambda root: class_folders(root / "train", 2, ("caf\udce9",)), r"'caf\\udce9', which is not text in UTF-8"),
+        (lambda root: [class_folders(root / "train", 2, (name,)) for name in ("\xe9", "e\u0301")], "has two classes named"),
+    ],
+)
+def test_folders_in_which_images_would_be_missing_or_mixed_up_are_refused(tmp_path: Path, change: Any, message: str):
+    change(imagenet_folders(tmp_path))
+    with pytest.raises(tn.DataError, match=message):
+        open_data(f"folder:{tmp_path}")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_pipes_in_place_of_files_are_refused_without_waiting(tmp_path: Path):
     imagenet_folders(tmp_path)
@@ -121,7 +152,7 @@ def test_pipes_in_place_of_files_are_refused_without_waiting(tmp_path: Path):
     with pytest.raises(tn.DataError, match=r"9\.png cannot be decoded: it is a device or pipe"):
         val.image(2)
     os.mkfifo(tmp_path / "train-0.parquet")
-    with pytest.raises(tn.DataError, match=r"train-0\.parquet is not a file"):
+    with pytest.raises(tn.DataError, match=r"train-0\.parquet cannot be read: it is a device or pipe"):
         open_data(f"parquet:{tmp_path}")
 
 
@@ -147,9 +178,9 @@ def test_images_of_different_sizes_have_no_common_one(tmp_path: Path):
 
 
 KINDS = {
-    "png": ("L", "P", "RGBA", "I;16", "1", "LA"),
+    "png": ("L", "P", "RGBA", "1", "LA"),
     "jpg": ("L", "CMYK", "1"),
-    "tif": ("L", "P", "RGBA", "CMYK", "I;16", "1", "LA"),
+    "tif": ("L", "P", "RGBA", "CMYK", "1", "LA"),
     "gif": ("L", "P", "RGBA", "1", "LA"),
 }
 
@@ -159,11 +190,58 @@ def test_every_kind_of_image_becomes_what_torchvision_makes_of_it(tmp_path: Path
     from torchvision.datasets.folder import pil_loader
 
     path = tmp_path / f"image.{ending}"
-    image = picture(1).convert("L").convert("I").convert("I;16") if mode == "I;16" else picture(1).convert(mode)
-    image.save(path, **({"compression": "tiff_lzw"} if ending == "tif" else {}))
+    picture(1).convert(mode).save(path, **({"compression": "tiff_lzw"} if ending == "tif" else {}))
     got = FolderImages(tmp_path, [path.name], [0]).image(0)
     assert got.mode == "RGB"
     assert got.tobytes() == pil_loader(path).tobytes()
+
+
+def saved(image: Image.Image, format: str, **how: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **how)
+    return buffer.getvalue()
+
+
+ODD = {
+    "16 bit": (saved(Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)), "png"), "its pixels are I;16"),
+    "fractions": (saved(Image.fromarray(np.full((12, 12), 0.5, dtype=np.float32)), "tiff"), "its pixels are F"),
+    "narrow": (png(0, 1, 1001), r"its sides are 1 x 1001, more than 1 : 1000"),
+    "many pixels": (saved(Image.new("1", (10_000, 10_000)), "png"), "it states 10000 x 10000 pixels"),
+    "runs a program": (saved(picture(1), "eps"), "not an image that pillow can read"),
+    "truncated": (saved(picture(1), "jpeg")[:-100], "image file is truncated"),
+    "empty": (b"", "not an image that pillow can read"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_images_without_one_right_meaning_are_refused(tmp_path: Path, kind: str):
+    content, message = ODD[kind]
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(tn.DataError, match=rf"image\.png cannot be decoded: {message}"):
+        FolderImages(tmp_path, ["image.png"], [0]).image(0)
+
+
+@pytest.mark.parametrize("kind", ["one pixel", "animated", "another suffix"])
+def test_odd_images_that_can_be_read(tmp_path: Path, kind: str):
+    first = picture(1).convert("P")
+    contents = {
+        "one pixel": png(0, 1, 1),
+        "animated": saved(first, "gif", save_all=True, append_images=[picture(2).convert("P")]),
+        "another suffix": saved(picture(1), "bmp"),
+    }
+    (tmp_path / "image.jpg").write_bytes(contents[kind])
+    image = FolderImages(tmp_path, ["image.jpg"], [0]).image(0)
+    assert image.size == ((1, 1) if kind == "one pixel" else (12, 12))
+    if kind == "animated":
+        assert image.tobytes() == first.convert("RGB").tobytes()
+
+
+def test_a_sparse_huge_file_is_not_read(tmp_path: Path):
+    (tmp_path / "image.webp").write_bytes(saved(picture(1), "webp"))
+    os.truncate(tmp_path / "image.webp", 1 << 40)
+    with pytest.raises(tn.DataError, match=r"image\.webp cannot be decoded: it has more than 1 GiB"):
+        FolderImages(tmp_path, ["image.webp"], [0]).image(0)
 
 
 def test_notes_about_rotation_are_ignored_as_torchvision_does(tmp_path: Path):
@@ -212,31 +290,6 @@ def test_parquet_of_several_files_without_class_names(tmp_path: Path, monkeypatc
         train.image(4 + 5)
 
 
-def cifar_files(root: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> Path:
-    """A few images in the layout of CIFAR, with md5 sums to match."""
-    from torchvision import datasets
-
-    ten = kind == "cifar10"
-    made = datasets.CIFAR10 if ten else datasets.CIFAR100
-    folder = root / made.base_folder
-    folder.mkdir()
-    names = ["a", "b", "c"]
-    sums = {}
-    files = [name for name, _ in made.train_list + made.test_list]
-    for number, name in enumerate(files):
-        data = np.random.default_rng(number).integers(0, 256, (3, 3072), dtype=np.uint8)
-        content = {"data": data, "labels" if ten else "fine_labels": [0, 1, 2]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    key = str(made.meta["key"])
-    (folder / made.meta["filename"]).write_bytes(pickle.dumps({key: names}))
-    for path in folder.iterdir():
-        sums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(made, "train_list", [[name, sums[name]] for name, _ in made.train_list])
-    monkeypatch.setattr(made, "test_list", [[name, sums[name]] for name, _ in made.test_list])
-    monkeypatch.setattr(made, "meta", {**made.meta, "md5": sums[made.meta["filename"]]})
-    return folder
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, also where there is one."""
@@ -250,7 +303,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
 def test_cifar_in_the_layout_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
-    folder = cifar_files(tmp_path, monkeypatch, kind)
+    folder = cifar_files(tmp_path, kind, monkeypatch.setattr)
     count = 15 if kind == "cifar10" else 3
     for place in (tmp_path, folder):
         source = open_data(f"{kind}:{place}")
@@ -264,7 +317,7 @@ def test_cifar_in_the_layout_of_torchvision(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("offline")
 def test_damaged_cifar_files_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = cifar_files(tmp_path, monkeypatch, "cifar10")
+    folder = cifar_files(tmp_path, "cifar10", monkeypatch.setattr)
 
     class Touch:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -352,12 +405,12 @@ def test_parquet_of_other_columns_labels_or_bytes_is_refused(tmp_path: Path):
         with pytest.raises(tn.DataError, match=message):
             open_data(written(**columns))
     path.write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(tn.DataError, match="no complete parquet tables"):
+    with pytest.raises(tn.DataError, match=r"train\.parquet cannot be read: Parquet magic bytes not found"):
         open_data(f"parquet:{tmp_path}")
 
 
 def test_more_labels_than_class_names_are_refused(tmp_path: Path):
-    with pytest.raises(tn.DataError, match="labels up to 1 and 1 class names"):
+    with pytest.raises(tn.DataError, match="has 1 class: at least two"):
         open_data(f"parquet:{parquet_files(tmp_path, {'train': 2}, ['cat'])}")
 
 
@@ -433,7 +486,7 @@ def test_small_classes_are_in_both_parts_and_single_images_are_trained_on():
     images.labels = torch.arange(6)
     with pytest.raises(tn.DataError, match="no class has two"):
         train_validation(images)
-    with pytest.raises(tn.ConfigError, match="between 0 and 1"):
+    with pytest.raises(tn.ConfigError, match=r"a number in \(0, 1\)"):
         train_validation(images, 1.0)
 
 
@@ -464,6 +517,146 @@ def test_a_torch_data_set_with_a_transform_is_refused():
 
 def test_no_images_make_an_empty_array():
     assert ImageDataset.resident(arrays(), torch.empty(0, dtype=torch.int64)).shape == (0, 3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"names": ["dog", "cat"]}, "name their classes differently, or in another order"),
+        ({"label": "labels"}, r"test-00000-of-00001\.parquet, row 0, has the label 7: with 2"),
+        ({"content": "text"}, "expected images, a struct with `bytes`"),
+        ({"description": "["}, r"test-00000-of-00001\.parquet cannot be read"),
+        ({"names": 5}, "the names of its classes are not text: 5"),
+        ({"rows": 0}, r"test-00000-of-00001\.parquet has no rows"),
+    ],
+)
+def test_tables_that_do_not_fit_each_other_are_refused(tmp_path: Path, second: dict[str, Any], message: str):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet_files(tmp_path, {"train": 6}, ["cat", "dog"])
+    rows = second.get("rows", 4)
+    images = [{"bytes": second.get("content", png(i))} for i in range(rows)]
+    labels = [7 if "label" in second else i % 2 for i in range(rows)]
+    table = pyarrow.table(
+        {
+            "image": images or pyarrow.array([], pyarrow.struct([("bytes", pyarrow.binary())])),
+            "label": pyarrow.array(labels, "int64"),
+        }
+    )
+    described = json.dumps({"info": {"features": {"label": {"names": second.get("names", ["cat", "dog"])}}}})
+    table = table.replace_schema_metadata({"huggingface": second.get("description", described)})
+    parquet.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(tn.DataError, match=message):
+        open_data(f"parquet:{tmp_path}")
+
+
+def test_files_of_one_split_have_the_same_columns(tmp_path: Path):
+    from pyarrow import parquet
+
+    parquet_files(tmp_path, {"train-0": 4, "train-1": 4})
+    for number in (0, 1):
+        (tmp_path / f"train-{number}-00000-of-00001.parquet").rename(tmp_path / f"train-{number}.parquet")
+    assert len(open_data(f"parquet:{tmp_path}").split("train")) == 8
+    table = parquet.read_table(tmp_path / "train-1.parquet")
+    parquet.write_table(table.rename_columns(["image", "labels"]), tmp_path / "train-1.parquet")
+    with pytest.raises(
+        tn.DataError, match=r"train-1\.parquet has images and labels in \('image', 'labels'\), train-0\.parquet in"
+    ):
+        open_data(f"parquet:{tmp_path}")
+
+
+def test_labels_without_class_names_do_not_ask_for_a_network_of_any_size(tmp_path: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"image": [{"bytes": png(0)}] * 2, "label": [0, 2_000_000_000]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(tn.DataError, match="has the label 2000000000, no class names, and only 2 images"):
+        open_data(f"parquet:{tmp_path}")
+
+
+def test_a_table_that_changes_while_it_is_used_is_an_error(tmp_path: Path):
+    train = open_data(f"parquet:{parquet_files(tmp_path, {'train': 6})}").split("train")
+    train.image(0)
+    parquet_files(tmp_path, {"train": 9})
+    with pytest.raises(tn.DataError, match="it was changed after it was opened"):
+        train.image(5)
+
+
+def test_damaged_pages_are_found_by_their_checksums_and_skipped(tmp_path: Path):
+    parquet_files(tmp_path, {"train": 6, "test": 4}, checksums=True)
+    path = tmp_path / "train-00000-of-00001.parquet"
+    data = bytearray(path.read_bytes())
+    for found in re.finditer(re.escape(png(4)[100:120]), data):  # in statistics, too
+        data[found.start()] ^= 1
+    path.write_bytes(data)
+    train = open_data(f"parquet:{tmp_path}").split("train")
+    assert torch.equal(pixels(train, 0), numbered(0))
+    with pytest.raises(tn.DataError, match=r"train-00000-of-00001\.parquet cannot be read: .*CRC"):
+        train.image(4)
+    source = open_data(f"parquet:{tmp_path}", on_corrupt="skip")
+    assert (len(source.split("train")), len(source.skipped)) == (3, 3)  # a row group has three
+
+
+def test_a_class_must_keep_a_training_image(tmp_path: Path):
+    imagenet_folders(tmp_path)
+    for path in (tmp_path / "train" / "dog").iterdir():
+        path.write_bytes(b"text")
+    with pytest.raises(tn.DataError, match=r"no training image of class 'dog' can be decoded; the first: .*dog/0\.png"):
+        open_data(f"folder:{tmp_path}", on_corrupt="skip")
+
+
+def test_headers_are_looked_over_and_the_first_broken_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    imagenet_folders(tmp_path)
+    for number in (1, 3):
+        (tmp_path / "train" / "dog" / f"{number}.png").write_bytes(b"text")
+    source = open_data(f"folder:{tmp_path}")
+    source.split("val").look_over()
+    with pytest.raises(tn.DataError, match=r"2 images cannot be read, the first: .*dog/1\.png"):
+        source.split("train").look_over()
+    Subset(source.split("train"), torch.tensor([0, 5])).look_over()
+    monkeypatch.setattr(decode, "CHECKED_HEADERS", 5)
+    monkeypatch.setattr(decode, "SAMPLED", 3)  # 0, 3 and 6 of 10
+    with pytest.raises(tn.DataError, match=r"^[^,]*dog/1\.png"):
+        open_data(f"folder:{tmp_path}").split("train").look_over()
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        ([0, -1], ("a", "b"), "the label -1"),
+        ([0, 2], ("a", "b"), "the label 2; with 2 classes"),
+        ([0.5, 1.0], ("a", "b"), "are torch.float32"),
+        ([], ("a", "b"), "it has no images"),
+        ([0, 1], ("a", "a"), "two classes named 'a'"),
+        ([0, 1], ("a", 2), "named 2, which is not text"),
+    ],
+)
+def test_data_of_ones_own_are_checked(labels: list[Any], classes: Any, message: str):
+    images = arrays(len(labels))
+    images.labels = torch.tensor(labels) if labels else torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(tn.DataError, match=message):
+        DataSource("mine", classes, {"train": images}, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_arrays_and_torch_data_sets_are_checked():
+    good = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    for images, labels in (
+        (good[0].float(), good[1]),
+        (good[0][0], good[1]),
+        (good[0][:, :2], good[1]),
+        (good[0], good[1].float()),
+        (good[0], good[1][:1]),
+        (good[0].numpy(), good[1]),
+    ):
+        with pytest.raises(tn.ConfigError, match="expected"):
+            ArrayImages(images, labels)  # type: ignore[arg-type]
+    for labels in ([0.5, 1.5], ["a", "b"], [[0], [1]]):
+        with pytest.raises(tn.ConfigError, match="are not integers, one per image"):
+            TorchImages([0, 1], labels=labels)  # type: ignore[arg-type]
+    with pytest.raises(tn.DataError, match=r"image 5 of list cannot be read: IndexError"):
+        TorchImages([0, 1], labels=[0, 1]).image(5)
 
 
 @pytest.mark.shared

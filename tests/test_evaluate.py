@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from evaluating import measured, measured_by_two, network
 from images import class_folders, png
 from thriftnet.cli import main
 from thriftnet.data.sources import open_data
-from thriftnet.report.plots import confusion_matrix
+from thriftnet.report.plots import confusion_matrix, decisions
 from thriftnet.train.evaluate import evaluate
+from training import in_children
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -116,6 +119,57 @@ def test_two_processes_equal_one(tmp_path: Path):
             assert result == alone
 
 
+def broken_after(given: list[tuple[Tensor, Tensor]], error: Exception) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from given
+    raise error
+
+
+@pytest.mark.parametrize(("error", "said"), [(tn.DataError("9.png"), r"^9\.png$"), (RuntimeError("odd"), "odd")])
+def test_an_error_of_one_process_ends_both_with_its_message(error: Exception, said: str, tmp_path: Path):
+    def work(rank: int) -> None:
+        given = batches(torch.zeros(8, dtype=torch.int64))
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        with pytest.raises(type(error), match=said):
+            evaluate(Table(torch.randn(8, 3)), broken_after(given, error) if rank else given)
+        shapes = [(image.view(-1, 1, 1, 1).expand(-1, 3, 12, 12), label) for image, label in given]
+        with pytest.raises(type(error), match=said):
+            tn.recalibrate(network(), broken_after(shapes, error) if rank else shapes)
+
+    assert in_children(work, 2) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (torch.zeros(3), r"a batch is \(Tensor\): expected \(images, labels\)"),
+        ((torch.zeros(3), [0, 1, 2]), r"a batch is \(Tensor, list\)"),
+        ((torch.zeros(3), torch.zeros(3)), r"labels torch\.float32 \(3,\)"),
+        ((torch.zeros(3), torch.zeros(3, 5, dtype=torch.int64)), r"labels torch\.int64 \(3, 5\)"),
+        ((torch.zeros(3), torch.zeros(2, dtype=torch.int64)), r"labels torch\.int64 \(2,\)"),
+        ((torch.zeros(3), torch.tensor([0, -100, 1])), "the label -100"),
+        ((torch.zeros(3), torch.tensor([0, 2_000_000_000, 1])), "the label 2000000000"),
+    ],
+)
+def test_batches_that_are_not_images_and_labels_are_refused(batch: object, said: str):
+    with pytest.raises(tn.DataError, match=said):
+        evaluate(Table(torch.randn(8, 3)), [batch])  # type: ignore[list-item]
+
+
+def test_labels_of_any_integer_type_and_empty_batches_count_alike():
+    logits, labels = torch.randn(8, 3), torch.arange(8) % 3
+    wanted = evaluate(Table(logits), batches(labels)).per_class
+    assert evaluate(Table(logits), [*batches(labels.to(torch.uint8)), (torch.zeros(0), labels[:0])]).per_class == wanted
+
+
+def test_images_without_numbers_are_wrong_in_the_confusion_too():
+    logits = torch.eye(3)[[0, 1, 2, 0]]
+    logits[3] = float("nan")  # topk ranks the first NaN highest: class 0, which is its label
+    result = evaluate(Table(logits), batches(torch.tensor([0, 1, 2, 0])), confusion=True)
+    assert result.per_class == (50, 100, 100)
+    assert result.top1 == 75
+    assert result.confusion == ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+
+
 def test_what_cannot_be_evaluated_is_refused():
     labels = torch.arange(4)
     with pytest.raises(tn.IncompatibleModelError, match="has 3 classes, the data has 4"):
@@ -128,12 +182,23 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate(Table(torch.randn(4, 3)), [])
     with pytest.raises(tn.ConfigError, match="expected integers >= 1"):
         evaluate(Table(torch.randn(4, 3)), [], topk=(0,))
+    with pytest.raises(tn.ConfigError, match="two have the same name"):
+        evaluate(Table(torch.randn(4, 3)), batches(labels % 3), classes=("a", "b", "a"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_all_kinds_are_drawn_as_they_are():
+    names = ["$x$_^", "\udcff\x1b[2J", "a\nb<i>&--", "x" * 200, "é日本\u202e", "\0"]
+    square = [[int(i == j) for i in range(len(names))] for j in range(len(names))]
+    for drawn in (confusion_matrix(square, names), decisions(square, names, names)):
+        found = [text.text for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+        assert {"$x$_^", "\\udcff\\x1b[2J", "a\\nb<i>&--", f"{'x' * 39}…", "é日本\\u202e", "\\x00"} <= set(found)
 
 
 def test_a_confusion_matrix_is_drawn_with_counts_and_names():
     drawn = confusion_matrix([[3, 1], [0, 4]], ["cat", "dog"])
     assert drawn.startswith("<svg")
-    assert all(f"<!-- {text} -->" in drawn for text in ("cat", "dog", "taken for", "3", "1", "4"))
+    assert all(f">{text}</text>" in drawn for text in ("cat", "dog", "taken for", "3", "1", "4"))
     assert confusion_matrix([[3, 1], [0, 4]], ["cat", "dog"]) == drawn
     many = confusion_matrix([[int(i == j) for j in range(40)] for i in range(40)], list(map(str, range(40))))
     assert len(many) < 100_000

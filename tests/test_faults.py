@@ -18,7 +18,8 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from faults import __main__ as command  # noqa: E402
-from faults import disk, kills, mutants, page, watch  # noqa: E402
+from faults import commands, datasets, disk, kills, mutants, page, watch  # noqa: E402
+from faults.data_damages import Damage  # noqa: E402
 from faults.figure import Figure, Length, bits, ended  # noqa: E402
 from faults.samples import Sample, make_samples  # noqa: E402
 
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("figure", ["kills", "disk", "mutants", "hostile", "writers"])
+@pytest.mark.parametrize("figure", [name for name in command.FIGURES if name != "trainings"])
 def test_a_small_part_of_each_figure(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([figure, "--quick", "--json"]) == 0, capsys.readouterr().out[-2000:]
     result = json.loads(capsys.readouterr().out)["figures"][figure]
     assert result["failures"] == []
     assert all(len(row) == len(result["head"]) for row in result["rows"])
-    assert sum(row[{"hostile": 2, "writers": 0}.get(figure, 1)] for row in result["rows"]) > 1
+    assert sum(row[{"hostile": 2, "writers": 0, "datasets": 2}.get(figure, 1)] for row in result["rows"]) > 1
 
 
 def test_trainings_are_killed_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +109,31 @@ def test_memory_and_hangs_and_crashes_are_noticed(tmp_path: Path, monkeypatch: p
     assert "number 3: the process died with 1" in found[3].reason
 
 
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (commands.Outcome(0, "fine\n", "", ["new"]), ""),
+        (commands.Outcome(2, "", "thriftnet count: no\n", []), ""),
+        (commands.Outcome(70, "", "thriftnet: a fault\n", []), "exit code 70"),
+        (commands.Outcome(2, "", "thriftnet count: no\nreally\n", []), "2 lines of refusal"),
+        (commands.Outcome(2, "", "thriftnet count: no\n", ["new/.lock"]), "left or changed"),
+        (commands.Outcome(0, "\x1b[2J\n", "", []), "the character '\\x1b' is printed"),
+        (commands.Outcome(0, "", "Traceback (most recent call last)\n", []), "a traceback"),
+        (commands.Outcome(0, "fine\n", "", []), "no JSON"),
+        (commands.Outcome(commands.HANGS, "", "", []), "no answer"),
+    ],
+)
+def test_what_a_command_line_should_not_do_is_noticed(outcome: commands.Outcome, said: str) -> None:
+    found = commands.problem(outcome, as_json=said == "no JSON")
+    assert (said in found) if said else not found
+
+
+def test_every_option_is_among_those_that_are_tried() -> None:
+    known = commands.parsers()
+    assert known.keys() == commands.VERBS.keys() == commands.SOUND.keys()
+    assert "--sweep-budget" in known["evaluate"].known
+
+
 def test_a_save_in_place_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import thriftnet as tn
 
@@ -155,6 +181,37 @@ def test_side_effects_are_seen(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert ended(forked(look)) == 0
     assert json.loads((tmp_path / "record").read_text()) == [False, True, True, True, True]
+
+
+def opened_as(images: dict[str, tuple[int, str]], said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every data set opened as these images."""
+    source = type("Source", (), {"skipped": (), "splits": {}})
+    monkeypatch.setattr(datasets, "open_data", lambda spec, on_corrupt: source)
+    monkeypatch.setattr(datasets, "contents", lambda source, root: (images, said))
+
+
+@pytest.mark.parametrize(
+    ("images", "said", "reason"),
+    [
+        ({"a.png": (0, "x")}, [], "b.png is missing without a word"),
+        ({"a.png": (0, "x")}, ["/set/a.png is broken"], "refused with"),
+        ({"a.png": (0, "x")}, ["b.png is broken"], "refused with"),
+        ({"a.png": (0, "x")}, ["/set/b.png\nunclear"], "refused with"),
+        ({"a.png": (1, "x"), "b.png": (0, "y")}, [], "a.png was (0, 'x'), is (1, 'x')"),
+        ({"a.png": (0, "x"), "b.png": (0, "y"), "c.png": (0, "z")}, [], "c.png is new"),
+    ],
+)
+def test_what_should_not_happen_to_a_data_set_is_noticed(
+    images: dict[str, tuple[int, str]], said: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_as(images, said, monkeypatch)
+    before = {"a.png": (0, "x"), "b.png": (0, "y")}
+    outcome, why = datasets.judge("", Path("/set"), before, Damage("", {"b.png"}), skip=False)
+    assert outcome == watch.FAILED
+    assert reason in why
+    opened_as({"a.png": (0, "x")}, ["/set/b.png is broken"], monkeypatch)
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b.png"}), skip=False) == (datasets.FEWER, "")
+    assert datasets.judge("", Path("/set"), before, Damage("", {"b.png"}, refused=True), skip=False)[0] == watch.FAILED
 
 
 # -- what these figures found, and was repaired

@@ -7,6 +7,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,31 @@ def test_one_process_holds_a_lock_until_it_ends(tmp_path: Path):
         holder.kill()
     with locked(path):
         assert path.read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("work", [lambda place: None, lambda place: (place / "x").write_text("kept")])
+def test_a_lock_that_was_for_nothing_is_removed_with_its_folders(work: Callable[[Path], object], tmp_path: Path):
+    place = tmp_path / "a" / "b"
+    with suppress(KeyError), locked(place / ".lock"):
+        work(place)
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) in ([], [".lock", "a", "b", "x"])
+    assert (place / "x").exists() == (tmp_path / "a").exists()
+
+
+def test_a_device_is_not_replaced_and_folders_for_nothing_are_removed(tmp_path: Path):
+    (tmp_path / "null").symlink_to(os.devnull)
+    with pytest.raises(OSError, match="is a folder, device or pipe"):
+        write_atomically(tmp_path / "null", "x")
+    assert (tmp_path / "null").is_symlink()
+
+    def fail(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a" / "b" / "file", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
+
+
+def test_lone_surrogates_are_written_as_escapes(tmp_path: Path):
+    assert write_atomically(tmp_path / "file", "a\udcff").read_text() == "a\\udcff"

@@ -83,7 +83,7 @@ def test_fixed_arguments_are_not_offered():
         ("resnet20", {"depth": 32}, "unknown kwarg"),
         ("resnet20", {"num_classes": -1}, "num_classes=-1"),
         ("resnet20", {"shortcut": "paid"}, "did you mean 'pad'"),
-        ("resnet20", {"reduction": 5000.0}, "leaves no channel"),
+        ("resnet20", {"reduction": 1000.0}, "leaves no channel"),
         ("wrn", {"depth": 27}, "nearest are 22 and 28"),
         ("wrn", {"width": 0}, "width=0"),
     ],

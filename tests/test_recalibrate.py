@@ -164,7 +164,7 @@ def test_statistics_inside_of_bases_are_made_anew() -> None:
     [
         ([torch.zeros(0, 3, 8, 8)], {}, "without images"),
         ([torch.full((4, 3, 8, 8), float("nan"))], {}, "NaN"),
-        (None, {}, "NoneType for a loader"),
+        (None, {}, "loader=None: expected an iterable"),
         ([torch.zeros(4, 3, 8, 8)], {"widths": []}, "at least one"),
     ],
 )

@@ -195,9 +195,9 @@ def test_one_stage_of_several():
     ("fields", "problem"),
     [
         ({"epochs": 300, "warmup_epochs": 500}, "warmup_epochs=500 and cooldown_epochs=0 leave nothing of epochs=300"),
-        ({"schedule": "piecewise", "points": {0: 0, 5: -1}}, r"points has 5\.0: -1"),
-        ({"schedule": "piecewise", "points": {-1: 0, 5: 1}}, r"points has -1\.0: 0"),
-        ({"schedule": "multistep", "milestones": {3: -0.1}}, r"milestones has 3: -0\.1"),
+        ({"schedule": "piecewise", "points": {0: 0, 5: -1}}, r"points=.*-1.*a number >= 0"),
+        ({"schedule": "piecewise", "points": {-1: 0, 5: 1}}, r"points=.*-1.*a number >= 0"),
+        ({"schedule": "multistep", "milestones": {3: -0.1}}, r"milestones=.*3: -0\.1.*a number >= 0"),
     ],
 )
 def test_schedules_without_a_meaning_are_refused(fields: dict[str, Any], problem: str):

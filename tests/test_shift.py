@@ -133,7 +133,7 @@ def test_huge_steps_leave_zeros() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 0}, "channels=0: expected an integer >= 1"),
+        ({"channels": 0}, "channels=0: expected an integer from 1 to"),
         ({"channels": 4, "kernel_size": 0}, "kernel_size=0: expected an integer"),
         ({"channels": 4, "dilation": 1.5}, r"dilation=1\.5: expected a"),
     ],
@@ -152,7 +152,7 @@ def test_bad_inputs_are_named(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 1}, "kernel_size=1: expected an integer >= 2"),
+        ({"kernel_size": 1}, "kernel_size=1: expected an integer from 2 to"),
         ({"kernel_size": True}, "kernel_size=True: expected a"),
         ({"dilation": 0}, "dilation=0: expected a"),
         ({"expansion": 0}, "expansion=0: expected a number > 0"),

@@ -28,7 +28,8 @@ from thriftnet.dynamic.gate import gate_of
 from thriftnet.errors import ConfigError
 from thriftnet.importing.layout import read
 from thriftnet.train import distributed, train
-from thriftnet.train.loop import Interrupted, Progress
+from thriftnet.train.interrupts import Interrupted
+from thriftnet.train.loop import Progress
 from thriftnet.train.loss import Criterion
 from thriftnet.train.recipe import LossFields, Recipe, load_recipe
 from thriftnet.train.stages import Step, Supernet, make_stage

@@ -6,22 +6,30 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import thriftnet as tn
+from images import class_folders
 from thriftnet.core.provenance import add_data_facts, data_facts
+from thriftnet.data.dataset import ArrayImages, ImageDataset
 from thriftnet.errors import CheckpointError
 from thriftnet.report.plots import run_curves
+from thriftnet.store.sealed import sealed_json
 from thriftnet.train import TrainResult, run_folder, train
-from thriftnet.train.checkpoints import damage
-from thriftnet.train.loop import DivergedError, Interrupted, Progress
+from thriftnet.train.checkpoints import encode, is_intact, read
+from thriftnet.train.interrupts import Interrupted
+from thriftnet.train.loop import DivergedError, Progress
 from thriftnet.train.recipe import Recipe
 from training import Net, in_children, kill_at, metrics, source
 
@@ -142,6 +150,46 @@ def without_norms(technique: str) -> nn.Module:
     return tn.convert(plain, technique, select="^[36]$" if "soft" in technique else None) if technique else plain
 
 
+class Unreadable(ArrayImages):
+    """Image 33 cannot be read, which only the process that gets it notices."""
+
+    def image(self, index: int) -> Image:
+        if index == 33:
+            raise tn.DataError("33.png cannot be decoded")
+        return super().image(index)
+
+
+class UnreadableAtOnce(Unreadable):
+    """The same, read when the images of a process are put into memory."""
+
+    resident = ImageDataset.resident
+
+
+@pytest.mark.parametrize(
+    ("split", "kind", "workers"), [("train", Unreadable, 0), ("train", Unreadable, 1), ("test", UnreadableAtOnce, 0)]
+)
+def test_an_image_that_one_process_cannot_read_ends_both_with_its_name(split: str, kind: type, workers: int, tmp_path: Path):
+    data = source()
+    images = data.split(split)
+    data = replace(data, splits={**data.splits, split: kind(images.images, images.labels)})  # type: ignore[attr-defined]
+    how = recipe(epochs=1, resident=False, workers=workers)
+
+    def work(rank: int) -> None:
+        with pytest.raises(tn.DataError, match=r"^33\.png cannot be decoded$"):
+            train(how, data, tmp_path, model=seeded_net(), device="cpu")
+
+    assert in_children(work, ranks=2) == [0, 0]
+
+
+def test_data_are_looked_over_before_the_first_step(tmp_path: Path):
+    class_folders(tmp_path / "data" / "train")
+    class_folders(tmp_path / "data" / "val")
+    (tmp_path / "data" / "val" / "dog" / "1.png").write_bytes(b"text")
+    with pytest.raises(tn.DataError, match=r"1\.png cannot be decoded: not an image"):
+        train(recipe(), f"folder:{tmp_path / 'data'}", tmp_path / "run", model=Net(classes=2), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def trained_by_one_and_two(
     how: Recipe, make: Callable[[], nn.Module], folder: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -168,6 +216,35 @@ def test_equal_commands_end_with_equal_weights(tmp_path: Path):
     assert other.weights_sha256 != first.weights_sha256
 
 
+def test_equal_commands_end_with_equal_weights_under_load(tmp_path: Path):
+    """With two threads, beside busy processes."""
+    quiet = in_children(lambda rank: trained_with_threads(tmp_path / "quiet"))
+    busy: list[int] = []
+    for _ in range(2):
+        busy.append(os.fork())
+        if not busy[-1]:
+            signal.alarm(120)  # should nobody kill it
+            while True:
+                pass
+    try:
+        loaded = in_children(lambda rank: trained_with_threads(tmp_path / "busy"))
+    finally:
+        for child in busy:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert quiet == loaded == [0]
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("quiet", "busy"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert outcome_of(tmp_path / "quiet")["weights_sha256"] == outcome_of(tmp_path / "busy")["weights_sha256"]
+    assert metrics(tmp_path / "quiet") == metrics(tmp_path / "busy")
+
+
+def trained_with_threads(folder: Path) -> None:
+    torch.set_num_threads(2)
+    how = recipe(max_steps=2, **EVERYTHING)
+    run_among(folder, how, 0, seeded_net(0.3))
+
+
 def interrupt_at(step: int, number: int = signal.SIGINT):
     def on_progress(progress: Progress) -> None:
         if progress.step == step:
@@ -176,17 +253,90 @@ def interrupt_at(step: int, number: int = signal.SIGINT):
     return on_progress
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: Path):
     wanted = run(tmp_path / "whole")
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=r"after step 4; checkpoint: .*step-000000004"):
+    with pytest.raises(
+        Interrupted, match=r"^stopped after step 4 of 15; checkpoint: .*step-000000004.* goes on from there$"
+    ):
         run(tmp_path / "run", on_progress=interrupt_at(3, number))
     assert signal.getsignal(number) is before
     resumed = run(tmp_path / "run")
     assert resumed.resumed_from is not None
-    assert resumed.resumed_from.endswith("step-000000004")
+    assert resumed.resumed_from.endswith("step-000000004.safetensors")
     assert resumed.weights_sha256 == wanted.weights_sha256
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path):
+    def twice(progress: Progress) -> None:
+        if progress.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it went on")
+
+    with pytest.raises(Interrupted, match=r"stopped after step 7 of 15; checkpoint: .*step-000000006"):
+        run(tmp_path / "run", recipe(checkpoint_every=3), on_progress=twice)
+    assert run(tmp_path / "run", recipe(checkpoint_every=3)).weights_sha256 == run(tmp_path / "whole").weights_sha256
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path):
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(tmp_path, on_progress=interrupt_at(3, signal.SIGHUP)).steps == 15
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("thriftnet.train.trainer.prepare_model", "before the training began"),
+        ("thriftnet.train.trainer.make_stage", "before the training began|before the first step"),
+        ("thriftnet.train.trainer.TrainLoop", "before the first step"),
+        ("thriftnet.train.trainer.Trainer._result", "after step 15 of 15; checkpoint: .*step-000000015"),
+    ],
+)
+def test_a_signal_beside_the_steps_stops_at_once(place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    wanted = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stop)
+        with pytest.raises(Interrupted, match=said):
+            run(tmp_path / "run")
+    assert (tmp_path / "run").exists() == ("_result" in place)
+    assert run(tmp_path / "run").weights_sha256 == wanted.weights_sha256
+
+
+class StopsInEvaluation(Net):
+    """Gets SIGTERM in its first evaluation after a step."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training and hasattr(self, "trained"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self.training:
+            self.trained = True
+        out: torch.Tensor = super().forward(input)
+        return out
+
+
+def test_a_signal_in_an_evaluation_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    stopping = StopsInEvaluation()
+    with pytest.raises(Interrupted, match=r"after step 5 of 15; checkpoint: .*step-000000005"):
+        run(tmp_path / "run", net=stopping)
+    assert not (tmp_path / "run" / "model").exists()
+    torch.manual_seed(0)
+    plain = StopsInEvaluation()
+    monkeypatch.setattr(StopsInEvaluation, "forward", Net.forward)
+    resumed = run(tmp_path / "run", net=plain)
+    wanted = run(tmp_path / "whole")
+    assert (resumed.weights_sha256, resumed.top1) == (wanted.weights_sha256, wanted.top1)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 class StopsItself(Net):
@@ -215,13 +365,12 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_nothing_out(step: int, tmp
     how = recipe(select_on="last")
     wanted = run(tmp_path / "whole", how, stopping_net(0))
     place = tmp_path / "run"
-    with pytest.raises(Interrupted, match=f"after step {step}; checkpoint: .*step-0000000{step:02d}-before-evaluation"):
+    with pytest.raises(Interrupted, match=f"after step {step} of 18; checkpoint: .*step-0000000{step:02d}"):
         run(place, how, stopping_net(step))
     resumed = run(place, how, stopping_net(0))
     assert resumed.resumed_from is not None
     assert (resumed.weights_sha256, resumed.top1, resumed.loss) == (wanted.weights_sha256, wanted.top1, wanted.loss)
     assert metrics(place) == metrics(tmp_path / "whole")
-    assert not list((place / "checkpoints").glob("*-before-evaluation"))
     one, other = (load_file(path / "model" / "model.safetensors") for path in (place, tmp_path / "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     again = run(place, how, stopping_net(0))
@@ -241,22 +390,148 @@ def test_a_broken_checkpoint_is_passed_over_and_named(tmp_path: Path):
     with pytest.raises(Interrupted):
         run(tmp_path / "run", recipe(checkpoint_every=2), on_progress=interrupt_at(8))
     newest, older = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
-    content = bytearray((newest / "optimizer.bin").read_bytes())
+    content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / "optimizer.bin").write_bytes(content)
+    newest.write_bytes(content)
     resumed = run(tmp_path / "run", recipe(checkpoint_every=2))
     assert resumed.resumed_from == str(older)
-    assert any(newest.name in note and "optimizer.bin is damaged" in note for note in resumed.notes)
+    assert any(newest.name in note and "its checksum does not fit" in note for note in resumed.notes)
     assert resumed.weights_sha256 == wanted.weights_sha256
+
+
+def test_only_intact_checkpoints_count_as_kept(tmp_path: Path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, recipe(checkpoint_every=2), stopping_net(8))
+    older, newest = sorted((tmp_path / "checkpoints").iterdir())
+    assert (older.name[5:14], newest.name[5:14]) == ("000000006", "000000008")
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(Interrupted, match=r"checkpoint: .*step-000000007"):
+        run(tmp_path, recipe(checkpoint_every=2, keep_checkpoints=1), stopping_net(1))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-000000007.safetensors"
+    assert is_intact(kept)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"optimizer.name": "adamw", "memory_format": "channels_last"}, {"optimizer.name": "lamb"}, {"precision": "bf16"}],
+    ids=str,
+)
+def test_every_optimizer_and_format_resumes_with_the_same_bits(fields: dict[str, object], tmp_path: Path):
+    how = recipe(epochs=2, **{**EVERYTHING, "lr": 0.01, **fields})
+    wanted = run(tmp_path / "whole", how, seeded_net(0.3))
+    for step in (1, 3):
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", how, seeded_net(0.3), on_progress=interrupt_at(step))
+    assert run(tmp_path / "run", how, seeded_net(0.3)).weights_sha256 == wanted.weights_sha256
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("trapped",)
+
+
+def changed(**fields: object) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["state"].update(fields)
+
+
+TAMPERED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "nothing": lambda content: content.clear(),
+    "no optimizer": lambda content: content.update(optimizer={}),
+    "an empty group": lambda content: content["optimizer"].update(param_groups=[]),
+    "states of nothing": lambda content: content["optimizer"]["state"].update({"0": {}, "1": {"exp_avg": [1]}, "x": {}}),
+    "momentum of another shape": lambda content: content["optimizer"]["state"]["0"].update(momentum_buffer=torch.zeros(7)),
+    "momentum is text": lambda content: content["optimizer"]["state"]["0"].update(momentum_buffer="much"),
+    "position is a list": lambda content: content.update(state=[]),
+    "position with more": changed(other=1),
+    "step is text": changed(step="4"),
+    "step is true": changed(step=True),
+    "step is negative": changed(step=-1, epoch=-1),
+    "step and epoch differ": changed(epoch=2),
+    "not a number": changed(loss_sum=float("nan")),
+    "huge": changed(loss_count=10**400),
+    "data is a list": lambda content: content.update(data=[]),
+    "other data": lambda content: content["data"].update(images=7),
+    "no weights": lambda content: content.update(weights={}),
+    "weights are text": lambda content: content.update(weights=dict.fromkeys(content["weights"], "x")),
+    "weights of another shape": lambda content: content["weights"].update({"0.bias": torch.zeros(7)}),
+    "weights of another type": lambda content: content["weights"].update({"0.bias": torch.zeros(6, dtype=torch.int64)}),
+    "no average": lambda content: content.update(average=None),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after four steps."""
+    place = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Interrupted):
+        run(place, recipe(ema_decay=0.5), on_progress=interrupt_at(3))
+    return place
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_checkpoint_gives_one_line(name: str, stopped: Path, tmp_path: Path):
+    """Its checksum fits: someone made it so."""
+    place = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (checkpoint,) = (place / "checkpoints").iterdir()
+    content = read(checkpoint)
+    TAMPERED[name](content)
+    checkpoint.write_bytes(encode(content))
+    with pytest.raises(tn.ThriftnetError) as caught:
+        run(place, recipe(ema_decay=0.5))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_checkpoint_runs_no_code(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    place = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (checkpoint,) = (place / "checkpoints").iterdir()
+    for name in (checkpoint.name, "random_states_0.pkl", "optimizer.bin"):
+        torch.save(Trap(), place / "checkpoints" / name)
+    with pytest.raises(CheckpointError, match="is not a model file or checkpoint"):
+        run(place, recipe(ema_decay=0.5))
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, "\0", '{"sha256": 1, "recipe": {}}', '{"recipe": {}}'])
+def test_a_damaged_description_of_the_run_gives_one_line(text: str, stopped: Path, tmp_path: Path):
+    place = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (place / "run.json").write_text(text)
+    with pytest.raises(tn.ConfigError, match=r"run\.json is damaged: its checksum does not fit: put back the file"):
+        run(place, recipe(ema_decay=0.5))
+    (place / "run.json").write_text(sealed_json({"recipe": {"data": 5, "run": None, "lr": [[]]}}))
+    with pytest.raises(tn.ConfigError, match="holds another training"):
+        run(place, recipe(ema_decay=0.5))
+
+
+def test_damaged_metrics_are_left_out(stopped: Path, tmp_path: Path):
+    place = Path(shutil.copytree(stopped, tmp_path / "run"))
+    lines = ["[" * 100_000, '{"step": 1, "top1": "much"}', '{"step": true}', "\0", '{"step": 1, "lr": 0.5}']
+    (place / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
+    assert [row["step"] for row in run_folder.read_metrics(place)] == []
+    (place / "metrics.jsonl").write_bytes("\n".join([*lines, ""]).encode() + b"\xff")
+    assert run_folder.read_metrics(place) == [{"step": 1, "lr": 0.5}]
+    assert len(metrics(Path(run(place, recipe(ema_decay=0.5)).run))) == 4
+
+
+def test_a_model_folder_is_no_place_for_a_run(tmp_path: Path):
+    place = tn.save(tn.create_model("resnet20"), tmp_path / "m")
+    before = sorted(place.iterdir())
+    with pytest.raises(tn.ConfigError, match="is a model folder, no place for a run"):
+        run(place)
+    assert sorted(place.iterdir()) == before
 
 
 def test_when_all_checkpoints_are_corrupt_it_says_so(tmp_path: Path):
     run(tmp_path / "run")
     for place in (tmp_path / "run" / "checkpoints").iterdir():
-        (place / "manifest.json").write_text("{")
+        place.write_text("{")
     with pytest.raises(CheckpointError, match=r"none of the checkpoints .* is intact"):
         run(tmp_path / "run")
-    assert damage(tmp_path / "nothing") == "it has no manifest.json"
 
 
 def test_what_cannot_be_written_leaves_the_last_checkpoint(tmp_path: Path):
@@ -267,7 +542,9 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint(tmp_path: Path):
 
     with pytest.raises(CheckpointError, match=r"cannot write .*step-000000008"):
         run(tmp_path / "run", recipe(checkpoint_every=4), on_progress=fill)
-    assert all(not damage(place) for place in (tmp_path / "kept").glob("step-*"))
+    kept = list((tmp_path / "kept").glob("step-*"))
+    assert kept
+    assert all(map(is_intact, kept))
 
 
 class Explodes(Net):
@@ -288,7 +565,7 @@ class Explodes(Net):
 
 def test_a_loss_that_is_no_number_stops_or_is_skipped(tmp_path: Path):
     with pytest.raises(
-        DivergedError, match=r"not finite at step 7 \(learning rate 0.0\d+\). Last good checkpoint: step-000000006"
+        DivergedError, match=r"not finite at step 7 \(learning rate 0.0\d+\). Last good checkpoint: .*step-000000006"
     ):
         run(tmp_path / "stop", recipe(checkpoint_every=3), Explodes((7,)))
     outcome = run(tmp_path / "skip", recipe(on_nan="skip"), Explodes((7, 8)))

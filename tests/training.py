@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch import nn
 
 from thriftnet.data.dataset import ArrayImages, DataSource
 from thriftnet.train.loop import Progress
+
+PORTS: list[int] = []  # handles that lock those in use
 
 
 def source(count: int = 96, test: int = 40, size: int = 8, classes: int = 3, channels: int = 3) -> DataSource:
@@ -103,10 +107,23 @@ def limit_files(size: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return int(chosen.getsockname()[1])
+    """A port that nobody uses, and that no other test process takes while this one lives.
+
+    The system gives away those of its own range, above 32767, at any time.
+    """
+    folder = Path(tempfile.gettempdir()) / f"thriftnet-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for port in range(20_000, 32_000):
+        handle = os.open(folder / str(port), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as chosen:
+                chosen.bind(("127.0.0.1", port))
+            PORTS.append(handle)
+            return port
+        except OSError:
+            os.close(handle)
+    raise RuntimeError("all ports are in use")
 
 
 def kill_at(step: int) -> Callable[[Progress], None]:

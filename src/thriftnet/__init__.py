@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.techniques import TECHNIQUES, convert, plan
+from thriftnet.techniques import TECHNIQUES, convert
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _PLACES = {
     "thriftnet.models": ("create_model", "list_models"),
     "thriftnet.dynamic.network": ("DynamicNetwork",),
     "thriftnet.dynamic.search": ("search",),
+    "thriftnet.planning": ("plan", "suggest"),
     "thriftnet.resolve": ("open_model",),
     "thriftnet.train.evaluate": ("evaluate",),
 }
@@ -47,7 +48,7 @@ def _where() -> dict[str, str]:
     return {name: place for place, names in places.items() for name in names}
 
 
-__all__ = sorted((*_where(), "TECHNIQUES", "convert", "plan"))
+__all__ = sorted((*_where(), "TECHNIQUES", "convert"))
 
 if TYPE_CHECKING:
     from thriftnet import kernels as kernels
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from thriftnet.kernels.pack import pack
     from thriftnet.measure import Report, inspect
     from thriftnet.models import create_model, list_models
+    from thriftnet.planning import plan, suggest
     from thriftnet.resolve import open_model
     from thriftnet.store.model_file import load, save
     from thriftnet.store.pretrained import from_pretrained, push_to_hub

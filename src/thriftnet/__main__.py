@@ -12,11 +12,14 @@ def main() -> int:
     `DistributedDataParallel` keeps the threads of gloo alive, and one that still drops its last tensor while the interpreter is
     taken down aborts the process, though all work is done (pytorch/pytorch pull request 179291).
     """
+    for handle in range(3):  # else a file that is opened takes the place of a closed standard stream, and its output
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     code = cli.main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(code)  # all output is flushed
     return code
 
 

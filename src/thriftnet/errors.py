@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from thriftnet.text import one_line
+
 
 class ThriftnetError(Exception):
-    """Base of all errors that thriftnet raises on purpose."""
+    """Base of all errors that thriftnet raises on purpose. The message is one printable line, whatever names are in it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(ThriftnetError, ValueError):

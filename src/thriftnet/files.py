@@ -15,6 +15,7 @@ from typing import BinaryIO
 TEMPORARY = ".thriftnet-"  # how the names of unfinished files begin
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOLCK}
 TRIES = 10
+MOST_TEXT = 64 << 20  # bytes
 
 
 Content = bytes | str | Callable[[BinaryIO], object]
@@ -29,7 +30,7 @@ def write_atomically(path: str | os.PathLike[str], content: Content) -> Path:
 
     Args:
         path: Where to; its folder is made where it is missing. A link is replaced, not followed.
-        content: Bytes, text (UTF-8), or a function that writes to the open file it is given.
+        content: Bytes, text (UTF-8, with lone surrogates escaped), or a function that writes to the open file it is given.
 
     Raises:
         OSError: The disk is full, the folder read-only, ...; what was at ``path`` is still there, whole.
@@ -46,10 +47,12 @@ def write_together(folder: str | os.PathLike[str], contents: Mapping[str, Conten
         OSError: As `write_atomically`.
     """
     folder = Path(folder)
-    changed = [folder, *(parent.parent for parent in (folder, *folder.parents) if not parent.exists())]
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
     with ExitStack() as stack:
+        changed = [folder, *(place.parent for place in stack.enter_context(made(folder)))]
+        _remove_abandoned(folder)
+        for name in contents:
+            if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+                raise OSError(errno.EINVAL, f"{name} is a folder, device or pipe")
         drafts = [(_drafted(folder, content, stack), folder / name) for name, content in contents.items()]
         for draft, target in drafts:
             os.replace(draft, target)
@@ -58,6 +61,20 @@ def write_together(folder: str | os.PathLike[str], contents: Mapping[str, Conten
             sync(place)
     except OSError as error:
         raise OSError(error.errno, f"it is written, but the disk does not confirm it ({error.strerror})") from error
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[list[Path]]:
+    """Make a folder and those above it; yields the new ones, of which the empty ones are removed if what follows fails."""
+    new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield new
+    except BaseException:
+        with suppress(OSError):
+            for place in new:
+                place.rmdir()
+        raise
 
 
 def _drafted(folder: Path, content: Content, stack: ExitStack) -> Path:
@@ -70,7 +87,7 @@ def _drafted(folder: Path, content: Content, stack: ExitStack) -> Path:
         if callable(content):
             content(file)
         else:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     return path
@@ -111,6 +128,20 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text (UTF-8) of a file of at most `MOST_TEXT` bytes.
+
+    Raises:
+        OSError: As `open_regular`, or it is larger.
+        UnicodeDecodeError: It is no text.
+    """
+    with open_regular(path) as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT >> 20} MiB, too much for text", str(path))
+    return content.decode("utf-8")
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -124,22 +155,41 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however it ends. Without effect on Windows.
 
+    If what is done meanwhile fails before anything else is written to the folder, the file is removed again.
+
     Raises:
         BlockingIOError: Another process holds it; ``strerror`` is "process NUMBER".
         OSError: The file cannot be written.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if _lock(handle) is False:
-            with open(path, "rb") as file:
+    place = Path(path)
+    with made(place.parent):
+        before = os.listdir(place.parent)
+        handle = _locked_file(place)
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            yield
+        except BaseException:
+            if sorted(os.listdir(place.parent)) == sorted([*before, place.name]):  # nothing was done
+                _remove(place)
+            raise
+        finally:
+            os.close(handle)
+
+
+def _locked_file(path: Path) -> int:
+    """The handle of a lock file that is there, and that this process alone holds."""
+    for _ in range(TRIES):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
+        alone = _lock(handle)
+        if alone is None or (alone and os.fstat(handle).st_nlink):
+            return handle
+        os.close(handle)
+        if not alone:
+            with open_regular(path) as file:
                 owner = file.read(32).decode("ascii", "replace").strip()
             raise BlockingIOError(errno.EWOULDBLOCK, f"process {owner}")
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(handle)
+    raise OSError(errno.EAGAIN, "other processes remove the lock")
 
 
 def _lock(handle: int) -> bool | None:

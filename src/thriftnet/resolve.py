@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.core.head import outputs, replace_head
 from thriftnet.errors import ConfigError
 from thriftnet.importing.importer import import_checkpoint
@@ -17,7 +19,8 @@ from thriftnet.store.hub import HUB
 from thriftnet.store.model_file import is_model_file, load
 
 
-def open_model(source: str, **kwargs: Any) -> nn.Module:
+@checked
+def open_model(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """The network that the user names.
 
     Args:
@@ -30,7 +33,7 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
         ConfigError: No such network, with close matches.
         CheckpointError: A folder or file that cannot be loaded.
     """
-    path = Path(source)
+    path, source = as_path(source, "source"), os.fspath(source)
     if not (source.startswith(HUB) or path.exists()):
         if ":" not in source and ("/" in source or (path.suffix[1:2].isalpha() and not is_zoo_name(source))):
             raise ConfigError(
@@ -52,7 +55,7 @@ def open_model(source: str, **kwargs: Any) -> nn.Module:
 
 def network_name(source: str, kwargs: Iterable[str], size: Sequence[int] | None, paper: str = "") -> str:
     """A name of the zoo for an author's, as `zoo_name` decides; whatever else names a network stays as it is."""
-    if Path(source).exists() or not is_zoo_name(source):
+    if as_path(source, "source").exists() or not is_zoo_name(source):
         return source
     return zoo_name(source, kwargs=kwargs, size=size, paper=paper)
 

@@ -1,8 +1,42 @@
-"""Tables as plain text, for reprs, the command line and docs."""
+"""Plain text: tables, and text from outside made safe for terminals, pictures, pages and files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+
+MESSAGE = 2000  # most characters of an error's message
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Text from outside as it may be shown anywhere: what is not printable becomes an escape, as in a ``repr``.
+
+    That is control characters (escape sequences, tabs), marks that turn the direction of writing, and the lone surrogates by which
+    Python represents bytes of file names that are not UTF-8.
+
+    Args:
+        text: Any text.
+        lines: Keep line breaks.
+
+    Example:
+        >>> print(printable("\x1b[2Jcat\udcff"))
+        \x1b[2Jcat\udcff
+    """
+    if text.isprintable():
+        return text
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str, limit: int = MESSAGE) -> str:
+    r"""A message in one printable line; of a longer one the beginning and the end, which says what to do.
+
+    Example:
+        >>> one_line("a\n  b"), one_line("no such layer: " + 99 * "x" + ". See --help", 40)
+        ('a b', 'no such layer: xxxxxxxxx … x. See --help')
+    """
+    text = printable(" ".join(text.split()))
+    end = limit // 3
+    return text if len(text) <= limit else f"{text[: limit - end - 3]} … {text[-end:]}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -14,6 +48,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         conv1     432
         fc     65,000
     """
+    columns = [printable(name) for name in columns]
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *([c[0] for c in row] for row in cells), strict=True)]
     numeric = [all(row[i][1] for row in cells) and bool(cells) for i in range(len(columns))]
@@ -27,7 +62,7 @@ def _cell(value: object) -> tuple[str, bool]:
     if value is None:
         return "-", True
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value), False
+        return printable(str(value)), False
     if isinstance(value, int):
         return f"{value:,}", True
     return (f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4g}"), True

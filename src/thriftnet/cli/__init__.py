@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from thriftnet import __version__
+from thriftnet.cli.output import UnprintedError, print_out, say
 from thriftnet.errors import ThriftnetError, unknown_name
+from thriftnet.text import one_line
 
 VERBS = {
     "demo": "train a small network on digits, convert it with each technique, fold and compare; writes report.html",
     "models": "list the networks of the zoo",
     "count": "count the parameters, multiply-accumulates (MACs) and bytes moved of a network",
     "plan": "show what a conversion would do, layer by layer",
+    "suggest": "compare what all techniques would do within a budget",
     "convert": "convert a network with a technique, and save it",
     "train": "train a network by a recipe, on one process or many; the same command resumes",
     "evaluate": "measure the accuracy of a network on a data set",
@@ -28,30 +33,62 @@ VERBS = {
 MODULES = {"import": "import_"}  # a verb that is a keyword of Python
 
 
+DONE, FAILED, REFUSED, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 2 wrong use or a refused input, 130 interrupted."""
+    """Run a command line; returns the exit code.
+
+    It is 0 when done, 1 when the system stopped it (no memory, a full disk, a closed output), 2 for wrong use or a refused input,
+    70 after a fault of thriftnet, and 130 when interrupted. Whatever happens is said in one line.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(help_text())
-        return 0
-    if arguments[0] == "--version":
-        sys.stdout.write(f"thriftnet {__version__}\n")
-        return 0
-    verb, rest = arguments[0], arguments[1:]
+    name = f"thriftnet {arguments[0]}" if arguments and arguments[0] in VERBS else "thriftnet"
+    shown, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{name}: {one_line(str(message))}\n"
     try:
-        if verb not in VERBS:
-            raise unknown_name("verb", verb, VERBS)
-        importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
+        _run(arguments)
     except ThriftnetError as error:
-        sys.stderr.write(f"thriftnet{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}\n")
-        return 2
+        say(f"{name}: {error}")
+        return REFUSED
     except KeyboardInterrupt as interrupt:
-        sys.stderr.write(f"thriftnet {verb}: {interrupt or 'stopped'}\n")
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    return 0
+        say(f"{name}: {one_line(str(interrupt)) or stopped(arguments)}")
+        return INTERRUPTED
+    except UnprintedError as error:
+        if str(error):
+            say(f"{name}: cannot print the result: {error}")
+        return FAILED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            say(f"{name}: {one_line(f'{error.strerror}: {error.filename}')}")
+            return REFUSED
+        from thriftnet.cli.fault import describe
+
+        system, reason = describe(arguments, error)
+        say(f"{name}: {one_line(reason)}")
+        return FAILED if system else FAULT
+    finally:
+        warnings.formatwarning = shown
+    return DONE
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_out(help_text())
+        return
+    verb, *rest = arguments
+    if verb == "--version":
+        print_out(f"thriftnet {__version__}\n")
+        return
+    if verb not in VERBS:
+        raise unknown_name("verb", verb, VERBS)
+    importlib.import_module(f"thriftnet.cli.{MODULES.get(verb, verb)}").run(rest)
+
+
+def stopped(arguments: Sequence[str]) -> str:
+    """What a Ctrl-C at any time leaves, and how to go on."""
+    if arguments[:1] == ["train"]:
+        return "stopped: the run folder is as the last checkpoint or epoch left it, and the same command resumes"
+    return "stopped: every file is as it was or whole, and the same command starts over"
 
 
 def help_text() -> str:

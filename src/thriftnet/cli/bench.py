@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
+from thriftnet.arguments import BatchSize, Count
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
 from thriftnet.cli.machine import use_allocator, use_threads
-from thriftnet.cli.options import positive
+from thriftnet.cli.options import reads, svg_file
+from thriftnet.cli.output import emit, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, ThriftnetError, first_line
+from thriftnet.memory import needs
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -54,9 +58,9 @@ def run(arguments: Sequence[str]) -> None:
     technique = "as 'shift()'; each one given makes a network of its own"
     add("--technique", action="append", default=[], metavar="T", help=technique)
     sizes = "images at a time; every number given is timed"
-    add("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help=sizes)
-    add("--rounds", type=positive, default=11, metavar="N", help="turns of each implementation")
-    add("--svg", metavar="FILE", help="draw the times, an SVG")
+    add("--batch-size", type=reads(BatchSize), nargs="+", default=[1], metavar="N", help=sizes)
+    add("--rounds", type=reads(Count), default=11, metavar="N", help="turns of each implementation")
+    add("--svg", type=svg_file, metavar="FILE.svg", help="draw the times, an SVG")
     parser.add_shared("--threads", nargs="+")
     parser.add_shared("--fast-malloc")
     options, kwargs = parse_with_kwargs(parser, arguments)
@@ -92,6 +96,7 @@ def measured(
         for batch_size in options.batch_size:
             torch.set_num_threads(default)
             threads = use_threads(batch_size, wanted)
+            needs(8 * batch_size * prod(size), f"a batch of {batch_size:,} images and what is computed of it")
             images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
             with torch.no_grad():
                 runs = dict(runnable(networks, images, left_out))
@@ -162,7 +167,8 @@ def packed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
 
     if images.device.type != "cpu":
         raise IncompatibleModelError("packing is for CPUs")
-    return pack(model, input_size=tuple(images.shape[1:]))
+    _, channels, height, width = images.shape
+    return pack(model, input_size=(channels, height, width))
 
 
 def compiled(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:

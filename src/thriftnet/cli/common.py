@@ -1,18 +1,17 @@
-"""Shared by the verbs: parsing, opening networks, and printing."""
+"""Shared by the verbs: parsing, and opening networks."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
-import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from thriftnet.arguments import as_path
 from thriftnet.cli.coming_from import hint
 from thriftnet.cli.options import OPTIONS
+from thriftnet.cli.output import print_out, say
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models.table import all_kwargs, is_zoo_name
 
@@ -48,6 +47,10 @@ class Parser(ArgumentParser):
         for name in names:
             self.add_argument(name, **OPTIONS[name] | changes)
 
+    def print_help(self, file: object = None) -> None:
+        """Print the help as all else."""
+        print_out(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         """Refuse wrong use in one line."""
         if message.startswith("unrecognized arguments: -"):
@@ -79,6 +82,8 @@ def parse_with_kwargs(
     Raises:
         ConfigError: Wrong use, or a pair that MODEL does not take, with close matches among options and arguments.
     """
+    if any("\0" in word for word in arguments):
+        raise ConfigError("an argument holds a NUL character: leave it out")
     own: list[str] = []
     kwargs: dict[str, Any] = {}
     rest = list(arguments)
@@ -99,6 +104,11 @@ def parse_with_kwargs(
         for name in filter(lambda each: hint(_option(each)), kwargs):
             raise unknown_option(name, parser.known) from None
         raise
+    for name, value in vars(options).items():
+        if value == "":
+            raise ConfigError(
+                f"{name if name in ('model', 'file', 'pattern') else _option(name)} is empty. See {parser.prog} --help"
+            )
     if kwargs and parser.takes_model:
         _check_kwargs(getattr(options, "plain", None) or options.model, kwargs, parser.known)
     return options, kwargs
@@ -114,11 +124,12 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> 
 
 def accepted_kwargs(source: str) -> set[str] | None:
     """Names of the arguments that the network called ``source`` takes; None if only the function that builds it knows."""
-    if Path(source).is_file():
+    path = as_path(source, "MODEL")
+    if path.is_file():
         from thriftnet.importing.systems import known_hints
 
         return {"num_classes", *known_hints()}
-    if source.startswith("hf-hub:") or Path(source).exists():
+    if source.startswith("hf-hub:") or path.exists():
         return {"num_classes"}
     return all_kwargs(source) if is_zoo_name(source) else None
 
@@ -169,18 +180,5 @@ def open_network(
         return load(source, model=open_model(plain, **kwargs))
     model = open_model(network_name(source, kwargs, size), **kwargs)
     if (note := note_on(model)) and "num_classes" in kwargs:
-        sys.stderr.write(f"thriftnet: {source}: {note}\n")
+        say(f"thriftnet: {source}: {note}")
     return model
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file; one that cannot be written is a ConfigError."""
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
-
-
-def emit(text: str, result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result for people, or as one line of JSON."""
-    sys.stdout.write((json.dumps(result) if as_json else text) + "\n")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
+from thriftnet.cli.output import emit
 from thriftnet.errors import ConfigError
+from thriftnet.files import read_text
 
 
 def run(arguments: Sequence[str]) -> None:
-    shared = ("model", "--technique", "--select", "--output")
+    shared = ("model", "--technique", "--select", "--exclude", "--output")
     parser = Parser("convert", "Convert a network with a technique, starting from its weights.", *shared)
-    parser.add_argument("--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="instead: a plan written by thriftnet plan --output FILE, for budgets"
+    )
     options, kwargs = parse_with_kwargs(parser, arguments)
     if bool(options.technique) == bool(options.plan):
         raise ConfigError("give either --technique or --plan")
@@ -24,10 +27,10 @@ def run(arguments: Sequence[str]) -> None:
 
     model = open_network(options.model, kwargs)
     try:
-        what = Plan.from_json(Path(options.plan).read_text()) if options.plan else options.technique
+        what = Plan.from_json(read_text(options.plan)) if options.plan else options.technique
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the plan {options.plan}: {error}") from None
-    converted = convert(model, what, select=options.select)
+    converted = convert(model, what, select=options.select, exclude=options.exclude)
     folder = save(converted, options.output)
     before, after = count_params(model), count_params(converted)
     result = {"model": options.model, "output": str(folder), "params_before": before, "params": after}

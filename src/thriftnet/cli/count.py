@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
 from thriftnet.cli.options import svg_file
+from thriftnet.cli.output import emit
 from thriftnet.errors import ConfigError
 from thriftnet.models import MODELS
 from thriftnet.models.table import IDENTITY, ModelEntry, all_kwargs

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import accepted_kwargs, literal, write_text
+from thriftnet.arguments import check, hints_of
+from thriftnet.cli.common import accepted_kwargs, literal
+from thriftnet.cli.output import write_text
 from thriftnet.errors import ConfigError, ThriftnetError, unknown_name
+from thriftnet.models.table import MODELS, builder, is_zoo_name, zoo_name
 from thriftnet.report import plots
 from thriftnet.text import table
 
@@ -45,6 +48,9 @@ def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[A
     """The values of each argument; one that the network does not take is refused, with close matches."""
     axes: dict[str, Sequence[Any]] = {}
     accepted = accepted_kwargs(options.model)
+    known = accepted is not None and is_zoo_name(options.model)
+    given = {text.partition("=")[0].replace("-", "_") for text in options.sweep} | {*kwargs}
+    hints = hints_of(builder(MODELS[zoo_name(options.model, kwargs=given, size=options.input_size)])) if known else {}
     for text in options.sweep:
         option, _, values = text.partition("=")
         name = option.replace("-", "_")
@@ -56,4 +62,6 @@ def _axes(options: Namespace, kwargs: Mapping[str, Any]) -> dict[str, Sequence[A
             raise unknown_name(f"argument of {options.model}", name, accepted)
         read = literal(f"({values},)")  # stays text where a value is not a literal, as projection
         axes[name] = read if isinstance(read, tuple) else [literal(value) for value in values.split(",")]
+        for value in axes[name]:  # a mistyped one is no combination that the network refuses
+            check(name, value, hints.get(name, Any))
     return axes

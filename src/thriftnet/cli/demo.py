@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thriftnet import __version__
-from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.arguments import Epochs, Seed, as_path
+from thriftnet.cli.common import Parser, parse
 from thriftnet.cli.fold import checked_fold
 from thriftnet.cli.machine import one_thread, use_machine
-from thriftnet.cli.options import MACHINE_OPTIONS
+from thriftnet.cli.options import MACHINE_OPTIONS, reads
+from thriftnet.cli.output import emit
 from thriftnet.cli.train import Bar
+from thriftnet.errors import ConfigError
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -52,8 +55,8 @@ class Result:
 def run(arguments: Sequence[str]) -> None:
     parser = Parser("demo", DESCRIPTION)
     parser.add_argument("--output", metavar="FOLDER", default="demo", help="where report.html and the models go")
-    parser.add_argument("--epochs", type=int, metavar="N", help="per technique; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation")
+    parser.add_argument("--epochs", type=reads(Epochs), metavar="N", help="per technique; default: the recipe's")
+    parser.add_argument("--seed", type=reads(Seed), default=0, metavar="N", help="of weights, order and augmentation")
     parser.add_shared(*MACHINE_OPTIONS)
     options = parse(parser, arguments)
 
@@ -63,7 +66,9 @@ def run(arguments: Sequence[str]) -> None:
     length = {} if options.epochs is None else {"epochs": options.epochs}
     recipe = load_recipe("digits", seed=options.seed, trackers=(), **length)
     use_machine(options, recipe.data.batch_size)
-    output = Path(options.output)
+    output = as_path(options.output, "--output")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is no folder: give another")
     start = time.perf_counter()
     with Bar() as bar, one_thread() if options.threads is None else nullcontext():
         source, results = compare(output, recipe, bar)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, chosen_width, emit, parse_with_kwargs, write_text
+from thriftnet.arguments import Classes
+from thriftnet.cli.common import Parser, chosen_width, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
-from thriftnet.cli.options import IMAGE_OPTIONS, numbers, quantity, svg_file
+from thriftnet.cli.options import IMAGE_OPTIONS, quantity, reads, svg_file
+from thriftnet.cli.output import emit, has_terminal, is_main_process, say, write_text
 from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
-from thriftnet.text import table
+from thriftnet.text import shortened, table
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from thriftnet.train.evaluate import Evaluation
 
 SHOWN = 20  # most classes that are listed
+NAME = 40  # most characters of a class's name in a table
 CALIBRATION = 2048  # training images on which the cost of a budget is found
 
 
@@ -32,12 +34,14 @@ def run(arguments: Sequence[str]) -> None:
         if getattr(options, name) is not None and options.mode is None:
             raise ConfigError(f"--{name} goes with --mode: give --mode dynamic or all, or leave it out")
 
+    from thriftnet.core.processes import failing_together, joined
     from thriftnet.core.width import set_width
-    from thriftnet.train.distributed import joined, process_group
+    from thriftnet.train.distributed import process_group
 
     with process_group(options.device) as device:
         rank, world_size = joined()
-        model, source, loader_of = open_inputs(options, kwargs, options.split, device)
+        with failing_together():
+            model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         classes = len(source.classes)
         if options.topk is None:
             options.topk = (1, 5) if classes > 5 else (1,)
@@ -48,16 +52,16 @@ def run(arguments: Sequence[str]) -> None:
         split = source.split(options.split)
         # without a test split, val replaces it
         options.split = next(name for name, images in source.splits.items() if images is split)
-        loader = loader_of(split, options.limit, rank=rank, world_size=world_size)
+        with failing_together():
+            loader = loader_of(split, options.limit, rank=rank, world_size=world_size)
         if options.mode is not None or options.sweep_budget is not None:
             from thriftnet.cli.evaluate_widths import measure_widths
 
             calibration = loader_of(source.split("train"), CALIBRATION)
             text, measured = measure_widths(model, loader, calibration, source.classes, options)
         else:
-            text, measured = _measure(model, loader, source, options, is_main=rank == 0)
-    if rank == 0:
-        emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
+            text, measured = _measure(model, loader, source, options)
+    emit(text, {"model": options.model, "data": options.data, **measured}, as_json=options.json)
 
 
 def _parser() -> Parser:
@@ -67,9 +71,8 @@ def _parser() -> Parser:
     parser = Parser("evaluate", description, "model")
     add = parser.add_argument
     add("--split", default="test", metavar="NAME", help="train, val or test, which is val where there is no test split")
-    add(
-        "--topk", type=numbers(int, "1,5"), metavar="K,K", help="which accuracies; default: 1,5, or 1 for up to five classes"
-    )
+    topk = "which accuracies; default: 1,5, or 1 for up to five classes"
+    add("--topk", type=reads(tuple[Classes, ...]), metavar="K,K", help=topk)
     add("--confusion", action="store_true", help="print the confusion matrix")
     drawing: Any = {"type": svg_file, "metavar": "FILE.svg"}
     add("--confusion-plot", help="draw the confusion matrix", **drawing)
@@ -86,9 +89,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _measure(
-    model: nn.Module, loader: Loader, source: DataSource, options: Namespace, *, is_main: bool
-) -> tuple[str, dict[str, Any]]:
+def _measure(model: nn.Module, loader: Loader, source: DataSource, options: Namespace) -> tuple[str, dict[str, Any]]:
     """The result at one width, as text and for JSON; with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -98,7 +99,7 @@ def _measure(
     from thriftnet.train.evaluate import evaluate
 
     confusion = options.confusion or options.confusion_plot is not None
-    with Progress(console=Console(stderr=True), transient=True, disable=not (is_main and sys.stderr.isatty())) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=not has_terminal()) as bar:
         task = bar.add_task("images", total=loader.images_per_epoch)
         how: Any = {"topk": options.topk, "confusion": confusion, "classes": source.classes}
         try:
@@ -107,7 +108,7 @@ def _measure(
             raise ConfigError(f"--batch-size {options.batch_size} does not fit into memory: take a smaller one") from None
         except RuntimeError as error:
             raise IncompatibleModelError(f"the network does not take these images: {first_line(error)}") from error
-    if is_main:
+    if is_main_process():
         _warn(source, model)
         if options.confusion_plot is not None:
             write_text(options.confusion_plot, confusion_matrix(result.confusion or (), result.classes))
@@ -119,10 +120,10 @@ def _warn(source: DataSource, model: nn.Module) -> None:
     from thriftnet.core.provenance import data_facts
 
     if source.skipped:
-        sys.stderr.write(f"thriftnet evaluate: {len(source.skipped)} broken images are left out, as {source.skipped[0]}\n")
+        say(f"thriftnet evaluate: {len(source.skipped)} broken images are left out, as {source.skipped[0]}")
     names = data_facts(model).class_names
     if names is not None and names != tuple(source.classes):
-        sys.stderr.write("thriftnet evaluate: the network was trained for classes of other names, or in another order\n")
+        say("thriftnet evaluate: the network was trained for classes of other names, or in another order")
 
 
 def _text(options: Namespace, result: Evaluation) -> str:
@@ -139,11 +140,14 @@ def _text(options: Namespace, result: Evaluation) -> str:
     if len(ranked) > SHOWN:
         ranked = sorted(ranked, key=lambda entry: entry[1])[:SHOWN]
         lines.append(f"the {SHOWN} worst classes:")
-    return "\n".join([*lines, table(["class", "top-1, %"], [[name, round(share, 2)] for name, share in ranked])])
+    return "\n".join(
+        [*lines, table(["class", "top-1, %"], [[shortened(name, NAME), round(share, 2)] for name, share in ranked])]
+    )
 
 
 def _confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """The matrix, or its largest entries where there are many classes."""
+    classes = [shortened(name, NAME) for name in classes]
     if len(classes) <= SHOWN:
         return table(["class \\ predicted", *classes], [[name, *row] for name, row in zip(classes, confusion, strict=True)])
     mistakes = [(count, i, j) for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j and count]

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from thriftnet.cli.common import chosen_width, write_text
+from thriftnet.cli.common import chosen_width
 from thriftnet.cli.machine import one_thread
 from thriftnet.cli.options import width_from
+from thriftnet.cli.output import write_text
+from thriftnet.core.probe import Size
+from thriftnet.core.processes import total
 from thriftnet.core.width import format_width, set_width, widths
 from thriftnet.core.width import width as width_of
 from thriftnet.data.loaders import Loader
@@ -24,7 +27,7 @@ from thriftnet.measure import inspect
 from thriftnet.measure.latency import time_rounds
 from thriftnet.report import plots
 from thriftnet.text import short_count, shortened, table
-from thriftnet.train.distributed import total, total_counts
+from thriftnet.train.distributed import total_counts
 from thriftnet.train.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -108,9 +111,10 @@ def _dynamic(
     return text, {**point.to_dict(), "cost": dynamic.cost, "decisions": by_class}
 
 
-def _size(loader: Loader) -> Sequence[int]:
+def _size(loader: Loader) -> Size:
     """(C, H, W) of the images."""
-    return next(iter(loader))[0].shape[1:]
+    _, channels, height, width = next(iter(loader))[0].shape
+    return channels, height, width
 
 
 def _curves(curves: Mapping[str, Sequence[Point]]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, chosen_width, emit, open_network, parse_with_kwargs
+from thriftnet.cli.common import Parser, chosen_width, open_network, parse_with_kwargs
+from thriftnet.cli.output import emit
 from thriftnet.errors import IncompatibleModelError
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs, unknown_option
+from thriftnet.cli.common import Parser, parse_with_kwargs, unknown_option
+from thriftnet.cli.output import emit
 
 BOOLEANS = {"true": True, "false": False}
 HINTS_HELP = (

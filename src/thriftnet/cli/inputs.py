@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from thriftnet.cli.common import open_network
 from thriftnet.cli.machine import use_machine
-from thriftnet.errors import ConfigError
+from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -48,6 +48,11 @@ def augmentation_of(options: Namespace, source: DataSource, images: ImageDataset
     from thriftnet.data.augmentation import Augmentation
 
     facts, stored = data_facts(model), images.input_size
+    channels = len(facts.normalisation["mean"]) if facts.normalisation else None
+    if stored is not None and channels not in (None, stored[0]):
+        raise IncompatibleModelError(
+            f"{options.model} was trained on images of {channels} channels, those of {options.data} have {stored[0]}: give other data"
+        )
     known = facts.normalisation or {"mean": source.mean, "std": source.std}
     mean, std = options.mean or known["mean"], options.std or known["std"]
     size = stated_input_size(model) if stored is None else facts.input_size

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.cli.common import Parser, parse
+from thriftnet.cli.output import emit
 from thriftnet.errors import ConfigError, unknown_name
 from thriftnet.models import MODELS, ModelEntry, list_models
 from thriftnet.models.table import NAMES, normalize_name

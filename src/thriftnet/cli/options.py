@@ -7,6 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from thriftnet.arguments import (
+    BatchSize,
+    Count,
+    Deviations,
+    Index,
+    InputSize,
+    Means,
+    Operations,
+    PositiveShare,
+    Side,
+    Threads,
+    Workers,
+    check,
+    expected,
+    shown,
+)
+from thriftnet.errors import ConfigError
+
 MODEL_HELP = (
     "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, hf-hub:OWNER/NAME, a saved folder, a run, "
     "or a checkpoint file"
@@ -15,35 +33,32 @@ PLAIN_HELP = "what builds the plain network of a saved one that is not in the zo
 DATA_HELP = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 
 
-def integer(least: int) -> Callable[[str], int]:
-    """Integers from ``least`` on, which is not negative."""
+def reads(hint: Any) -> Callable[[str], Any]:
+    """What reads an option's text as an annotation says: a number, or numbers with commas between them.
 
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ArgumentTypeError(f"{text}: expected an integer >= {least}")
-        return int(text)
+    Example:
+        >>> reads(Threads)("4"), reads(InputSize)("3,32,32")
+        (4, (3, 32, 32))
+    """
+    kind = float if "float" in str(hint) else int
+    is_list = "tuple" in str(hint)
 
-    return read
-
-
-def numbers(kind: type[int] | type[float], example: str) -> Callable[[str], tuple[Any, ...]]:
-    """Comma-separated numbers."""
-
-    def read(text: str) -> tuple[Any, ...]:
+    def read(text: str) -> Any:
         try:
-            return tuple(map(kind, text.split(",")))
-        except ValueError:
-            raise ArgumentTypeError(f"{text}: expected numbers with commas, as {example}") from None
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:  # not a number, or one of thousands of digits
+            values = []
+        value: Any = values[0] if len(values) == 1 and not is_list else tuple(values)
+        try:
+            return check("", value, hint)
+        except ConfigError:
+            raise ArgumentTypeError(f"{shown(text)[1:-1]}: expected {expected(hint)}") from None
 
     return read
-
-
-positive, natural = integer(1), integer(0)
-image_shape, channels = numbers(int, "3,32,32"), numbers(float, "0.5,0.5,0.5")
 
 
 def quantity(text: str) -> float:
-    """A number that may end in K, M or G.
+    """A number of operations that may end in K, M or G.
 
     Example:
         >>> quantity("1.5M")
@@ -51,12 +66,10 @@ def quantity(text: str) -> float:
     """
     factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:].upper(), 0.0)
     try:
-        value = float(text[:-1]) * factor if factor else float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ArgumentTypeError(f"{text}: expected a number > 0, as 300000000 or 300M")
-    return value
+        return check("", float(text[:-1]) * factor if factor else float(text), Operations)
+    except ValueError:  # also ConfigError
+        problem = f"{shown(text)[1:-1]}: expected {expected(Operations)}, as 300000000 or 300M"
+        raise ArgumentTypeError(problem) from None
 
 
 def svg_file(text: str) -> Path:
@@ -81,7 +94,11 @@ def width_from(text: str) -> float | str:
 
 # The options that several verbs take, with the arguments of `add_argument`
 MACHINE_OPTIONS: dict[str, dict[str, Any]] = {
-    "--threads": {"type": positive, "metavar": "N", "help": "threads within an operation; default: 1 for single images"},
+    "--threads": {
+        "type": reads(Threads),
+        "metavar": "N",
+        "help": "threads within an operation; default: 1 for single images",
+    },
     "--fast-malloc": {
         "action": "store_true",
         "help": "let glibc keep freed memory (Linux): faster steps, memory stays at its peak",
@@ -90,26 +107,42 @@ MACHINE_OPTIONS: dict[str, dict[str, Any]] = {
 IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "D", "required": True, "help": DATA_HELP},
     "--plain": {"metavar": "MODEL", "help": PLAIN_HELP},
-    "--batch-size": {"type": positive, "default": 256, "metavar": "N", "help": "images at a time"},
+    "--batch-size": {"type": reads(BatchSize), "default": 256, "metavar": "N", "help": "images at a time"},
     "--device": {"metavar": "cpu|cuda", "help": "default: a GPU where there is one"},
-    "--mean": {"type": channels, "metavar": "M,M,M", "help": "each in [0, 1]; default: the network's, else the data's"},
-    "--std": {"type": channels, "metavar": "S,S,S", "help": "the same"},
-    "--image-size": {"type": positive, "metavar": "PIXELS", "help": "default: the network's, else as stored"},
-    "--resize": {"type": positive, "metavar": "PIXELS", "help": "shorter side before the centre crop to the image size"},
-    "--crop-pct": {"type": float, "metavar": "SHARE", "help": "instead: image size as a share of that side, as 0.875"},
+    "--mean": {"type": reads(Means), "metavar": "M,M,M", "help": "each in [0, 1]; default: the network's, else the data's"},
+    "--std": {"type": reads(Deviations), "metavar": "S,S,S", "help": "the same"},
+    "--image-size": {"type": reads(Side), "metavar": "PIXELS", "help": "default: the network's, else as stored"},
+    "--resize": {"type": reads(Side), "metavar": "PIXELS", "help": "shorter side before the centre crop to the image size"},
+    "--crop-pct": {
+        "type": reads(PositiveShare),
+        "metavar": "SHARE",
+        "help": "instead: image size as a share of that side, as 0.875",
+    },
     "--interpolation": {"choices": ["nearest", "bilinear", "bicubic"], "help": "of resizing; default: the network's"},
-    "--limit": {"type": positive, "metavar": "N", "help": "only N images, evenly spread over the split"},
-    "--workers": {"type": natural, "default": 0, "metavar": "N", "help": "processes that decode images"},
+    "--limit": {"type": reads(Count), "metavar": "N", "help": "only N images, evenly spread over the split"},
+    "--workers": {"type": reads(Workers), "default": 0, "metavar": "N", "help": "processes that decode images"},
     "--on-corrupt": {"choices": ["error", "skip"], "default": "error", "help": "stop at a broken image, or skip it"},
     **MACHINE_OPTIONS,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": MODEL_HELP},
-    "--technique": {"metavar": "T", "help": "as 'soft-sharing(templates=2)'; docs/techniques lists the fields"},
+    "--technique": {
+        "metavar": "T",
+        "help": "as 'soft-sharing(templates=2)', or \"{'layer4': 'soft-sharing', 'layer3': 'shift'}\" by patterns on names; "
+        "docs/techniques lists the fields",
+    },
     "--select": {"metavar": "REGEX", "help": "which layers, by name; default: all but the stem and the classifier"},
+    "--exclude": {"metavar": "REGEX", "help": "which of them to leave alone"},
+    "--params": {"metavar": "N", "help": "at most so many stored parameters: a share of what it has, as 0.5, or 300K"},
+    "--macs": {"metavar": "N", "help": "at most so many multiply-accumulates for one image: 0.5, or 300M"},
+    "--bytes": {"metavar": "N", "help": "at most so many bytes of parameters and buffers: 0.5, or 1MB"},
     "--output": {"metavar": "FOLDER", "required": True, "help": "where to save the network"},
-    "--input-size": {"type": image_shape, "metavar": "C,H,W", "help": "of images, as 3,32,32; default: the network's own"},
+    "--input-size": {
+        "type": reads(InputSize),
+        "metavar": "C,H,W",
+        "help": "of images, as 3,32,32; default: the network's own",
+    },
     "--width": {"type": width_from, "metavar": "W", "help": "one of the network's ratios, as 0.5, or smallest or largest"},
-    "--width-index": {"type": int, "metavar": "I", "help": "instead: index into its list of widths, from 0"},
+    "--width-index": {"type": reads(Index), "metavar": "I", "help": "instead: index into its list of widths, from 0"},
     **IMAGE_OPTIONS,
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.arguments import Count, Index, PositiveShare, Seed
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
-from thriftnet.cli.options import IMAGE_OPTIONS, numbers, positive, width_from
+from thriftnet.cli.options import IMAGE_OPTIONS, reads, width_from
+from thriftnet.cli.output import emit
 
 DESCRIPTION = (
     "Estimate the batch-norm statistics of a network again from the training images, at each width; weights do not change."
@@ -18,19 +20,30 @@ def run(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--split", default="train", metavar="NAME", help="which images")
     add("--widths", metavar="W,W", help="only these, as 0.5,1.0 or smallest,largest; default: all")
-    add("--width-indices", type=numbers(int, "0,3"), metavar="I,I", help="instead: indices into the list of widths, as 0,3")
-    add("--batches", type=positive, metavar="N", help="at most this many at each width; default: all images")
-    add("--momentum", type=float, metavar="M", help="a moving average, as 0.1 (DS-Net); default: the exact one")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of the images")
+    add(
+        "--width-indices",
+        type=reads(tuple[Index, ...]),
+        metavar="I,I",
+        help="instead: indices into the list of widths, as 0,3",
+    )
+    add("--batches", type=reads(Count), metavar="N", help="at most this many at each width; default: all images")
+    add(
+        "--momentum",
+        type=reads(PositiveShare),
+        metavar="M",
+        help="a moving average, as 0.1 (DS-Net); default: the exact one",
+    )
+    add("--seed", type=reads(Seed), default=0, metavar="N", help="of the order of the images")
     options, kwargs = parse_with_kwargs(parser, arguments)
     chosen = None if options.widths is None else [width_from(text) for text in options.widths.split(",")]
     indices = options.width_indices
 
     from thriftnet.core.recalibrate import recalibrate
     from thriftnet.core.width import format_width, widths
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         images = source.split(options.split)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, emit, parse
+from thriftnet.cli.common import Parser, parse
+from thriftnet.cli.output import emit
 from thriftnet.text import table
 
 if TYPE_CHECKING:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from thriftnet.cli.common import Parser, emit, parse_with_kwargs
+from thriftnet.arguments import Natural, OpenShare, Population, Seed
+from thriftnet.cli.common import Parser, parse_with_kwargs
 from thriftnet.cli.inputs import open_inputs
-from thriftnet.cli.options import IMAGE_OPTIONS, quantity
-from thriftnet.errors import ConfigError
+from thriftnet.cli.options import IMAGE_OPTIONS, quantity, reads
+from thriftnet.cli.output import emit, has_terminal, show
 
 if TYPE_CHECKING:
     from thriftnet.dynamic.search import Candidate
@@ -24,39 +24,45 @@ def run(arguments: Sequence[str]) -> None:
     add("--macs", type=quantity, metavar="N", required=True, help="most multiply-accumulates for one image, as 300M")
     add(
         "--validation",
-        type=float,
+        type=reads(OpenShare),
         default=0.1,
         metavar="SHARE",
         help="share of the training images that candidates are scored on",
     )
     recalibration = "batches to estimate the batch-norm statistics of each candidate from; 0: none"
-    add("--recalibration", type=int, default=8, metavar="N", help=recalibration)
-    add("--population", type=int, default=16, metavar="N", help="candidates kept from one generation to the next")
-    add("--generations", type=int, default=8, metavar="N", help="rounds of the evolution")
-    add("--seed", type=int, default=0, metavar="N", help="of the held-out images and the evolution")
+    add("--recalibration", type=reads(Natural), default=8, metavar="N", help=recalibration)
+    add(
+        "--population",
+        type=reads(Population),
+        default=16,
+        metavar="N",
+        help="candidates kept from one generation to the next",
+    )
+    add("--generations", type=reads(Natural), default=8, metavar="N", help="rounds of the evolution")
+    add("--seed", type=reads(Seed), default=0, metavar="N", help="of the held-out images and the evolution")
     options, kwargs = parse_with_kwargs(parser, arguments)
-    if options.recalibration < 0:
-        raise ConfigError(f"--recalibration {options.recalibration}: expected an integer >= 0")
 
     from thriftnet.data.split import train_validation
     from thriftnet.dynamic.search import Evolution, search
-    from thriftnet.store.model_file import save
+    from thriftnet.store.model_file import check_place, save
     from thriftnet.train.distributed import process_group
     from thriftnet.train.evaluate import evaluate
 
+    check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, "train", device)
         training, held_out = train_validation(source.split("train"), options.validation, options.seed)
         scored = loader_of(held_out, options.limit)
         batches = loader_of(training, None, shuffle=True, seed=options.seed)
+        _, channels, height, width = next(iter(scored))[0].shape
         found = search(
             model,
             lambda candidate: evaluate(candidate, scored).top1,
             macs=options.macs,
             loader=islice(batches, options.recalibration) if options.recalibration else None,
             evolution=Evolution(population=options.population, generations=options.generations, seed=options.seed),
-            input_size=next(iter(scored))[0].shape[1:],
-            progress=_progress if sys.stderr.isatty() else None,
+            input_size=(channels, height, width),
+            progress=_progress if has_terminal() else None,
         )
         top1 = evaluate(found.model, loader_of(source.split("test"), None)).top1
     folder = save(found.model.cpu(), options.output)
@@ -69,5 +75,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _progress(tried: int, latest: Candidate) -> None:
-    sys.stderr.write(f"\r{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs ")
-    sys.stderr.flush()
+    show(f"{tried} tried, latest {latest.score:.2f} at {latest.macs:,} MACs")

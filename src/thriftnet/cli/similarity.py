@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import Parser, emit, open_network, parse_with_kwargs, write_text
-from thriftnet.cli.options import svg_file
+from thriftnet.arguments import PositiveShare
+from thriftnet.cli.common import Parser, open_network, parse_with_kwargs
+from thriftnet.cli.options import reads, svg_file
+from thriftnet.cli.output import emit, write_text
 from thriftnet.text import table
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ def run(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--plot", type=svg_file, metavar="FILE.svg", help="draw the matrices")
     threshold = "layers a, b agree if 2<a,b> / (|a|^2 + |b|^2) of their coefficients reaches it, in (0, 1]"
-    add("--threshold", type=float, default=0.99, metavar="T", help=threshold)
+    add("--threshold", type=reads(PositiveShare), default=0.99, metavar="T", help=threshold)
     parser.add_shared("--output", required=False, help="save the network in which layers that agree are one")
     options, kwargs = parse_with_kwargs(parser, arguments)
 

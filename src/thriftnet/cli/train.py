@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from thriftnet.cli.common import KWARGS_HELP, Parser, accepted_kwargs, emit, parse_with_kwargs, unknown_option
+from thriftnet.cli.common import KWARGS_HELP, Parser, accepted_kwargs, parse_with_kwargs, unknown_option
 from thriftnet.cli.machine import use_machine
 from thriftnet.cli.options import MACHINE_OPTIONS, OPTIONS, quantity
+from thriftnet.cli.output import emit, has_terminal, is_main_process, say
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def run(arguments: Sequence[str]) -> None:
     with Bar() as bar:
         how: Any = {"teacher": options.teacher, "device": options.device, "resume": options.resume}
         result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress)
-    if bar.is_main:
-        emit(describe(result), result.to_dict(), as_json=options.json)
+    emit(describe(result), result.to_dict(), as_json=options.json)
 
 
 def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Recipe:
@@ -141,9 +140,6 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        from thriftnet.train.distributed import launched
-
-        self.is_main = launched()[0] == 0
         self.bars = Bars(
             TextColumn("{task.description}epoch {task.fields[epochs]:.1f}"),
             BarColumn(),
@@ -152,7 +148,7 @@ class Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=not (self.is_main and sys.stderr.isatty()),
+            disable=not has_terminal(),
         )
         self.start("")
 
@@ -171,7 +167,7 @@ class Bar:
 
     def on_progress(self, progress: Progress) -> None:
         """Show one step."""
-        if not self.is_main:
+        if not is_main_process():
             return
         now, row = time.perf_counter(), progress.row or {}
         if self.task is None or progress.step <= self.step:  # each stage of a recipe counts from 1
@@ -189,8 +185,7 @@ class Bar:
             left = (progress.steps - progress.step) * (now - self.since) / (progress.step - self.first)
             epochs = f"{progress.epochs:g}/{progress.epochs * progress.steps / progress.step:g}"
             speed = f"{row['images_per_second']:,.0f} images/s, {timedelta(seconds=round(left))} left"
-            sys.stderr.write(f"{self.name}epoch {epochs}: {self.note}, {speed}\n")
-            sys.stderr.flush()
+            say(f"{self.name}epoch {epochs}: {self.note}, {speed}")
 
 
 def describe(result: TrainResult) -> str:

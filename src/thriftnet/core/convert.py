@@ -19,10 +19,10 @@ from thriftnet.core.tied import count_params
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 
-def plan(model: nn.Module, technique: Technique, *, select: Select | None = None) -> Plan:
-    """As `thriftnet.plan`, for a config."""
+def dry_run(model: nn.Module, technique: Technique, *, select: Select | None = None) -> tuple[nn.Module, Plan]:
+    """A converted copy and its plan; the random state does not change."""
     with torch.random.fork_rng(devices=[]):
-        return _prepare(_copied(model), technique, select)[1]
+        return _prepare(_copied(model), technique, select)
 
 
 def convert(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from torch import nn
 
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core import probe
 from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.history import HISTORY, history, record
 from thriftnet.core.sites import replace, sites
-from thriftnet.core.spec import check_choice
 from thriftnet.core.width import eval_mode, require_widths, select_width, widths
 from thriftnet.core.width import width as selected_width
 from thriftnet.core.width_slots import IndexChoice, WidthChoice, assign, width_indices
@@ -38,10 +38,11 @@ def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed
     return callable(getattr(type(module), "fold", None))
 
 
-PREFERENCES = ("", "speed", "size")
+Preference = Literal["", "speed", "size"]
 
 
-def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Module:
+@checked
+def fold(model: nn.Module, *, inplace: bool = False, prefer: Preference = "") -> nn.Module:
     """The same function in `torch.nn` layers only, at the selected width.
 
     Tied layers stay tied. A network without converted layers is returned unchanged.
@@ -61,7 +62,6 @@ def fold(model: nn.Module, *, inplace: bool = False, prefer: str = "") -> nn.Mod
             raise IncompatibleModelError(
                 f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
             )
-    check_choice("prefer", prefer, PREFERENCES)
     plain = model if inplace else copy.deepcopy(model)
     selected = {"width": selected_width(plain)} if widths(plain) else {}
     folded: set[int] = set()
@@ -79,13 +79,14 @@ def _folded(layer: Foldable, prefer: str) -> nn.Module:
     return layer.fold() if choose is None else cast(nn.Module, choose(prefer))
 
 
+@checked
 def freeze(
     model: nn.Module,
     width: WidthChoice | None = None,
     *,
     index: IndexChoice | None = None,
     fold_norms: bool = False,
-    input_size: Sequence[int] | None = None,
+    input_size: InputSize | None = None,
 ) -> nn.Module:
     """A plain network, in eval mode, that equals ``model`` at one of its widths. Its weights are copies.
 
@@ -130,8 +131,9 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
 
 
+@checked
 @contextmanager
-def eval_fold(model: nn.Module, *, prefer: str = "") -> Iterator[nn.Module]:
+def eval_fold(model: nn.Module, *, prefer: Preference = "") -> Iterator[nn.Module]:
     """The network in eval mode with folded layers within the block; afterwards as before, training mode included.
 
     The block receives the network to run. Without converted layers it is only switched to eval mode. Changes to parameters

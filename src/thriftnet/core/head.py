@@ -8,15 +8,16 @@ import math
 
 from torch import nn
 
+from thriftnet.arguments import Classes, checked
 from thriftnet.core.history import history, record
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.sites import ends, replace
-from thriftnet.core.spec import check_whole_number
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import IncompatibleModelError
 
 
-def replace_head(model: nn.Module, num_classes: int, *, inplace: bool = False) -> nn.Module:
+@checked
+def replace_head(model: nn.Module, num_classes: Classes, *, inplace: bool = False) -> nn.Module:
     """The network with a new classifier, whose weights are random; all other layers keep theirs.
 
     Args:
@@ -37,7 +38,6 @@ def replace_head(model: nn.Module, num_classes: int, *, inplace: bool = False) -
         >>> replace_head(create_model("resnet20", num_classes=10), 12).fc
         Linear(in_features=64, out_features=12, bias=True)
     """
-    check_whole_number("num_classes", num_classes, 1)
     model = model if inplace else copy.deepcopy(model)
     head = classifier(model)
     replace(model, {id(head): _with_outputs(head, num_classes)})

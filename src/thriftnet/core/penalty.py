@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Weight, checked
 from thriftnet.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ class PenaltyTerm:
     family: str = ""
 
 
+@checked
 def penalty(model: nn.Module, *, scaled: bool = True) -> Tensor:
     """The term that the techniques in a network add to the loss, as their papers train: each shared part counts once.
 
@@ -51,7 +53,8 @@ def penalty(model: nn.Module, *, scaled: bool = True) -> Tensor:
     return torch.stack(shares).sum()
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+@checked
+def param_groups(model: nn.Module, weight_decay: Weight) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: what a layer lists in ``no_decay`` gets no weight decay.
 
     Raises:

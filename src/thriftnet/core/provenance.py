@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from torch import nn
 
+from thriftnet.arguments import Deviations, InputSize, Means, PositiveShare, Side, check, checked, fits
 from thriftnet.errors import ConfigError
 
 DATA = "thriftnet_data"  # attribute of a network: its `DataFacts`
 
 
+class Normalisation(TypedDict):
+    """Of each channel."""
+
+    mean: Means
+    std: Deviations
+
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """How images become inputs, and what the outputs mean; None where it is unknown.
@@ -31,24 +39,16 @@ class DataFacts:
         ConfigError: A value of another type.
     """
 
-    input_size: tuple[int, int, int] | None = None
-    normalisation: Mapping[str, tuple[float, ...]] | None = None
+    input_size: InputSize | None = None
+    normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
-    resize: int | None = None
-    crop_pct: float | None = None
-    eval_interpolation: str | None = None
+    resize: Side | None = None
+    crop_pct: PositiveShare | None = None
+    eval_interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
 
     def __post_init__(self) -> None:
-        for name, (holds, expected) in CHECKS.items():
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{name}={value!r}; expected {expected}")
-        for name in ("input_size", "class_names"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.normalisation is not None:
-            normalisation = {key: tuple(map(float, self.normalisation[key])) for key in ("mean", "std")}
-            object.__setattr__(self, "normalisation", normalisation)
+        if self.normalisation is not None and len(self.normalisation["mean"]) != len(self.normalisation["std"]):
+            raise ConfigError(f"normalisation={self.normalisation!r}: expected as many numbers in mean as in std")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, ready for JSON."""
@@ -75,7 +75,7 @@ def stated_input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """The input size in a network's data facts, ``default_cfg`` (the zoo's networks) or ``pretrained_cfg`` (timm's)."""
     configs = [getattr(model, name, None) for name in ("default_cfg", "pretrained_cfg")]
     sizes = [data_facts(model).input_size, *(c.get("input_size") for c in configs if isinstance(c, Mapping))]
-    return next(((size[0], size[1], size[2]) for size in sizes if size is not None and _is_size(size)), None)
+    return next(((size[0], size[1], size[2]) for size in sizes if size is not None and fits(size, InputSize)), None)
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:
@@ -84,11 +84,7 @@ def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple
     Raises:
         ConfigError: Not three integers >= 1, or neither is there.
     """
-    if given is not None and not _is_size(given):
-        raise ConfigError(
-            f"input_size={given!r}: expected three integers >= 1 (channels, height, width), such as (3, 32, 32)"
-        )
-    size = stated_input_size(model) if given is None else given
+    size = stated_input_size(model) if given is None else check("input_size", given, InputSize)
     if size is None:
         raise ConfigError(
             f"{type(model).__name__} does not state its input size: give input_size=(C, H, W), such as "
@@ -97,33 +93,4 @@ def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple
     return size[0], size[1], size[2]
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_size(value: Any) -> bool:
-    return _is_list(value) and len(value) == 3 and all(type(side) is int and side >= 1 for side in value)
-
-
-def _is_normalisation(value: Any) -> bool:
-    if not isinstance(value, Mapping) or set(value) != {"mean", "std"}:
-        return False
-    mean, std = value["mean"], value["std"]
-    if not (_is_list(mean) and _is_list(std) and all(map(_is_number, (*mean, *std)))):
-        return False
-    return len(mean) == len(std) > 0 and min(std) > 0
-
-
-FACTS = tuple(field.name for field in fields(DataFacts))
-CHECKS: dict[str, tuple[Any, str]] = {
-    "input_size": (_is_size, "[channels, height, width], integers >= 1"),
-    "normalisation": (_is_normalisation, "{mean: numbers, std: positive numbers}, equally many"),
-    "class_names": (lambda value: _is_list(value) and all(isinstance(name, str) for name in value), "a list of text"),
-    "resize": (lambda value: type(value) is int and value >= 1, "an integer >= 1"),
-    "crop_pct": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "eval_interpolation": (lambda value: isinstance(value, str), "text"),
-}
+FACTS: dict[str, Any] = get_type_hints(DataFacts, include_extras=True)

@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Count, Index, PositiveShare, checked
 from thriftnet.core.history import history
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
-from thriftnet.core.spec import check_whole_number
+from thriftnet.core.processes import failing_together
 from thriftnet.core.width import Width, eval_mode, require_widths, select_width, width_index
 from thriftnet.core.width import widths as widths_of
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
 
 
+@checked
 @torch.no_grad()
 def recalibrate(
     model: nn.Module,
     loader: Iterable[Any],
     widths: Sequence[Width] | Width | None = None,
     *,
-    indices: Sequence[int] | int | None = None,
-    momentum: float | None = None,
-    batches: int | None = None,
+    indices: Sequence[Index] | Index | None = None,
+    momentum: PositiveShare | None = None,
+    batches: Count | None = None,
 ) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
@@ -47,12 +49,6 @@ def recalibrate(
         IncompatibleModelError: No batch norm has running statistics.
         DataError: The loader yields no images, no tensors, or images that make statistics infinite or NaN.
     """
-    if momentum is not None and (not isinstance(momentum, int | float) or not 0 < momentum <= 1):
-        raise ConfigError(f"momentum={momentum!r}: expected a number in (0, 1], or None for exact averages")
-    if batches is not None:
-        check_whole_number("batches", batches, 1)
-    if not isinstance(loader, Iterable):
-        raise DataError(f"recalibrate got a {type(loader).__name__} for a loader: give batches of training images")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms:
         folded = any("freeze" in step.values() for step in history(model))
@@ -68,9 +64,9 @@ def recalibrate(
             for norm in norms:
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
-        seen = _pass(model, itertools.islice(loader, batches), chosen, like)
-        if not seen:
-            raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
+        with failing_together():
+            if not _pass(model, itertools.islice(loader, batches), chosen, like):
+                raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
         _average_over_processes(model, norms, chosen)
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
             raise DataError("recalibrate got images that make statistics infinite or NaN: they are unchanged")

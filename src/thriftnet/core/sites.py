@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Annotated, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
 from thriftnet.core.conv import Convolution
 from thriftnet.core.linear import GeneratedLinear
+from thriftnet.core.patterns import matcher
 from thriftnet.errors import ConfigError, unknown_name
 
 M = TypeVar("M", bound=nn.Module, covariant=True)
 
 Want: TypeAlias = Callable[[str, nn.Module], bool]
-Select: TypeAlias = str | Sequence[str] | Want
+Select: TypeAlias = Annotated[
+    str | Sequence[str] | set[str] | frozenset[str] | Want,
+    "a regular expression, a list of names, or (name, module) -> bool",
+]
 Replacement: TypeAlias = tuple[nn.Module, nn.Module]
 Layer: TypeAlias = Convolution | nn.Linear | GeneratedLinear
 
@@ -58,6 +61,23 @@ def sites(model: nn.Module, want: Want) -> list[Site[nn.Module]]:
             found.setdefault(id(module), (module, []))[1].append(name)
             inside.append(f"{name}." if name else "")
     return [Site(tuple(names), module, roles.get(id(module), "body"), model) for module, names in found.values()]
+
+
+def without(model: nn.Module, select: Select | None, exclude: Select | None) -> Select | None:
+    """``select`` without the layers that ``exclude`` selects; both as in `selection`.
+
+    Raises:
+        ConfigError: As `selection`; or ``exclude`` matches nothing.
+    """
+    if exclude is None:
+        return select
+    want, unwanted = selection(model, select), selection(model, exclude)
+    layers = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    out = {name for name, module in layers if unwanted(name, module)}
+    if not out:
+        raise ConfigError(f"exclude={exclude!r} matches no layer: leave it out, or correct it")
+    kept = {name for name, module in layers if name not in out and want(name, module)}
+    return lambda name, module: name in kept
 
 
 def names_by_module(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -114,28 +134,46 @@ def selection(model: nn.Module, select: Select | None) -> Want:
     Args:
         model: The network.
         select: A regular expression searched for in module names; a list of names (a container's name selects all
-            its layers); or a callable ``(name, module) -> bool``. Default: everything except stem and classifier, small layers
-            that the papers do not convert.
+            its layers); a callable ``(name, module) -> bool``; or one of the `PRESETS`. Default: everything except stem and
+            classifier, small layers that the papers do not convert.
 
     Raises:
-        ConfigError: The expression is malformed, or a listed name does not exist.
+        ConfigError: The expression is malformed, or a listed name or a preset does not exist.
     """
+    if isinstance(select, str) and select.startswith(PRESET):
+        if select not in PRESETS:
+            raise unknown_name("preset", select, PRESETS)
+        return PRESETS[select](model)
     if select is None:
         excluded = {id(module) for module in ends(model)}
         return lambda name, module: id(module) not in excluded
     if callable(select):
         return select
     if isinstance(select, str):
-        try:
-            pattern = re.compile(select)
-        except re.error as error:
-            raise ConfigError(f"select={select!r} is not a regular expression: {error}") from None
-        return lambda name, module: pattern.search(name) is not None
-    if not isinstance(select, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in select):
-        raise ConfigError(f"select={select!r}: expected a regular expression, a list of names, or (name, module) -> bool")
+        found = matcher(select)
+        return lambda name, module: found(name)
     listed = tuple(select)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in listed:
         if name not in existing:
             raise unknown_name("layer in select", name, existing - {""})
     return lambda name, module: any(name == entry or name.startswith(f"{entry}.") for entry in listed)
+
+
+def _later_blocks(model: nn.Module) -> Want:
+    """As by default, without the first block of each stage: of modules of one class in a row that hold layers."""
+    want = selection(model, None)
+    first = []
+    for name, module in model.named_modules():
+        blocks = list(module.named_children()) if isinstance(module, nn.Sequential | nn.ModuleList) else []
+        classes = {type(block) for _, block in blocks}
+        if len(blocks) > 1 and len(classes) == 1 and not isinstance(blocks[0][1], nn.Sequential | nn.ModuleList | Layer):
+            first.append(f"{name}.{blocks[0][0]}." if name else f"{blocks[0][0]}.")
+    return lambda name, module: want(name, module) and not name.startswith(tuple(first))
+
+
+PRESET = "preset:"
+PRESETS: dict[str, Callable[[nn.Module], Want]] = {
+    "preset:all": lambda model: lambda name, module: True,  # stem and classifier, too
+    "preset:later-blocks": _later_blocks,  # as Kang & Kim share: each stage keeps its first block
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,7 +19,9 @@ def spec_name(name: str) -> str:
 
 
 def format_spec(config: object) -> str:
-    """A config as text: its name and the fields that differ from their defaults."""
+    """A config as text: its name and the fields that differ from their defaults; of a mapping, those of its entries."""
+    if isinstance(config, Mapping):
+        return repr({pattern: None if each is None else format_spec(each) for pattern, each in config.items()})
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
     values = [(field.name, getattr(config, field.name), field.default) for field in fields]
     parts = [f"{name}={value!r}" for name, value, default in values if value != default]
@@ -62,6 +63,23 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     return make(match[1], kwargs, table)
 
 
+def parse_mapping(text: str) -> dict[str, Any]:
+    """The mapping from regular expressions to techniques that is written as ``{'layer4': 'soft-sharing(templates=8)'}``.
+
+    Raises:
+        ConfigError: Malformed text, or a key that is no text.
+    """
+    try:
+        mapping = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(pattern, str) for pattern in mapping):
+        raise ConfigError(
+            f"cannot read {text!r}: write patterns and techniques as {{'layer4': 'soft-sharing(templates=8)', 'layer3': 'shift'}}"
+        )
+    return mapping
+
+
 def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
     """The config written as ``{"technique": name, field: value, ...}``."""
     if not isinstance(data.get("technique"), str):
@@ -70,7 +88,9 @@ def from_dict(data: Mapping[str, Any], table: Mapping[str, type[T]]) -> T:
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """A config as JSON-ready dict, all fields included."""
+    """A config as JSON-ready dict, all fields included; of a mapping, those of its entries."""
+    if isinstance(config, Mapping):
+        return {pattern: None if each is None else to_dict(each) for pattern, each in config.items()}
     return {"technique": spec_name(type(config).__name__), **dataclasses.asdict(config)}  # type: ignore[call-overload]
 
 
@@ -90,32 +110,3 @@ def make(name: str, kwargs: Mapping[str, Any], table: Mapping[str, type[T]]) -> 
 def _tuples(value: Any) -> Any:
     """Lists as tuples, so that configs stay hashable and JSON round trips are exact."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def check_whole_number(name: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected an integer >= {least}")
-
-
-def check_steps(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``, or two of them."""
-    for step in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-        check_whole_number(name, step, least)
-
-
-def check_number(name: str, value: object, above: float, most: float = sys.float_info.max, *, closed: bool = False) -> None:
-    """Raise unless ``value`` is a finite number in ``(above, most]``, or equal to ``above`` if the range is ``closed``."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (above < value <= most or (closed and value == above)):  # type: ignore[operator]
-        bounded = f"in {'[' if closed else '('}{above:g}, {most:g}]"
-        expected = bounded if most < sys.float_info.max else f"{'>=' if closed else '>'} {above:g}"
-        raise ConfigError(f"{name}={value!r}: expected a number {expected}")
-
-
-def check_choice(name: str, value: object, expected: tuple[object, ...]) -> None:
-    """Raise unless ``value`` is one of ``expected``."""
-    if not any(value == item and type(value) is type(item) for item in expected):
-        if isinstance(value, str) and isinstance(expected[0], str):
-            raise unknown_name(name, value, map(str, expected))
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, expected))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ class Technique(Protocol):
     """A frozen, keyword-only dataclass with three methods. The verbs know nothing else of it.
 
     Two class attributes are looked at when present: ``takes``, a phrase for error messages that says which layers it
-    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none.
+    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none. A method
+    ``choices(sites)`` lets budgets choose its settings: see `thriftnet.planning.allocate.Adjustable`.
     """
 
     def accepts(self, module: nn.Module) -> bool:
@@ -62,3 +64,16 @@ def takes(technique: Technique) -> str:
 def requires_all_layers(technique: Technique) -> bool:
     """Whether a technique changes every layer with parameters or none."""
     return bool(getattr(technique, "every_layer", False))
+
+
+def steps(least: int, most: int, count: int = 16) -> list[int]:
+    """Integers from ``least`` to ``most``: all of them, or about ``count`` in equal ratios.
+
+    Example:
+        >>> steps(1, 5), steps(1, 1000, 4), steps(1, 0)
+        ([1, 2, 3, 4, 5], [1, 10, 100, 1000], [])
+    """
+    if most - least < count:
+        return list(range(least, most + 1))
+    ratio = math.log(most / least) / (count - 1)
+    return sorted({round(least * math.exp(ratio * step)) for step in range(count)})

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Index, Range, checked
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
-Width: TypeAlias = float | str
+Width: TypeAlias = Annotated[Annotated[float, Range(-1e9, 1e9)] | str, "a ratio such as 0.5, or a name such as 'largest'"]
 Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and end of channels that are used
 ENDS = ("smallest", "largest")  # understood by every slimmable network
 
@@ -154,6 +155,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             layer.set_width_index(index)
 
 
+@checked
 def widths(model: nn.Module) -> tuple[Width, ...]:
     """The widths that ``model`` can run at, as `set_width` takes them, ascending; empty for a network of one width.
 
@@ -162,13 +164,15 @@ def widths(model: nn.Module) -> tuple[Width, ...]:
     return next((layer.width_spec.widths for layer in slimmable_layers(model) if layer.width_spec is not None), ())
 
 
+@checked
 def width(model: nn.Module) -> Width:
     """The width that ``model`` runs at now (1.0 for a network of one width)."""
     layer = next(slimmable_layers(model), None)
     return 1.0 if layer is None else widths(model)[layer.width_index]
 
 
-def set_width(model: nn.Module, width: Width | None = None, *, index: int | None = None) -> None:
+@checked
+def set_width(model: nn.Module, width: Width | None = None, *, index: Index | None = None) -> None:
     """Let ``model`` run at one of its widths from now on.
 
     Args:

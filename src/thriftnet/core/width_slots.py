@@ -7,19 +7,20 @@ incompatible shapes raise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from thriftnet.arguments import Index
+from thriftnet.core.patterns import matcher
 from thriftnet.core.probe import Size, failure, on_meta
 from thriftnet.core.width import Width, WidthAware, WidthSpec, width_index, widths
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 WidthChoice: TypeAlias = Width | Sequence[Width] | Mapping[str, Width]
-IndexChoice: TypeAlias = int | Sequence[int] | Mapping[str, int]
+IndexChoice: TypeAlias = Index | Sequence[Index] | Mapping[str, Index]
 
 
 def width_slots(model: nn.Module) -> dict[str, list[int]]:
@@ -104,13 +105,14 @@ def _by_slot(model: nn.Module, chosen: list[int] | dict[str, int], size: Size) -
     """The chosen width of each slot."""
     if isinstance(chosen, dict):
         slots = list(width_slots(model))
+        found = {pattern: matcher(pattern) for pattern in chosen}
         for pattern in chosen:
-            if not any(re.search(pattern, slot) for slot in slots):
+            if not any(map(found[pattern], slots)):
                 raise ConfigError(
                     f"{pattern!r} matches no layer with a width of its own; expected one of {', '.join(slots)}"
                 )
         last = len(widths(model)) - 1
-        return {slot: next((i for pattern, i in chosen.items() if re.search(pattern, slot)), last) for slot in slots}
+        return {slot: next((i for pattern, i in chosen.items() if found[pattern](slot)), last) for slot in slots}
     parts = groups(model, size)
     if len(chosen) != len(parts):
         listed = "; ".join(f"{number}: {', '.join(part)}" for number, part in enumerate(parts))

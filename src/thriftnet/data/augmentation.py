@@ -5,19 +5,20 @@ Annotations are evaluated: for postponed ones jsonargparse would run the imports
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from thriftnet.core.spec import check_choice
+from thriftnet.arguments import Deviations, Jitter, Means, Padding, PositiveShare, PositiveWeight, Share, Side, checked
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from thriftnet.data.dataset import DataSource, ImageDataset
 
 RAND_AUGMENT = re.compile(r"rand(-([a-z]+[0-9.]+|t[a-z]+))*")  # timm silently ignores other sections
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "random")
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Augmentation and preprocessing of images, applied in the order of the fields; the defaults apply nothing.
@@ -45,29 +46,23 @@ class Augmentation:
     RandAugment, 2019; Zhong et al., Random Erasing Data Augmentation, 2017.
     """
 
-    image_size: int | None = None
-    random_resized_crop: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"
-    crop_padding: int = 0
+    image_size: Side | None = None
+    random_resized_crop: tuple[PositiveShare, PositiveShare] | None = None
+    crop_ratio: tuple[PositiveWeight, PositiveWeight] = (3 / 4, 4 / 3)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "random"] = "bilinear"
+    crop_padding: Padding = 0
     flip: bool = False
-    color_jitter: float = 0.0
+    color_jitter: Jitter = 0.0
     rand_augment: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    cutout: int = 0
-    random_erasing: float = 0.0
-    resize: int | None = None
-    crop_pct: float = 1.0
-    eval_interpolation: str = "bilinear"
+    mean: Means | None = None
+    std: Deviations | None = None
+    cutout: Padding = 0
+    random_erasing: Share = 0.0
+    resize: Side | None = None
+    crop_pct: PositiveShare = 1.0
+    eval_interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # YAML has no tuples
-                object.__setattr__(self, field.name, tuple(value))
-        for name, known in (("interpolation", INTERPOLATIONS), ("eval_interpolation", INTERPOLATIONS[:3])):
-            check_choice(name, getattr(self, name), known)
         for name, holds, expected in self._conditions():
             if not holds:
                 raise ConfigError(f"augmentation {name}={getattr(self, name)!r}: expected {expected}")
@@ -76,19 +71,12 @@ class Augmentation:
                 raise ConfigError(f"augmentation {name} needs an image_size, as image_size=224")
 
     def _conditions(self) -> Iterator[tuple[str, bool, str]]:
-        """Field, whether its value is valid, and the expected value."""
-        crop, size, mean, std = self.random_resized_crop, self.image_size, self.mean, self.std
-        yield "image_size", size is None or size >= 1, "pixels, as 224"
-        yield "random_resized_crop", crop is None or _is_range(crop, 1.0), "a range in (0, 1], as (0.08, 1.0)"
-        yield "crop_ratio", _is_range(self.crop_ratio, float("inf")), "a range of ratios, as (0.75, 1.33)"
-        for name in ("crop_padding", "cutout", "color_jitter"):
-            yield name, getattr(self, name) >= 0, "a number >= 0"
-        yield "random_erasing", 0 <= self.random_erasing <= 1, "a probability in [0, 1]"
-        yield "std", std is None or all(value > 0 for value in std), "numbers > 0, one per channel"
-        yield "mean", mean is None or all(0 <= value <= 1 for value in mean), "numbers in [0, 1], one per channel"
+        """Field, whether its value fits the other fields, and the expected value."""
+        crop, mean, std = self.random_resized_crop, self.mean, self.std
+        yield "random_resized_crop", crop is None or crop[0] <= crop[1], "a range in (0, 1], as (0.08, 1.0)"
+        yield "crop_ratio", self.crop_ratio[0] <= self.crop_ratio[1], "a range of ratios, as (0.75, 1.33)"
         yield "mean", None in (mean, std) or len(mean or ()) == len(std or ()), "as many numbers as for std, one per channel"
-        yield "resize", None in (self.resize, size) or (self.resize or 0) >= (size or 0), "a number >= image_size"
-        yield "crop_pct", 0 < self.crop_pct <= 1, "a share in (0, 1], as 0.875"
+        yield "resize", (self.resize or self.image_size or 0) >= (self.image_size or 0), "a number >= image_size"
 
     def for_source(self, source: "DataSource") -> "Augmentation":
         """A copy with the mean and std of the data source where none are set."""
@@ -120,7 +108,3 @@ class Augmentation:
     def _shorter_side(self) -> int | None:
         """Shorter side to which images are resized in evaluation."""
         return None if self.image_size is None else self.resize or int(self.image_size / self.crop_pct)
-
-
-def _is_range(pair: tuple[float, float], highest: float) -> bool:
-    return len(pair) == 2 and 0 < pair[0] <= pair[1] <= highest

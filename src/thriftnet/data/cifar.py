@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thriftnet.data.dataset import ArrayImages, DataSource, ImageDataset
+from thriftnet.data.decode import LARGEST_FILE
 from thriftnet.errors import DataError
 
 CIFAR = {  # mean and standard deviation of the training pixels
@@ -32,6 +34,8 @@ def open_cifar(kind: str, folder: Path) -> DataSource:
         raise DataError(f"{kind} is read by torchvision, which is missing: pip install 'thriftnet[train]'") from None
     dataset: Any = getattr(datasets, kind.upper())
     root = folder.parent if folder.name == dataset.base_folder else folder
+    for name in (dataset.meta["filename"], *(name for name, _ in dataset.train_list + dataset.test_list)):
+        _check_file(root / dataset.base_folder / name)
     splits: dict[str, ImageDataset] = {}
     for name in ("train", "test"):
         split = _open(dataset, root, train=name == "train")
@@ -40,12 +44,28 @@ def open_cifar(kind: str, folder: Path) -> DataSource:
     return DataSource(f"{kind}:{folder}", tuple(split.classes), splits, *CIFAR[kind])
 
 
+def _check_file(path: Path) -> None:
+    """Refuse what torchvision could take for ever to hash, or would write to."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return
+        raise DataError(f"{path} is a link to nothing: remove it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Repair or remove it") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        raise DataError(
+            f"{path} is no file of CIFAR: it is {'too large' if stat.S_ISREG(status.st_mode) else 'no file'}. Remove it"
+        )
+
+
 def _open(dataset: Any, root: Path, *, train: bool) -> Any:
     """One split; downloaded if files are missing or damaged."""
     with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints; stdout is for results
         try:
             return dataset(root=str(root), train=train)
-        except RuntimeError:
+        except (OSError, RuntimeError):
             existed = root.exists()
         try:
             return dataset(root=str(root), train=train, download=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from thriftnet.core.probe import Size
-from thriftnet.errors import ConfigError, DataError
+from thriftnet.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MOST_RATIO = 1000  # of an image's sides: resizing the shorter one would fill the memory
+EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 class ImageDataset(Protocol):
@@ -38,6 +43,16 @@ class ImageDataset(Protocol):
         Raises:
             DataError: It cannot be decoded; the message names the file or row.
         """
+
+    def look_over(self, indices: Tensor | None = None) -> None:
+        """Before a long use, read as much of the images (of all, or of ``indices``) as takes little time: here three of them.
+
+        Raises:
+            DataError: One cannot be decoded.
+        """
+        chosen = range(len(self)) if indices is None else indices.tolist()
+        for index in sorted({chosen[0], chosen[len(chosen) // 2], chosen[-1]}):
+            self.image(index)
 
     def resident(self, indices: Tensor | None = None) -> Tensor:
         """Images as one uint8 tensor (N, C, H, W): those of ``indices``, in this order, or all.
@@ -74,6 +89,9 @@ class DataSource:
         mean: Of each channel, in [0, 1], with which inputs of this data are usually normalised.
         std: Of each channel, likewise.
         skipped: One line for each image that was skipped because it cannot be decoded.
+
+    Raises:
+        DataError: No images, labels that are not the number of a class, or classes whose names cannot be told apart.
     """
 
     spec: str
@@ -82,6 +100,13 @@ class DataSource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_names(self.classes, self.spec)
+        if not self.splits:
+            raise DataError(f"{self.spec} has no splits: expected train and test")
+        for split, images in self.splits.items():
+            _check_labels(images, len(self.classes), f"{self.spec}, {split} split")
 
     @property
     def input_size(self) -> Size | None:
@@ -101,15 +126,67 @@ class DataSource:
         return self.splits[name]
 
 
+def check_names(classes: Sequence[str], name: str) -> None:
+    """Refuse classes whose names are no text, or cannot be told apart: results are listed by name."""
+    seen: set[str] = set()
+    for each in classes:
+        try:
+            each.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise DataError(f"{name} has a class named {each!a}, which is not text in UTF-8: rename it") from None
+        if normal_name(each) in seen:
+            raise DataError(f"{name} has two classes named {each!r}: results are listed by name, rename one")
+        seen.add(normal_name(each))
+
+
+def normal_name(name: str) -> str:
+    """A name that is equal for names that look the same: an accent may be a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _check_labels(images: ImageDataset, classes: int, name: str) -> None:
+    labels = images.labels
+    if not isinstance(labels, Tensor) or labels.dtype is not torch.int64 or labels.shape != (len(images),):
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise DataError(f"{name}: the labels of {len(images)} images are {got}; expected one int64 for each")
+    if not len(labels):
+        raise DataError(f"{name}: it has no images")
+    lowest, highest = (int(value) for value in labels.aminmax())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise DataError(f"{name}: an image has the label {wrong}; with {classes} classes, labels are 0 to {classes - 1}")
+
+
+def not_usable(image: Image) -> str:
+    """Why an image whose header is read cannot be used; "" if it can."""
+    if image.mode not in EIGHT_BIT:  # pillow would clip 16 bits to white, and fractions to black
+        return f"its pixels are {image.mode}: no conversion to 8 bits is right for all such images. Convert it"
+    shorter, longer = sorted(image.size)
+    if shorter * MOST_RATIO < longer:
+        return f"its sides are {image.width} x {image.height}, more than 1 : {MOST_RATIO}"
+    return ""
+
+
 class ArrayImages(ImageDataset):
     """Images in memory.
 
     Args:
         images: uint8 (N, C, H, W); one channel is grey, three are RGB.
         labels: int64 (N,).
+
+    Raises:
+        ConfigError: Tensors that are none of that.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise ConfigError(f"{name} are a {type(value).__name__}: expected a tensor")
+        shape = tuple(images.shape)
+        if images.dtype is not torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape[2:]:
+            raise ConfigError(f"images are {images.dtype} {shape}: expected torch.uint8 (N, 1 or 3, H, W)")
+        if labels.dtype is not torch.int64 or labels.shape != shape[:1]:
+            raise ConfigError(f"labels are {labels.dtype} {tuple(labels.shape)}: expected torch.int64 ({shape[0]},)")
         self.images = images
         self.labels = labels
         _, channels, height, width = images.shape
@@ -145,6 +222,9 @@ class Subset(ImageDataset):
     def image(self, index: int) -> Image:
         return self.base.image(int(self.indices[index]))
 
+    def look_over(self, indices: Tensor | None = None) -> None:
+        self.base.look_over(self.indices if indices is None else self.indices[indices])
+
     def resident(self, indices: Tensor | None = None) -> Tensor:
         return self.base.resident(self.indices if indices is None else self.indices[indices])
 
@@ -158,7 +238,7 @@ class TorchImages(ImageDataset):
         input_size: Size of all images; None if they differ.
 
     Raises:
-        ConfigError: No labels, or not one per image.
+        ConfigError: No labels, not one per image, or none that are integers.
     """
 
     def __init__(self, dataset: object, labels: Sequence[int] | None = None, input_size: Size | None = None) -> None:
@@ -166,16 +246,27 @@ class TorchImages(ImageDataset):
         if known is None or len(known) != len(dataset):  # type: ignore[arg-type]
             raise ConfigError(f"{type(dataset).__name__} has no `targets` for its images: give labels=[...], one per image")
         self.dataset = dataset
-        self.labels = torch.as_tensor(known, dtype=torch.int64)
+        try:
+            found = torch.as_tensor(known)
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.empty(0)
+        if found.dim() != 1 or found.is_floating_point() or found.is_complex():
+            raise ConfigError(f"the labels of {type(dataset).__name__} are not integers, one per image")
+        self.labels = found.to(torch.int64)
         self.input_size = input_size
 
     def image(self, index: int) -> Image:
         from PIL import Image
 
-        image = self.dataset[index][0]  # type: ignore[index]
+        name = f"image {index} of {type(self.dataset).__name__}"
+        try:
+            image = self.dataset[index][0]  # type: ignore[index]
+        except Exception as error:  # the data set's own, which would end as a traceback of a worker
+            raise DataError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(image, Image.Image):
             raise DataError(
-                f"image {index} of {type(self.dataset).__name__} is a {type(image).__name__}, not a PIL image: remove its "
-                "transform, thriftnet augments by itself"
+                f"{name} is a {type(image).__name__}, not a PIL image: remove its transform, thriftnet augments by itself"
             )
+        if problem := not_usable(image):
+            raise DataError(f"{name}: {problem}")
         return image if image.mode == "L" else image.convert("RGB")

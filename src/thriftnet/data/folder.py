@@ -37,15 +37,21 @@ def open_folder(folder: Path) -> DataSource:
     """All splits of a tree of class folders.
 
     ``train``, ``val`` and ``test`` folders are splits. Without any, the folders are classes, and a seeded fifth of each
-    class is the test split. The classes are those of ``train``, sorted by name.
+    class is the test split. The classes are those of ``train``, sorted by name. What is hidden (its name begins with a dot) is left out.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}. folder:DIR needs class folders in DIR/train and DIR/val, or in DIR")
-    places = {SPLITS[name]: folder / name for name in SPLITS if (folder / name).is_dir()}
+    places: dict[str, Path] = {}
+    for name in _subfolders(folder):
+        split = SPLITS.get(name.lower())
+        if split in places:
+            raise DataError(f"{folder} has two folders for the {split} split, {places[split].name} and {name}: remove one")
+        if split:
+            places[split] = folder / name
     classes = _classes(places.get("train") or next(iter(places.values()), folder))
     splits: dict[str, ImageDataset]
     if places:
-        splits = {split: _split(place, classes) for split, place in places.items()}
+        splits = {split: _split(places[split], classes) for split in ("train", "val", "test") if split in places}
     else:
         splits = dict(zip(("train", "test"), train_validation(_split(folder, classes), TEST_FRACTION), strict=True))
     return DataSource(f"folder:{folder}", classes, splits, IMAGENET_MEAN, IMAGENET_STD)
@@ -70,7 +76,12 @@ def _split(place: Path, classes: tuple[str, ...]) -> FolderImages:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files += sorted(_files(place, name))
+        own = sorted(_files(place, name))
+        if not own and os.path.lexists(place / name):  # a split need not have every class
+            raise DataError(
+                f"{place / name} has no images: looked for {', '.join(SUFFIXES)}. Remove the folder if that is right"
+            )
+        files += own
         labels += [label] * (len(files) - len(labels))
     if not files:
         raise DataError(f"{place} has no images in its class folders: looked for {', '.join(SUFFIXES)}")
@@ -79,7 +90,10 @@ def _split(place: Path, classes: tuple[str, ...]) -> FolderImages:
 
 def _subfolders(place: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+        for entry in entries:
+            _check_link(entry.path)
+        return sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
         raise _unreadable(error) from None
 
@@ -88,21 +102,41 @@ def _files(place: Path, name: str) -> Iterator[str]:
     """Images of a class, at any depth, as paths below ``place``; links to folders above or read before are not followed."""
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # a split need not have every class
-            raise _unreadable(error)
+        raise _unreadable(error)
 
+    if not os.path.lexists(place / name):
+        return
     seen = {_identity(folder) for folder in (place, *place.resolve().parents)}
     for folder, subfolders, files in os.walk(place / name, followlinks=True, onerror=refuse):
         if _identity(folder) in seen:
             subfolders.clear()
             continue
         seen.add(_identity(folder))
+        subfolders[:] = [each for each in subfolders if not each.startswith(".")]
+        for each in subfolders:
+            if each.lower().endswith(SUFFIXES):
+                raise DataError(f"{os.path.join(folder, each)} is a folder, named as an image: rename or remove it")
         inside = os.path.relpath(folder, place)
-        yield from (os.path.join(inside, file) for file in files if file.lower().endswith(SUFFIXES))
+        for file in files:
+            if file.startswith("."):
+                continue
+            if file.lower().endswith(SUFFIXES):
+                yield os.path.join(inside, file)
+            else:
+                _check_link(os.path.join(folder, file))
+
+
+def _check_link(path: str) -> None:
+    """Refuse a link to nothing: it may have been a folder."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"{path} is a link to nothing: its images would be missing. Repair or remove it")
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(error) from None
     return status.st_dev, status.st_ino
 
 

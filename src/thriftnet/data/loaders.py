@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thriftnet.arguments import BatchSize, Count, Natural, Seed, Workers, checked
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.batched import crop_and_flip, cut_out, draw, normalise, pad
 from thriftnet.data.dataset import ImageDataset
 from thriftnet.data.order import Order
 from thriftnet.data.transforms import Transform, eval_transform, preserve_random_state, seed_random_state, train_transform
 from thriftnet.errors import ConfigError, DataError
+from thriftnet.memory import needs
 
 RESIDENT_BYTES = 2 << 30  # larger data sets are kept on the device only with resident=True
 BATCHES_AT_ONCE = 16  # augmented together on accelerators, to launch fewer kernels
@@ -193,17 +195,18 @@ def _collate(samples: list[Any]) -> Batch | DataError:
     return torch.stack(images), torch.stack(labels)
 
 
+@checked
 def make_loader(
     dataset: ImageDataset,
-    batch_size: int,
+    batch_size: BatchSize,
     *,
     augmentation: Augmentation,
     train: bool,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | torch.device = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    rank: Natural = 0,
+    world_size: Count = 1,
+    workers: Workers = 0,
     resident: bool | None = None,
     shuffle: bool | None = None,
     drop_last: bool = False,
@@ -229,6 +232,7 @@ def make_loader(
         ConfigError: Invalid numbers, or ``resident=True`` with an augmentation that cannot be applied to batches.
         DataError: Fewer training images than one batch, or (resident) an image that cannot be decoded.
     """
+    _check_memory(dataset, batch_size, augmentation, train=train)
     order = Order(
         images=len(dataset),
         batch_size=batch_size,
@@ -242,6 +246,18 @@ def make_loader(
     if _is_resident(dataset, augmentation, train, resident):
         return ResidentLoader(dataset, augmentation, order, device)
     return ImageLoader(dataset, augmentation, order, device, workers)
+
+
+def _check_memory(dataset: ImageDataset, batch_size: int, augmentation: Augmentation, *, train: bool) -> None:
+    """Refuse a batch, or an image while it is cropped, that does not fit into memory."""
+    channels = len(augmentation.normalisation()[0])
+    stored = dataset.input_size[1:] if dataset.input_size else (1, 1)
+    sides = (augmentation.image_size, augmentation.image_size) if augmentation.image_size else stored
+    batch = min(batch_size, len(dataset)) * channels * sides[0] * sides[1]
+    needs(4 * batch, f"a batch of {min(batch_size, len(dataset)):,} images of {sides[0]} x {sides[1]}")
+    padding = augmentation.crop_padding if train else 0
+    image = channels * (sides[0] + 2 * padding) * (sides[1] + 2 * padding)
+    needs(image, f"an image of {sides[0]} x {sides[1]} with crop_padding={padding}")
 
 
 def _is_resident(dataset: ImageDataset, augmentation: Augmentation, train: bool, wanted: bool | None) -> bool:

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.data.cifar import CIFAR, open_cifar
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.digits import digits_source
@@ -27,7 +29,8 @@ KINDS = ("digits", *FOLDERS, "hf")
 SPECS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, parquet:DIR or hf:OWNER/NAME"
 
 
-def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
+@checked
+def open_data(spec: str, *, on_corrupt: Literal["error", "skip"] = "error") -> DataSource:
     """The data set that ``spec`` names.
 
     Args:
@@ -40,8 +43,6 @@ def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
         DataError: It is missing, broken or has fewer than two classes.
     """
     kind, _, place = spec.partition(":")
-    if on_corrupt not in ("error", "skip"):
-        raise ConfigError(f"on_corrupt={on_corrupt!r}: expected 'error' or 'skip'")
     if kind not in KINDS:
         raise ConfigError(f"{unknown_name('data', spec, KINDS)}. Write {SPECS}")
     if bool(place) == (kind == "digits"):
@@ -52,7 +53,7 @@ def open_data(spec: str, *, on_corrupt: str = "error") -> DataSource:
     elif kind == "hf":
         source = open_hub(place)
     else:
-        source = FOLDERS[kind](Path(place).expanduser())
+        source = FOLDERS[kind](as_path(place, kind, home=True))
     return _without_corrupt(source) if on_corrupt == "skip" else source
 
 
@@ -68,6 +69,12 @@ def _without_corrupt(source: DataSource) -> DataSource:
             raise DataError(f"{source.spec}: not one image of the {name} split can be decoded; the first: {problems[0]}")
         skipped += filter(None, problems)
         splits[name] = images if len(intact) == len(images) else Subset(images, intact)
+        lost = set(images.labels.tolist()) - set(splits[name].labels.tolist())
+        if lost and name == "train":
+            first = problems[images.labels.tolist().index(min(lost))]
+            raise DataError(
+                f"{source.spec}: no training image of class {source.classes[min(lost)]!r} can be decoded; the first: {first}"
+            )
     return replace(source, splits=splits, skipped=tuple(skipped))
 
 

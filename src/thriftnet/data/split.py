@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from thriftnet.arguments import OpenShare, Seed, checked
 from thriftnet.data.dataset import ImageDataset, Subset
-from thriftnet.errors import ConfigError, DataError
+from thriftnet.errors import DataError
 
 
-def train_validation(source: ImageDataset, fraction: float = 0.1, seed: int = 0) -> tuple[Subset, Subset]:
+@checked
+def train_validation(source: ImageDataset, fraction: OpenShare = 0.1, seed: Seed = 0) -> tuple[Subset, Subset]:
     """Split a data set in two, with the same share of every class.
 
     A class of two or more images is in both parts; one of a single image is in the first.
@@ -25,8 +27,6 @@ def train_validation(source: ImageDataset, fraction: float = 0.1, seed: int = 0)
         ConfigError: ``fraction`` is not in (0, 1).
         DataError: No class has two images.
     """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"validation fraction {fraction}: expected a number between 0 and 1, as 0.1")
     random = torch.Generator().manual_seed(seed)
     labels = source.labels
     held_out = torch.zeros(len(labels), dtype=torch.bool)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from thriftnet.arguments import checked
 from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.history import record
@@ -25,6 +26,7 @@ from thriftnet.dynamic.split import Split, is_within, split_at
 from thriftnet.errors import IncompatibleModelError
 
 
+@checked
 def add_gate(model: nn.Module, after: str | None = None, *, inplace: bool = False) -> nn.Module:
     """Give a slimmable network a gate that chooses the width for each image, see `DynamicNetwork`.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import InputSize, PositiveWeight, Weight, checked
 from thriftnet.core.fold import freeze
 from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.norm import PlainBatchNorm2d
@@ -30,6 +31,7 @@ from thriftnet.kernels.pack import pack_layers
 from thriftnet.measure import inspect
 
 
+@checked
 class DynamicNetwork(nn.Module):
     """A network with a gate, ready to run: front and tails are frozen copies, the gate is the network's own.
 
@@ -71,9 +73,9 @@ class DynamicNetwork(nn.Module):
         *,
         fold_norms: bool = True,
         compile: bool = False,
-        input_size: Sequence[int] | None = None,
-        cost: float | None = None,
-        temperature: float = 1.0,
+        input_size: InputSize | None = None,
+        cost: Weight | None = None,
+        temperature: PositiveWeight = 1.0,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -254,7 +256,8 @@ class _MacsAt:
         with IgnoreOuterModes():
             read = self.front(next(self.gate.parameters()).new_empty(1, *size))[self.read]
             of_gate = inspect(self.gate, read.shape[1:]).macs
-            return tuple(inspect(network, size).macs + of_gate for network in self.networks)
+            channels, height, width = size
+            return tuple(inspect(network, (channels, height, width)).macs + of_gate for network in self.networks)
 
 
 def mixture(choice: Tensor, outputs: Tensor) -> Tensor:

@@ -9,18 +9,18 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thriftnet.core.spec import check_choice, check_number
+from thriftnet.arguments import Operations, ProperShare, Weight, checked
 from thriftnet.dynamic.gate import check_budget, gumbel_choice
 from thriftnet.errors import ConfigError
 
-HARD = ("widest", "narrowest")
-TARGETS = ("sandwich", "losses")
+Hard = Literal["widest", "narrowest"]
+Targets = Literal["sandwich", "losses"]
 
 
 class Decision(NamedTuple):
@@ -40,6 +40,7 @@ class GateLoss(NamedTuple):
     macs: Tensor
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class GateObjective:
     """Cross-entropy of the chosen outputs + sandwich gate sparsification + distance from the budget; or, ours, the widths' losses.
@@ -61,19 +62,15 @@ class GateObjective:
     Source: Li et al., section 3.3; the budget and ``targets="losses"`` are ours.
     """
 
-    budget: float | None = None
-    budget_weight: float = 10.0
-    sparsification_weight: float = 1.0
-    label_smoothing: float = 0.1
-    hard: str = "widest"
-    targets: str = "sandwich"
+    budget: Operations | None = None
+    budget_weight: Weight = 10.0
+    sparsification_weight: Weight = 1.0
+    label_smoothing: ProperShare = 0.1
+    hard: Hard = "widest"
+    targets: Targets = "sandwich"
     original: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("hard", self.hard, HARD)
-        check_choice("targets", self.targets, TARGETS)
-        if self.budget is not None:
-            check_number("budget", self.budget, 0)
         if self.original and self.budget is not None:
             raise ConfigError("original=True has no budget, its MACs have a fixed weight: leave budget out")
         if self.original and self.targets != "sandwich":
@@ -121,7 +118,8 @@ def decision_of(
     return Decision(logits, *gumbel_choice(logits, temperature, noise, random))
 
 
-def sparsification_targets(outputs: Tensor, labels: Tensor, hard: str = "widest") -> Tensor:
+@checked
+def sparsification_targets(outputs: Tensor, labels: Tensor, hard: Hard = "widest") -> Tensor:
     """The width that each image should take: the narrowest if it is right, else the widest. Those in between are never a target.
 
     Shape: (K, N, classes) and (N,) -> (N,), indices of widths.
@@ -133,7 +131,6 @@ def sparsification_targets(outputs: Tensor, labels: Tensor, hard: str = "widest"
 
     Source: Li et al., section 3.3, "sandwich gate sparsification".
     """
-    check_choice("hard", hard, HARD)
     easy = outputs[0].argmax(1) == labels
     if hard == "narrowest":
         easy = easy | (outputs[-1].argmax(1) != labels)

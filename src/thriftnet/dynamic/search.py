@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from thriftnet.arguments import InputSize, Natural, Operations, Population, PositiveShare, Seed, checked
 from thriftnet.core.fold import freeze
 from thriftnet.core.probe import Size, on_meta
 from thriftnet.core.probe import input_size as size_of
 from thriftnet.core.recalibrate import recalibrate
-from thriftnet.core.spec import check_whole_number
 from thriftnet.core.width import Width, widths
 from thriftnet.core.width_slots import groups, width_slots
 from thriftnet.dynamic.gate import check_budget
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import IncompatibleModelError
 from thriftnet.measure import inspect
 from thriftnet.text import table
 
@@ -76,6 +76,7 @@ class SearchResult:
         return table(["score", "MACs", "widths"], rows)
 
 
+@checked
 @dataclass(frozen=True)
 class Evolution:
     """How to search.
@@ -87,26 +88,21 @@ class Evolution:
         seed: Of all draws.
     """
 
-    population: int = 16
-    generations: int = 8
-    mutation: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole_number("population", self.population, 2)
-        check_whole_number("generations", self.generations, 0)
-        if not isinstance(self.mutation, int | float) or not 0 < self.mutation <= 1:
-            raise ConfigError(f"mutation={self.mutation!r}: expected a number in (0, 1]")
+    population: Population = 16
+    generations: Natural = 8
+    mutation: PositiveShare = 0.2
+    seed: Seed = 0
 
 
+@checked
 def search(
     model: nn.Module,
     score: Callable[[nn.Module], float],
     *,
-    macs: float,
+    macs: Operations,
     loader: Iterable[Any] | None = None,
     evolution: Evolution | None = None,
-    input_size: Sequence[int] | None = None,
+    input_size: InputSize | None = None,
     progress: Callable[[int, Candidate], None] | None = None,
 ) -> SearchResult:
     """The best widths of a trained supernet that cost at most ``macs``.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.core.provenance import add_data_facts, stated_input_size
 from thriftnet.core.tied import count_params, unique_tensors
 from thriftnet.errors import CheckpointError, ConfigError
@@ -51,6 +52,7 @@ class Source:
         return f"{self.file} ({self.format}), {self.system}: {SYSTEMS[self.system].title}"
 
 
+@checked
 @dataclass(frozen=True)
 class ImportedCheckpoint:
     """A network from an author's file.
@@ -84,6 +86,7 @@ class ImportedCheckpoint:
         return "\n".join(lines + [f"note    {note}" for note in self.notes])
 
 
+@checked
 def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedCheckpoint:
     """Read the network in a file of one of the original projects, or in a plain state dict with their keys.
 
@@ -97,7 +100,7 @@ def import_checkpoint(path: str | os.PathLike[str], **hints: Any) -> ImportedChe
         ConfigError: An unknown hint, or one that does not go with this file.
     """
     check_hints(hints)
-    content, format = read_file(path)
+    content, format = read_file(as_path(path))
     about_network = {name: value for name, value in hints.items() if name != "ema" and value is not None}
     try:
         found = contents(content, hints)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from thriftnet.errors import CheckpointError
+from thriftnet.files import open_regular
 from thriftnet.importing import inert
 from thriftnet.importing.inert import ORIGIN, StandIn
 
@@ -55,7 +56,7 @@ def read_torch(path: Path) -> tuple[Any, str]:
         CheckpointError: Whatever is wrong with the file, in one line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head, _, body = describe(file).partition(b"\n")
             facts = json.loads(head)
             if "error" in facts:

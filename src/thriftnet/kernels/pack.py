@@ -7,11 +7,12 @@ reads, and weights lie as oneDNN's kernels read them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core import probe
 from thriftnet.core.fold import fold, is_foldable
 from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, make_inplace, sole_readers
@@ -21,7 +22,8 @@ from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.packed import PackedConv2d, activation_of, can_pack, has_hooks
 
 
-def pack(model: nn.Module, *, input_size: Sequence[int] | None = None) -> nn.Module:
+@checked
+def pack(model: nn.Module, *, input_size: InputSize | None = None) -> nn.Module:
     """A copy of a trained network for inference on a CPU: folded, norms merged, activations and convolutions in one pass.
 
     It computes what ``model`` does, to rounding, at its selected width. It is a network of `torch.nn` layers to torch's

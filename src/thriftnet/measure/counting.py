@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.provenance import input_size_of
@@ -30,7 +31,8 @@ from thriftnet.measure.untouched import untouched
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
 
 
-def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report:
+@checked
+def inspect(model: nn.Module, input_size: InputSize | None = None) -> Report:
     """Parameters of a network and the cost of one image, with shared parts counted correctly.
 
     Counted are convolutions, linear layers and matrix products (attention's, too), each time they run. Computing weights
@@ -67,6 +69,13 @@ def inspect(model: nn.Module, input_size: Sequence[int] | None = None) -> Report
     return Report(type(network).__name__, size, rows, uncounted, width(network) if widths(network) else None, size_bytes)
 
 
+def layer_macs(layer: nn.Module, shape: Sequence[int]) -> int:
+    """Multiply-accumulates of one run of a layer, on one input of this shape (without the batch)."""
+    found = layer_costs(layer)
+    _run(layer, tuple(shape), found)
+    return sum(cost.macs for cost in found.values())
+
+
 def _refuse_lazy(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -75,7 +84,7 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _run(model: nn.Module, size: tuple[int, int, int], found: dict[int, LayerCost]) -> dict[str, int]:
+def _run(model: nn.Module, size: tuple[int, ...], found: dict[int, LayerCost]) -> dict[str, int]:
     """Run ``model`` once and charge its layers; returns the operations without a formula."""
     tensors = [*model.parameters(), *model.buffers()]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()] or [torch.zeros(())]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from thriftnet.arguments import checked
 from thriftnet.text import table
 
 NAMED_OPS = 6  # uncounted operations named in the printed report; `to_dict` has them all
@@ -52,6 +53,7 @@ class LayerRow:
         return {**asdict(self), "names": list(self.names), "output": None if self.output is None else list(self.output)}
 
 
+@checked
 @dataclass(frozen=True)
 class Report:
     """Parameters and cost of a network; prints as a table. The totals are sums over the rows.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from thriftnet.arguments import checked
 from thriftnet.core.history import HISTORY
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.errors import unknown_name
 from thriftnet.models.table import IDENTITY, MODELS, ModelEntry, builder, model_kwargs, zoo_name
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["MODELS", "ModelEntry", "create_model", "list_models", "model_kwargs", "zoo_name"]
 
 
+@checked
 def list_models(pattern: str = "*") -> list[str]:
     """Names in the zoo that match a shell pattern, sorted.
 
@@ -25,6 +27,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in MODELS if fnmatch(name, pattern))
 
 
+@checked
 def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a network of the zoo.
 
@@ -36,8 +39,6 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ConfigError: Unknown name or kwarg, with close matches; a name of several networks; or a value that the network refuses.
     """
-    if not isinstance(name, str):
-        raise ConfigError(f"a model's name is text, got {name!r}: see list_models()")
     name = zoo_name(name, kwargs=kwargs)
     entry, expected = MODELS[name], model_kwargs(name)
     for key in kwargs:
@@ -45,7 +46,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             raise unknown_name(f"kwarg of {name}", key, expected)
     headless = type(kwargs.get("num_classes")) is int and kwargs["num_classes"] == 0
     given = {key: value for key, value in kwargs.items() if not (headless and key == "num_classes")}
-    model: Any = builder(entry)(**{**entry.kwargs, **given})
+    from thriftnet.core.allocation import build_within_memory
+
+    model: Any = build_within_memory(lambda: builder(entry)(**{**entry.kwargs, **given}), name)
     if headless:
         model.reset_classifier(0)
     setattr(model, IDENTITY, {"name": name, "kwargs": kwargs})

@@ -6,10 +6,12 @@ Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
+from thriftnet.arguments import Classes, Depth, ImageChannels, Rank, Weight, checked
 from thriftnet.core.convert import convert
-from thriftnet.core.spec import check_choice
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import blocks_of_depth, check_depth, check_ranks
 from thriftnet.models.imagenet_resnet import DEPTHS, imagenet_resnet
@@ -19,14 +21,15 @@ from thriftnet.techniques.filter_basis import FilterBasis
 LATER_BLOCKS = r"^layer\d\.[1-9]\d*"
 
 
+@checked
 def cifar10_resnet(
-    depth: int = 32,
-    bases: int = 2,
-    shared_rank: int = 16,
-    unique_rank: int = 1,
-    lambda_r: float = 10.0,
-    num_classes: int = 10,
-    in_chans: int = 3,
+    depth: Depth = 32,
+    bases: Literal[1, 2] = 2,
+    shared_rank: Rank = 16,
+    unique_rank: Rank = 1,
+    lambda_r: Weight = 10.0,
+    num_classes: Classes = 10,
+    in_chans: ImageChannels = 3,
 ) -> nn.Module:
     """A ResNet of depth 6n + 2 for 32 x 32 images, in which the 3 x 3 convolutions of a stage share filter bases.
 
@@ -49,15 +52,16 @@ def cifar10_resnet(
     return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
 
 
+@checked
 def basic_resnet(
-    depth: int = 34,
-    stem: str = "imagenet",
-    bases: int = 1,
-    shared_rank: int = 16,
-    unique_rank: int = 1,
-    lambda_r: float = 10.0,
-    num_classes: int = 1000,
-    in_chans: int = 3,
+    depth: Depth = 34,
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    bases: Literal[1, 2] = 1,
+    shared_rank: Rank = 16,
+    unique_rank: Rank = 1,
+    lambda_r: Weight = 10.0,
+    num_classes: Classes = 1000,
+    in_chans: ImageChannels = 3,
 ) -> nn.Module:
     """A ResNet-18 or -34, in which the 3 x 3 convolutions of a stage share filter bases.
 
@@ -79,8 +83,13 @@ def basic_resnet(
     return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
 
 
+@checked
 def bottleneck_resnet(
-    depth: int = 50, shared: int = 2, lambda_r: float = 10.0, num_classes: int = 1000, in_chans: int = 3
+    depth: Depth = 50,
+    shared: Literal[1, 2] = 2,
+    lambda_r: Weight = 10.0,
+    num_classes: Classes = 1000,
+    in_chans: ImageChannels = 3,
 ) -> nn.Module:
     """A ResNet of bottleneck blocks, which are decomposed as they are: those of a stage share whole convolutions.
 
@@ -95,7 +104,6 @@ def bottleneck_resnet(
         ConfigError: An impossible depth or number.
     """
     check_depth(depth, [known for known, (_, bottleneck) in DEPTHS.items() if bottleneck])
-    check_choice("shared", shared, (1, 2))
     model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
     for conv in ("conv2", "conv3")[:shared]:
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, family=conv, init="random")
@@ -104,7 +112,7 @@ def bottleneck_resnet(
 
 
 def _basis(
-    channels: int, bases: int, shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
+    channels: int, bases: Literal[1, 2], shared_rank: int, unique_rank: int, lambda_r: float, *, unique_penalty: bool
 ) -> FilterBasis:
     """The config for ranks that belong to the first stage's number of channels."""
     technique = FilterBasis(

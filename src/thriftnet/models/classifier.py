@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_whole_number
+from thriftnet.arguments import ClassesOrNone, Range, check, checked
 from thriftnet.errors import ConfigError
 from thriftnet.models.table import IDENTITY
 
@@ -24,8 +24,6 @@ class Classifier(nn.Module):
 
     def __init__(self, input_size: tuple[int, int, int], num_classes: int, first_conv: str = "conv1") -> None:
         super().__init__()
-        check_whole_number("in_chans", input_size[0], 1)
-        check_whole_number("num_classes", num_classes, 1)
         self.num_classes, self.dropout = num_classes, None
         self.default_cfg: dict[str, Any] = {
             "input_size": input_size,
@@ -61,10 +59,10 @@ class Classifier(nn.Module):
         """The head."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
+    @checked
+    def reset_classifier(self, num_classes: ClassesOrNone) -> None:
         """A new head for this many classes; 0 removes it."""
         like = next(self.parameters())
-        check_whole_number("num_classes", num_classes, 0)
         self.num_classes = num_classes
         head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         self.fc = head.train(self.training)
@@ -75,7 +73,6 @@ class Classifier(nn.Module):
 
 def check_depth(depth: int, expected: Collection[int]) -> None:
     """Raise for a depth that the architecture does not come in, with the nearest one that it does."""
-    check_whole_number("depth", depth, 1)
     if depth not in expected:
         nearest = min(expected, key=lambda known: abs(known - depth))
         raise ConfigError(f"depth={depth}: expected {', '.join(map(str, expected))}; nearest is {nearest}")
@@ -87,7 +84,7 @@ def blocks_of_depth(depth: int, others: int = 2, kind: str = "a ResNet of this k
     Raises:
         ConfigError: An impossible depth, with the nearest possible ones.
     """
-    check_whole_number("depth", depth, 6 + others)
+    check("depth", depth, Annotated[int, Range(6 + others, 10_000)])
     blocks, rest = divmod(depth - others, 6)
     if rest:
         below = depth - rest
@@ -99,16 +96,11 @@ def check_ranks(shared_rank: int, unique_rank: int, entries: int, where: str = "
     """Raise for more filters in a basis than a filter has entries."""
     if shared_rank + unique_rank > entries:
         larger, other = ("shared", unique_rank) if shared_rank > unique_rank else ("unique", shared_rank)
+        nearest = f"{larger}_rank={entries - other}" if other <= entries else f"shared_rank={entries}, unique_rank=0"
         raise ConfigError(
             f"shared_rank={shared_rank} and unique_rank={unique_rank}: together they are at most {entries}, the entries of "
-            f"a filter{where}; nearest is {larger}_rank={max(0, entries - other)}"
+            f"a filter{where}; nearest is {nearest}"
         )
-
-
-def check_drop_rate(drop_rate: float) -> None:
-    """Raise unless it is a number in [0, 1)."""
-    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
-        raise ConfigError(f"drop_rate={drop_rate!r}: expected a number in [0, 1)")
 
 
 def make_stages(

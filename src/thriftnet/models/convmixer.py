@@ -9,15 +9,27 @@ Trockman & Kolter, Patches Are All You Need?, TMLR 2023.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
+from thriftnet.arguments import (
+    Channels,
+    Classes,
+    Depth,
+    ImageChannels,
+    KernelSide,
+    PositiveShare,
+    ProperShare,
+    Seed,
+    checked,
+)
 from thriftnet.core.convert import convert
-from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.errors import ConfigError
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.residual_norm import choose, normalised_sum
-from thriftnet.models.classifier import Classifier, check_drop_rate
-from thriftnet.techniques.weight_sharing import WeightSharing
+from thriftnet.models.classifier import Classifier
+from thriftnet.techniques.weight_sharing import Distribution, Fusion, Mapping, WeightSharing
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -46,6 +58,7 @@ class MixerBlock(nn.Module):
         return choose(self.norm2, x)
 
 
+@checked
 class ConvMixer(Classifier):
     """A ConvMixer with a weight for every layer.
 
@@ -70,20 +83,15 @@ class ConvMixer(Classifier):
 
     def __init__(
         self,
-        dim: int = 768,
-        depth: int = 32,
-        patch_size: int = 14,
-        kernel_size: int = 3,
-        activation: str = "relu",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        drop_rate: float = 0.5,
+        dim: Channels = 768,
+        depth: Depth = 32,
+        patch_size: KernelSide = 14,
+        kernel_size: KernelSide = 3,
+        activation: Literal["relu", "gelu"] = "relu",
+        num_classes: Classes = 1000,
+        in_chans: ImageChannels = 3,
+        drop_rate: ProperShare = 0.5,
     ) -> None:
-        sizes = {"dim": dim, "depth": depth, "patch_size": patch_size, "kernel_size": kernel_size}
-        for name, value in sizes.items():
-            check_whole_number(name, value, 1)
-        check_choice("activation", activation, tuple(ACTIVATIONS))
-        check_drop_rate(drop_rate)
         super().__init__((in_chans, 224, 224), num_classes, "stem")
         self.num_features = dim
         act = ACTIVATIONS[activation]
@@ -105,22 +113,23 @@ class ConvMixer(Classifier):
         return features
 
 
+@checked
 def shared_convmixer(
-    rate: int = 2,
-    fusion: str = "mean",
+    rate: Depth = 2,
+    fusion: Fusion = "mean",
     trained: bool = True,
-    mapping: str = "sequential",
-    distribution: str = "uniform",
-    portion: float = 0.5,
-    seed: int = 0,
-    dim: int = 768,
-    depth: int = 32,
-    patch_size: int = 14,
-    kernel_size: int = 3,
-    activation: str = "relu",
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.5,
+    mapping: Mapping = "sequential",
+    distribution: Distribution = "uniform",
+    portion: PositiveShare = 0.5,
+    seed: Seed = 0,
+    dim: Channels = 768,
+    depth: Depth = 32,
+    patch_size: KernelSide = 14,
+    kernel_size: KernelSide = 3,
+    activation: Literal["relu", "gelu"] = "relu",
+    num_classes: Classes = 1000,
+    in_chans: ImageChannels = 3,
+    drop_rate: ProperShare = 0.5,
 ) -> nn.Module:
     """A ConvMixer whose pointwise convolutions share weights in groups.
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Classes, Depth, ImageChannels, Rank, Weight, check, checked
 from thriftnet.core.convert import convert
-from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.models.classifier import Classifier, check_depth, check_ranks
 from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis, SharedBasis
 
@@ -46,6 +46,7 @@ class Transition(nn.Module):
         return F.avg_pool2d(self.conv(self.bn(x)), 2)
 
 
+@checked
 class DenseNet(Classifier):
     """A DenseNet-BC for small images.
 
@@ -61,7 +62,7 @@ class DenseNet(Classifier):
         ConfigError: An impossible depth.
     """
 
-    def __init__(self, depth: int = 121, num_classes: int = 100, in_chans: int = 3) -> None:
+    def __init__(self, depth: Depth = 121, num_classes: Classes = 100, in_chans: ImageChannels = 3) -> None:
         check_depth(depth, DEPTHS)
         layers, growth = DEPTHS[depth]
         super().__init__((in_chans, 32, 32), num_classes)
@@ -87,14 +88,15 @@ class DenseNet(Classifier):
         return F.relu(self.bn(self.block4(x)))
 
 
+@checked
 def densenet_shared(
-    depth: int = 121,
-    shared_rank: int = 16,
-    unique_rank: int = 1,
+    depth: Depth = 121,
+    shared_rank: Rank = 16,
+    unique_rank: Rank = 1,
     original_sharing: bool = False,
-    lambda_r: float = 10.0,
-    num_classes: int = 100,
-    in_chans: int = 3,
+    lambda_r: Weight = 10.0,
+    num_classes: Classes = 100,
+    in_chans: ImageChannels = 3,
 ) -> nn.Module:
     """A DenseNet-BC in which the 3 x 3 convolutions of each dense block share a filter basis.
 
@@ -112,8 +114,7 @@ def densenet_shared(
 
     Source: Kang & Kim, section 4.
     """
-    check_choice("original_sharing", original_sharing, (True, False))
-    check_whole_number("shared_rank", shared_rank, 1)
+    check("shared_rank", shared_rank, Channels)
     model: nn.Module = DenseNet(depth, num_classes, in_chans)
     technique = FilterBasis(
         shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_number
+from thriftnet.arguments import Classes, Depth, ImageChannels, Reduction, checked
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import blocks_of_depth, projection
 from thriftnet.models.resnet import ResNet
@@ -79,8 +80,13 @@ BLOCKS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
 }
 
 
+@checked
 def depthwise_resnet(
-    depth: int = 20, reduction: float = 1.0, num_classes: int = 10, in_chans: int = 3, block: str = "depthwise"
+    depth: Depth = 20,
+    reduction: Reduction = 1.0,
+    num_classes: Classes = 10,
+    in_chans: ImageChannels = 3,
+    block: Literal["depthwise", "shuffle", "mobile"] = "depthwise",
 ) -> ResNet:
     """A ResNet of depthwise blocks, depth 6n + 2, for 32 x 32 images.
 
@@ -98,7 +104,6 @@ def depthwise_resnet(
 
     Source: the ShiftResNet repository. Weights start as torch's layers do.
     """
-    check_number("reduction", reduction, 0)
     widths = (16, 32, 64)
     multiple = GROUPS if block == "shuffle" else 1
     inners = {outs: int(outs / reduction) // multiple * multiple for outs in widths}

@@ -9,19 +9,30 @@ Source: Li et al., Dynamic Slimmable Network, CVPR 2021, section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from thriftnet.arguments import (
+    Channels,
+    Classes,
+    Depth,
+    Expansion,
+    ImageChannels,
+    KernelSide,
+    Natural,
+    ProperShare,
+    Step,
+    check,
+    checked,
+)
 from thriftnet.core.conv import PlainConv2d
 from thriftnet.core.linear import PlainLinear
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
 from thriftnet.core.width import WidthAware, WidthSpec
 from thriftnet.errors import ConfigError
-from thriftnet.models.classifier import Classifier, check_drop_rate
+from thriftnet.models.classifier import Classifier
 from thriftnet.models.dsnet_blocks import (
     GATE_CHOICES,
-    KINDS,
     BlockOptions,
     StageSpec,
     WidestDropout,
@@ -45,6 +56,7 @@ MOBILENETV1: tuple[StageRow, ...] = (
 )
 
 
+@checked
 class DSNet(Classifier):
     """A slimmable supernet: stem, stages, optionally a 1 x 1 head, global average pooling, dropout at "largest", linear classifier.
 
@@ -77,22 +89,17 @@ class DSNet(Classifier):
 
     def __init__(
         self,
-        stem: Sequence[int] = (16, 24),
+        stem: Sequence[Channels] = (16, 24),
         stages: Sequence[StageRow] = MOBILENETV1,
-        head: int = 0,
-        se_ratio: float = 0.25,
+        head: Natural = 0,
+        se_ratio: Expansion = 0.25,
         skip: bool = False,
-        activation: str = "swish",
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        gate_choices: Sequence[int] | None = None,
+        activation: Literal["swish", "relu"] = "swish",
+        num_classes: Classes = 1000,
+        in_chans: ImageChannels = 3,
+        drop_rate: ProperShare = 0.0,
+        gate_choices: tuple[Natural, ...] | None = None,
     ) -> None:
-        check_whole_number("head", head, 0)
-        check_number("se_ratio", se_ratio, 0)
-        check_choice("skip", skip, (True, False))
-        check_choice("activation", activation, tuple(ACTIVATIONS))
-        check_drop_rate(drop_rate)
         rows = [read_stage(number, spec) for number, spec in enumerate(stages)]
         ins, *widths = sub_networks([_ascending("stem", stem), *(row.widths for row in rows)], [row.gate for row in rows])
         options = BlockOptions(se_ratio, ACTIVATIONS[activation], skip, _choices(gate_choices, len(ins) - 1))
@@ -154,11 +161,11 @@ def read_stage(number: int, spec: StageRow) -> StageSpec:
     if not isinstance(spec, list | tuple) or len(spec) != 6:
         raise ConfigError(f"{where} is {spec!r}: write it as (widths, blocks, kernel_size, stride, 'ds' or 'ir', gate)")
     widths, blocks, kernel_size, stride, kind, gate = spec
-    check_whole_number(f"blocks of {where}", blocks, 1)
-    check_whole_number(f"kernel_size of {where}", kernel_size, 1)
-    check_whole_number(f"stride of {where}", stride, 1)
-    check_choice(f"kind of {where}", kind, KINDS)
-    check_choice(f"gate of {where}", gate, (True, False))
+    check(f"blocks of {where}", blocks, Depth)
+    check(f"kernel_size of {where}", kernel_size, KernelSide)
+    check(f"stride of {where}", stride, Step)
+    check(f"kind of {where}", kind, Literal["ds", "ir"])
+    check(f"gate of {where}", gate, bool)
     if kernel_size % 2 == 0:
         raise ConfigError(
             f"kernel_size={kernel_size} of {where}: expected an odd number, such as {kernel_size - 1} or {kernel_size + 1}"

@@ -6,10 +6,12 @@ sits on its 3 x 3 convolution, as torchvision has it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice
+from thriftnet.arguments import Classes, Depth, ImageChannels, checked
 from thriftnet.models.classifier import check_depth, projection
 from thriftnet.models.resnet import ResNet, init_by_outputs
 
@@ -63,7 +65,13 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
-def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 1000, in_chans: int = 3) -> ResNet:
+@checked
+def imagenet_resnet(
+    depth: Depth = 50,
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    num_classes: Classes = 1000,
+    in_chans: ImageChannels = 3,
+) -> ResNet:
     """A ResNet of four stages.
 
     Args:
@@ -75,7 +83,6 @@ def imagenet_resnet(depth: int = 50, stem: str = "imagenet", num_classes: int = 
         ConfigError: An impossible depth, stem or number.
     """
     check_depth(depth, DEPTHS)
-    check_choice("stem", stem, ("imagenet", "cifar"))
     blocks, is_bottleneck = DEPTHS[depth]
     block: type[BasicBlock] | type[Bottleneck] = Bottleneck if is_bottleneck else BasicBlock
     widths = [block.expansion * width for width in (64, 128, 256, 512)]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Classes, ImageChannels, ProperShare, Weight, checked
 from thriftnet.core.convert import convert
-from thriftnet.core.spec import check_choice
-from thriftnet.models.classifier import Classifier, check_drop_rate, make_stages, projection
+from thriftnet.models.classifier import Classifier, make_stages, projection
 from thriftnet.techniques.filter_basis import FilterBasis, SharedBasisConv2d
 
 WIDTHS = (16, 24, 32, 64, 96, 160, 320)  # of the seven stages
@@ -62,6 +62,7 @@ class ChannelAttention(nn.Module):
         return x * factors.mT[..., None]
 
 
+@checked
 class MobileNetV2(Classifier):
     """Stem, seven stages of inverted residuals, 1 x 1 convolution, global average pooling, dropout, linear head.
 
@@ -76,8 +77,9 @@ class MobileNetV2(Classifier):
         ConfigError: A number that is out of range.
     """
 
-    def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.2, large: bool = True) -> None:
-        check_drop_rate(drop_rate)
+    def __init__(
+        self, num_classes: Classes = 1000, in_chans: ImageChannels = 3, drop_rate: ProperShare = 0.2, large: bool = True
+    ) -> None:
         side = 224 if large else 32
         super().__init__((in_chans, side, side), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 32, 3, 2, 1) if large else nn.Conv2d(in_chans, 32, 1, padding=1)
@@ -102,11 +104,12 @@ class MobileNetV2(Classifier):
         return F.relu6(self.bn2(self.conv2(x)))
 
 
+@checked
 def mobilenetv2_shared(
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    drop_rate: float = 0.2,
-    lambda_r: float = 10.0,
+    num_classes: Classes = 1000,
+    in_chans: ImageChannels = 3,
+    drop_rate: ProperShare = 0.2,
+    lambda_r: Weight = 10.0,
     double: bool = False,
     eca: bool = False,
     large: bool = True,
@@ -124,7 +127,6 @@ def mobilenetv2_shared(
 
     Source: Kang & Kim, section 4; Wang et al., section 3.2.
     """
-    check_choice("eca", eca, (True, False))
     model = MobileNetV2(num_classes, in_chans, drop_rate, large)
     for conv in ("conv1", "conv3") if double else ("conv1",):
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, init="random", family=conv)

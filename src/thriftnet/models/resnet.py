@@ -6,11 +6,12 @@ Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, sect
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_choice, check_number
+from thriftnet.arguments import Classes, Depth, ImageChannels, Reduction, checked
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import Classifier, blocks_of_depth, make_stages
 
@@ -99,13 +100,14 @@ def init_by_outputs(model: ResNet) -> ResNet:
     return model
 
 
+@checked
 def resnet(
-    depth: int = 20,
-    num_classes: int = 10,
-    in_chans: int = 3,
-    shortcut: str = "pad",
-    reduction: float = 1.0,
-    reduction_mode: str = "net",
+    depth: Depth = 20,
+    num_classes: Classes = 10,
+    in_chans: ImageChannels = 3,
+    shortcut: Literal["pad", "projection", "projection-reduced"] = "pad",
+    reduction: Reduction = 1.0,
+    reduction_mode: Literal["net", "block"] = "net",
 ) -> ResNet:
     """A ResNet of depth 6n + 2 for 32 x 32 images.
 
@@ -122,9 +124,6 @@ def resnet(
         ConfigError: An impossible depth, shortcut or reduction.
     """
     blocks = blocks_of_depth(depth)
-    check_choice("shortcut", shortcut, ("pad", "projection", "projection-reduced"))
-    check_choice("reduction_mode", reduction_mode, ("net", "block"))
-    check_number("reduction", reduction, 0)
     net_factor, inner_factor = (reduction**0.5, 1.0) if reduction_mode == "net" else (1.0, reduction)
     widths = (int(16 / net_factor), int(32 / net_factor), int(64 / net_factor))
     inners = {outs: int(outs / inner_factor) for outs in widths}

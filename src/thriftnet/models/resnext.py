@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_number, check_whole_number
+from thriftnet.arguments import Classes, Depth, ImageChannels, Rank, Weight, checked
 from thriftnet.errors import ConfigError
 from thriftnet.models.classifier import check_depth, projection
 from thriftnet.models.resnet import ResNet
@@ -59,6 +59,7 @@ class ResNeXtBottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
+@checked
 class ResNeXt(ResNet):
     """A ResNeXt for 32 x 32 images: a ResNet whose blocks have groups.
 
@@ -72,7 +73,7 @@ class ResNeXt(ResNet):
         ConfigError: An impossible depth.
     """
 
-    def __init__(self, depth: int = 50, num_classes: int = 100, in_chans: int = 3) -> None:
+    def __init__(self, depth: Depth = 50, num_classes: Classes = 100, in_chans: ImageChannels = 3) -> None:
         check_depth(depth, DEPTHS)
         blocks, per_group = DEPTHS[depth]
 
@@ -83,13 +84,14 @@ class ResNeXt(ResNet):
         super().__init__(block, 64, (256, 512, 1024, 2048), blocks, num_classes, in_chans)
 
 
+@checked
 def resnext_shared(
-    depth: int = 50,
-    shared_rank: int = 64,
-    unique_rank: int = 4,
-    lambda_r: float = 10.0,
-    num_classes: int = 100,
-    in_chans: int = 3,
+    depth: Depth = 50,
+    shared_rank: Rank = 64,
+    unique_rank: Rank = 4,
+    lambda_r: Weight = 10.0,
+    num_classes: Classes = 100,
+    in_chans: ImageChannels = 3,
 ) -> ResNeXt:
     """A ResNeXt in which the 3 x 3 convolutions of each stage, except for its first block, share filters.
 
@@ -109,7 +111,6 @@ def resnext_shared(
     Source: Kang & Kim, section 4.
     """
     model = ResNeXt(depth, num_classes, in_chans)
-    check_number("lambda_r", lambda_r, 0, closed=True)
     per_group = DEPTHS[depth][1]
     _check_rank("shared_rank", shared_rank, per_group)
     _check_rank("unique_rank", unique_rank, per_group)
@@ -128,7 +129,6 @@ def resnext_shared(
 
 def _check_rank(name: str, rank: int, per_group: int) -> None:
     """Raise unless the filters form groups of ``per_group`` that divide the width of the first stage."""
-    check_whole_number(name, rank, 1)
     width = GROUPS * per_group
     expected = [per_group * groups for groups in range(1, width + 1) if width % groups == 0]
     if rank not in expected:

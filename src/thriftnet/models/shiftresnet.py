@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Classes, Depth, Expansion, ImageChannels, checked
 from thriftnet.models.classifier import blocks_of_depth, projection
 from thriftnet.models.resnet import ResNet
 from thriftnet.techniques.shift import ShiftConv2d
@@ -30,7 +31,10 @@ class ShiftBlock(nn.Module):
         return out
 
 
-def shiftresnet(depth: int = 20, expansion: float = 1.0, num_classes: int = 10, in_chans: int = 3) -> ResNet:
+@checked
+def shiftresnet(
+    depth: Depth = 20, expansion: Expansion = 1.0, num_classes: Classes = 10, in_chans: ImageChannels = 3
+) -> ResNet:
     """A ShiftResNet of depth 6n + 2 for 32 x 32 images.
 
     Args:

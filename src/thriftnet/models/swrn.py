@@ -5,13 +5,17 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 
 from __future__ import annotations
 
+from thriftnet.arguments import Classes, Depth, Factor, ImageChannels, Templates, checked
 from thriftnet.core.sites import replace, sites
 from thriftnet.core.technique import Technique
 from thriftnet.models.wrn import WideResNet
 from thriftnet.techniques.soft_sharing import SoftSharing
 
 
-def swrn(depth: int = 28, width: int = 10, templates: int = 6, num_classes: int = 10, in_chans: int = 3) -> WideResNet:
+@checked
+def swrn(
+    depth: Depth = 28, width: Factor = 10, templates: Templates = 6, num_classes: Classes = 10, in_chans: ImageChannels = 3
+) -> WideResNet:
     """A wide ResNet whose stages each share a bank of templates, depth 6n + 4, for 32 x 32 images.
 
     The first block of a stage changes the shape and keeps its own weights, so that depth 10 shares nothing. Stages have

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.spec import check_whole_number
+from thriftnet.arguments import Classes, Depth, Factor, ImageChannels, checked
 from thriftnet.models.classifier import Classifier, blocks_of_depth, make_stages
 
 
@@ -29,6 +29,7 @@ class WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
+@checked
 class WideResNet(Classifier):
     """A wide ResNet of depth 6n + 4: stem, three stages at widths 16w, 32w and 64w, norm, ReLU, global average pooling, linear head.
 
@@ -43,8 +44,9 @@ class WideResNet(Classifier):
         ConfigError: An impossible depth or width.
     """
 
-    def __init__(self, depth: int = 28, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> None:
-        check_whole_number("width", width, 1)
+    def __init__(
+        self, depth: Depth = 28, width: Factor = 10, num_classes: Classes = 10, in_chans: ImageChannels = 3
+    ) -> None:
         blocks = blocks_of_depth(depth, 4, "a wide ResNet")
         super().__init__((in_chans, 32, 32), num_classes)
         self.conv1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from thriftnet.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe & Ito: distinguishable for colour-blind readers
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("*", "o", "s", "^", "D", "v", "P")
+LONGEST = 40  # characters of a label
 NUMBERED = 20  # most classes of a confusion matrix that shows its counts
 
 
@@ -31,17 +36,37 @@ def figure(width: float, height: float) -> Iterator[Figure]:
         "axes.grid": True,
         "grid.color": "#e4e4e4",
         "axes.axisbelow": True,
+        "svg.fonttype": "none",  # whoever shows it has letters of all scripts; matplotlib's font has not
+        "text.parse_math": False,
     }
     with matplotlib.rc_context(style):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
 def svg(drawn: Figure) -> str:
-    """The figure as an SVG element; equal figures give equal text."""
+    """The figure as an SVG element; equal figures give equal text. Text from outside is made printable, and cut where it is long."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for label in drawn.findobj(Text):
+        label.set_text(_label(label.get_text()))
+    for axis in (axis for axes in drawn.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(formatter := axis.get_major_formatter(), FuncFormatter):  # names at ticks
+            axis.set_major_formatter(partial(_safe_tick, formatter))
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that matplotlib has not, labels longer than the picture
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _safe_tick(formatter: Callable[[float, int | None], str], value: float, place: int | None) -> str:
+    return _label(formatter(value, place))
+
+
+def _label(text: str) -> str:
+    return shortened(printable(text), LONGEST)
 
 
 def accuracy_against_params(names: Sequence[str], params: Sequence[int], accuracies: Sequence[float]) -> str:
@@ -271,4 +296,43 @@ def latencies(title: str, panels: Mapping[str, Mapping[str, tuple[float, float, 
             axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("ms per batch (black line: quartiles); x: times as fast as the first")
         drawn.suptitle(title, fontsize=10)
+        return svg(drawn)
+
+
+def suggestions(rows: Sequence[Mapping[str, Any]], params: int, macs: int) -> str:
+    """Errors of plans, and what they leave of the network's parameters and multiply-accumulates, a bar for each plan.
+
+    Args:
+        rows: For each plan its ``technique``, ``error``, ``params`` and ``macs``.
+        params: Of the network now.
+        macs: Of the network now; 0 if they were not counted.
+    """
+    panels: list[tuple[str, list[float]]] = [("error of layers", [row["error"] for row in rows])]
+    panels.append(("parameters, % of now", [100 * row["params"] / max(1, params) for row in rows]))
+    if macs:
+        panels.append(("MACs, % of now", [100 * row["macs"] / macs for row in rows]))
+    with figure(10.4, 0.9 + 0.36 * len(rows)) as drawn:
+        for i, (axes, (title, values)) in enumerate(zip(drawn.subplots(1, len(panels), sharey=True), panels, strict=True)):
+            axes.barh(range(len(rows)), values, height=0.62, color=COLOURS[i + 1])
+            for place, value in enumerate(values):
+                text = f"{value:.3f}" if i == 0 else f"{value:.0f}"
+                axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.set_xlim(0, 1.18 * max([*values, 1e-6]))
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.grid(visible=False, axis="y")
+            axes.set_yticks(range(len(rows)), [row["technique"] for row in rows])
+        axes.invert_yaxis()
+        return svg(drawn)
+
+
+def layer_errors(names: Sequence[str], errors: Sequence[float]) -> str:
+    """The error of each converted layer, in the order of the network."""
+    with figure(9.2, 0.8 + 0.2 * len(names)) as drawn:
+        axes = drawn.subplots()
+        axes.barh(range(len(names)), errors, height=0.7, color=COLOURS[1])
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.set_xlabel("relative error")
+        axes.grid(visible=False, axis="y")
         return svg(drawn)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from thriftnet.core.provenance import add_data_facts
-from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.errors import ConfigError, ThriftnetError, first_line, unknown_name
 from thriftnet.models import create_model
 from thriftnet.models.table import IDENTITY
 
@@ -100,7 +100,7 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _callable(module: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise ConfigError(
             f"cannot find {module}:{name} ({error}). Write it as package.module:callable, and have it on PYTHONPATH"
         ) from None
@@ -119,6 +119,10 @@ def _built(source: str, build: Callable[[], Any]) -> nn.Module:
         model = build()
     except TypeError as error:
         raise ConfigError(f"{source} refused its arguments: {error}") from None
+    except ThriftnetError:
+        raise
+    except Exception as error:  # whatever code of others does
+        raise ConfigError(f"{source} cannot be built: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{source} gave a {type(model).__name__}, not an nn.Module")
     return model

@@ -8,6 +8,9 @@ from typing import Any
 
 from thriftnet.core.spec import format_spec
 from thriftnet.techniques import resolve
+from thriftnet.text import printable, shortened
+
+LONGEST = 60  # characters of a class's name
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -52,7 +55,8 @@ def _facts(config: Mapping[str, Any]) -> list[str]:
         facts["normalisation"] = "mean {mean}, std {std}".format(**config["normalisation"])
     if config["class_names"]:
         names = config["class_names"]
-        facts["classes"] = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+        shown = ", ".join(shortened(name, LONGEST) for name in names[:10])
+        facts["classes"] = f"{shown}, ... ({len(names)} in all)" if len(names) > 10 else shown
     facts |= {name: config[name] for name in ("resize", "crop_pct", "eval_interpolation") if config[name] is not None}
     facts |= {**(config["metrics"] or {}), **config["metadata"]}
     return [f"- {_line(key)}: {_line(value)}" for key, value in facts.items()]
@@ -61,4 +65,4 @@ def _facts(config: Mapping[str, Any]) -> list[str]:
 def _line(value: Any) -> str:
     """A value on one line, as text or JSON."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -3,93 +3,74 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.arguments import Classes, InputSize, Range, check, fits
 from thriftnet.core.history import history
-from thriftnet.core.provenance import CHECKS, FACTS, data_facts, stated_input_size
+from thriftnet.core.provenance import FACTS, DataFacts, data_facts, stated_input_size
 from thriftnet.core.tied import count_params
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.models.table import IDENTITY
+from thriftnet.store.sealed import NO_CHECKSUM, SEAL
 
 MODEL, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md")
 FORMAT = 1
-NO_CHECKSUM = "0" * 64  # while it is computed
 MOST_STEPS = 1000
 
 Config = dict[str, Any]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+class Identity(TypedDict):
+    """How a plain network is built."""
 
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)  # JSON's keys are text
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _is_identity(value: object) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("name")) and _is_object(value.get("kwargs"))
-
-
-def _is_width(value: Any) -> bool:
-    return _is_text(value) or (_is_number(value) and math.isfinite(value))
+    name: str
+    kwargs: dict[str, Any]
 
 
 # What steps need, by their verb. Others need nothing; one that is not known is refused when it is repeated.
-STEPS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "convert": lambda step: _is_object(step.get("plan")) and _is_object(step["plan"].get("technique")),
-    "freeze": lambda step: set(step) <= {"verb", "width", "index", "fold_norms", "input_size"},
-    "add_gate": lambda step: _is_text(step.get("after")),
-    "replace_head": lambda step: type(step.get("num_classes")) is int and step["num_classes"] >= 1,
-    "tie": lambda step: isinstance(step.get("groups"), list) and all(map(_is_names, step["groups"])),
-    "pack": lambda step: CHECKS["input_size"][0](step.get("input_size")),
+STEPS: dict[str, dict[str, Any]] = {
+    "convert": {"plan": dict[str, Any]},
+    "freeze": {},
+    "add_gate": {"after": str},
+    "replace_head": {"num_classes": Classes},
+    "tie": {"groups": tuple[tuple[str, ...], ...]},
+    "pack": {"input_size": InputSize},
 }
+FREEZE = {"verb", "width", "index", "fold_norms", "input_size"}
 
 
-def _is_step(value: object) -> bool:
-    if not (isinstance(value, dict) and _is_text(value.get("verb"))):
+def _is_history(value: list[dict[str, Any]]) -> bool:
+    return len(value) <= MOST_STEPS and all(map(_is_step, value))
+
+
+def _is_step(step: dict[str, Any]) -> bool:
+    verb = step.get("verb")
+    if not isinstance(verb, str) or (verb == "freeze" and not set(step) <= FREEZE):
         return False
-    return value["verb"] not in STEPS or STEPS[value["verb"]](value)
+    if not all(fits(step.get(name), hint) for name, hint in STEPS.get(verb, {}).items()):
+        return False
+    return verb != "convert" or isinstance(step["plan"].get("technique"), dict)
 
 
-def _is_history(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= MOST_STEPS and all(map(_is_step, value))
-
-
-def _is_metrics(value: Any) -> bool:
-    return _is_object(value) and all(entry is None or _is_number(entry) for entry in value.values())
-
-
-def _or_null(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or check(value)
-
-
-# Each field: its check, and what the message says is expected.
-FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "thriftnet_version": (_is_text, "text"),
-    "model": (_or_null(_is_identity), "null or {name: text, kwargs: object}"),
-    "class": (_is_text, "text"),
-    "history": (_is_history, f"a list of at most {MOST_STEPS} steps, each an object with a verb and what it needs"),
-    "width": (_or_null(_is_width), "null, a number or text"),
-    "params": (lambda value: type(value) is int and value >= 0, "an integer >= 0"),
-    **{name: (_or_null(holds), f"null or {expected}") for name, (holds, expected) in CHECKS.items()},
-    "metrics": (_or_null(_is_metrics), "null or an object of numbers and nulls"),
-    "metadata": (_is_object, "an object"),
+Number = Annotated[float, Range(-sys.float_info.max, sys.float_info.max), "a number"]
+HISTORY = f"a list of at most {MOST_STEPS} steps, each an object with a verb and what it needs"
+FIELDS: dict[str, Any] = {
+    "thriftnet_version": str,
+    "model": Annotated[Identity, "{name: text, kwargs: object}"] | None,
+    "class": str,
+    "history": list[dict[str, Any]],
+    "width": Number | str | None,
+    "params": Annotated[int, Range(0, 2**63)],
+    **FACTS,
+    "metrics": dict[str, Number | None] | None,
+    "metadata": dict[str, Any],
 }
 
 
@@ -108,12 +89,9 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
     known = data_facts(model).to_dict() | {name: facts.pop(name) for name in FACTS if facts.get(name) is not None}
     if known["input_size"] is None and (size := stated_input_size(model)) is not None:
         known["input_size"] = list(size)
-    checked = {**known, "metrics": facts.pop("metrics", None)}
-    for key, value in checked.items():
-        if not FIELDS[key][0](value):
-            raise ConfigError(f"metadata: {key}={value!r}; expected {FIELDS[key][1]}")
+    metrics = check("metrics", facts.pop("metrics", None), FIELDS["metrics"])
     return {
-        "sha256": NO_CHECKSUM,
+        SEAL: NO_CHECKSUM,
         "thriftnet_format": FORMAT,
         "thriftnet_version": __version__,
         "model": identity,
@@ -121,7 +99,8 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
         "history": history(model),
         "width": width(model) if widths(model) else None,
         "params": count_params(model),
-        **checked,
+        **DataFacts(**known).to_dict(),
+        "metrics": metrics,
         "metadata": {key: value for key, value in facts.items() if key not in FACTS},
     }
 
@@ -132,7 +111,7 @@ def identity_of(model: nn.Module) -> Config | None:
         identity = json.loads(json.dumps(getattr(model, IDENTITY, None)))
     except (TypeError, ValueError, RecursionError):
         return None  # an argument is an object, as a layer class
-    return identity if _is_identity(identity) else None
+    return identity if fits(identity, Identity) else None
 
 
 def parse_config(text: str, path: Path) -> Config:
@@ -153,10 +132,15 @@ def parse_config(text: str, path: Path) -> Config:
         raise CheckpointError(
             f"{path} has format {version}, this version reads up to {FORMAT}: install thriftnet {str(made_by)[:40]}"
         )
-    for field, (check, expected) in FIELDS.items():
-        if field not in config or not check(config[field]):
-            got = repr(config[field]) if field in config else "missing"
-            raise CheckpointError(f"{path}: {field} is {got[:80]}; expected {expected}. Copy the file again")
+    for field, hint in FIELDS.items():
+        if field not in config:
+            raise CheckpointError(f"{path}: {field} is missing. Copy the file again")
+        try:
+            check(field, config[field], hint)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}. Copy the file again") from None
+    if not _is_history(config["history"]):
+        raise CheckpointError(f"{path}: its history is not {HISTORY}. Copy the file again")
     return dict(config)
 
 
@@ -172,7 +156,7 @@ def check_sizes(config: Config, stored: int, path: Path) -> None:
             asked += value.items()
         elif isinstance(value, list):
             asked += [(name, entry) for entry in value]
-        elif name not in ("seed", "lambda_r") and _is_number(value) and not abs(value) <= limit:
+        elif name not in ("seed", "lambda_r") and type(value) in (int, float) and not abs(value) <= limit:
             raise CheckpointError(
                 f"{path}: {name}={value} does not fit the {stored:,} numbers that it holds. Copy the file again"
             )

@@ -7,7 +7,6 @@ for the Hub; nothing here reads them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.core.convert import tie
 from thriftnet.core.fold import fold, freeze
 from thriftnet.core.head import replace_head
@@ -30,20 +30,18 @@ from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
 from thriftnet.files import TEMPORARY, open_regular, write_together
 from thriftnet.kernels.pack import pack
 from thriftnet.models.table import IDENTITY
-from thriftnet.store import shapes
+from thriftnet.store import sealed, shapes
 from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
-from thriftnet.store.config import CARD, CONFIG, MODEL, NO_CHECKSUM, Config, check_sizes, describe, identity_of, parse_config
+from thriftnet.store.config import CARD, CONFIG, MODEL, Config, check_sizes, describe, identity_of, parse_config
 from thriftnet.store.hub import HUB, download
 from thriftnet.techniques import convert
 
 # of a training: what it is, the folder of its network in its own, and what it says of itself at the end
 RUN, RUN_MODEL, FINISHED = "run.json", "model", "finished"
-ENTRY = "thriftnet"  # the config among the header's metadata
-START = b'{"__metadata__":{"%s":"{\\"sha256\\":\\"' % ENTRY.encode()  # of the header; the checksum follows
-CHECKSUM = slice(8 + len(START), 8 + len(START) + len(NO_CHECKSUM))
 
 
+@checked
 def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a network to a folder, so that `load` gives it back bit by bit, at the width it has now.
 
@@ -64,22 +62,35 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
         CheckpointError: The folder holds something that is not a model, or cannot be written.
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"save needs a network (nn.Module), got a {type(model).__name__}")
-    place = _path(folder)
+    place = check_place(folder)
     try:
-        if not _is_replaceable(place):
-            raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
         model = _unwrapped(model)
         tensors = _separate(unique_tensors(model))
         config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
-        data = _encoded(config, tensors)
+        data = sealed.encode(config, tensors, MODEL)
         write_together(place, {MODEL: data, CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(config)})
     except OSError as error:
         raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
     return place
 
 
+def check_place(folder: str | os.PathLike[str]) -> Path:
+    """The folder, if `save` may write to it; asked before hours of work whose result goes there.
+
+    Raises:
+        CheckpointError: It holds something that is not a model, or cannot be read.
+    """
+    place = as_path(folder, "folder")
+    try:
+        replaceable = _is_replaceable(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {place}: {error.strerror or error}. What is there is whole") from error
+    if not replaceable:
+        raise CheckpointError(f"{place} exists and is no model folder: it is left alone. Give another place")
+    return place
+
+
+@checked
 def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote, in eval mode on the CPU, at the width it was saved at.
 
@@ -96,8 +107,6 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     """
     if isinstance(source, str) and source.startswith(HUB):
         source = download(source)
-    if not (model is None or isinstance(model, nn.Module)):
-        raise ConfigError(f"model={model!r}; expected the plain network, an nn.Module")
     path = model_path(source)
     config, stored = read_model(path)
     if model is None and config["model"] is None:
@@ -107,7 +116,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:
         rebuilt = _skeleton(config, model)
-        _check_fit(rebuilt, stored, path)
+        check_fit(rebuilt, stored, path)
         shapes.fill(rebuilt, stored)
         if shapes.unfilled(rebuilt):
             with torch.random.fork_rng(devices=[]):
@@ -123,6 +132,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     return rebuilt.eval()
 
 
+@checked
 def read_config(source: str | os.PathLike[str]) -> Config:
     """The config of a model folder or file.
 
@@ -130,12 +140,12 @@ def read_config(source: str | os.PathLike[str]) -> Config:
         CheckpointError: No model, damaged, or of a newer format.
     """
     path = model_path(source)
-    return _verified(_content(path), path)
+    return parse_config(sealed.verified(_content(path), path), path)
 
 
 def model_path(source: str | os.PathLike[str]) -> Path:
     """The model file in a model folder, in the folder of a training or of its last finished stage, or the file itself."""
-    place = _path(source)
+    place = as_path(source, "source")
     if place.is_file():
         return place
     if (place / MODEL).exists():
@@ -147,18 +157,17 @@ def model_path(source: str | os.PathLike[str]) -> Path:
 
 
 def _is_finished(run: Path) -> bool:
-    """Whether the training that wrote this file has ended."""
+    """Whether the training that wrote this file has ended; a `CheckpointError` if it is damaged."""
     try:
-        with open_regular(run) as file:
-            return json.load(file).get(FINISHED) is True
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return sealed.read_json(run).get(FINISHED) is True
+    except OSError:
         return False
 
 
 def is_model_file(path: Path) -> bool:
     """Whether a file begins as `save` writes it; an `OSError` if it cannot be read."""
     with open_regular(path) as file:
-        return file.read(8 + len(START)).startswith(START, 8)
+        return file.read(sealed.CHECKSUM.start).startswith(sealed.START, 8)
 
 
 def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
@@ -192,34 +201,6 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     return model
 
 
-def _path(source: str | os.PathLike[str]) -> Path:
-    if not isinstance(source, str | os.PathLike) or "\0" in os.fspath(source):
-        raise CheckpointError(f"{source!r} is not a path: give text or a pathlib.Path")
-    return Path(source)
-
-
-def _encoded(config: Config, tensors: dict[str, Tensor]) -> bytes:
-    """The file's content; the checksum is put into ``config``, too."""
-    from safetensors.torch import save as serialized
-
-    try:
-        data = bytearray(serialized(tensors, {ENTRY: json.dumps(config, separators=(",", ":"))}))
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{MODEL} cannot hold these tensors: {error}") from error
-    config["sha256"] = _checksum(data)
-    data[CHECKSUM] = config["sha256"].encode()
-    return bytes(data)
-
-
-def _checksum(data: bytes | bytearray) -> str:
-    """SHA-256 of a file in which the checksum itself is zeros."""
-    view = memoryview(data)
-    digest = hashlib.sha256(view[: CHECKSUM.start])
-    digest.update(NO_CHECKSUM.encode())
-    digest.update(view[CHECKSUM.stop :])
-    return digest.hexdigest()
-
-
 def _content(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
@@ -232,34 +213,14 @@ def _content(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _verified(data: bytes, path: Path) -> Config:
-    """The config in a model file whose checksum fits."""
-    if not data.startswith(START, 8):
-        raise CheckpointError(f"{path} is not a model file that thriftnet.save wrote, or damaged at its beginning")
-    if _checksum(data) != data[CHECKSUM].decode("latin1"):
-        raise CheckpointError(f"{path} is damaged: its checksum does not fit. Copy the file again")
-    try:
-        text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][ENTRY]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
-    return parse_config(text, path)
-
-
 def read_model(path: Path) -> tuple[Config, dict[str, Tensor]]:
     """The config and the tensors in a model file, its checksum verified.
 
     Raises:
         CheckpointError: No model, damaged, or of a newer format.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as deserialized
-
     data = _content(path)
-    config = _verified(data, path)
-    try:
-        return config, deserialized(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    return parse_config(sealed.verified(data, path), path), sealed.tensors_in(data, path)
 
 
 def _skeleton(config: Config, plain: nn.Module | None) -> nn.Module:
@@ -296,7 +257,8 @@ def _inferred(model: nn.Module) -> Config | None:
     return None
 
 
-def _check_fit(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+def check_fit(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors of other names or shapes than the network's."""
     wanted = first_names(model)
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:

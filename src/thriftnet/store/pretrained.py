@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from thriftnet.arguments import as_path, checked
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.store.config import FILES, MODEL
 from thriftnet.store.hub import LIBRARY, download, parse_name, translated_errors
 from thriftnet.store.model_file import load, model_path, read_config, save
 
 
+@checked
 def from_pretrained(
     source: str | os.PathLike[str],
     *,
@@ -39,13 +41,14 @@ def from_pretrained(
         CheckpointError: No such repository, no access, no connection, or not a model folder.
         ConfigError: Two revisions.
     """
-    if Path(source).exists():
+    if as_path(source, "source").exists():
         return load(source, model=model)
     cache = None if cache_dir is None else Path(cache_dir)
     folder = download(os.fspath(source), revision, token=token, cache_dir=cache, local_files_only=local_files_only)
     return load(folder, model=model)
 
 
+@checked
 def push_to_hub(
     model: nn.Module | str | os.PathLike[str],
     repo_id: str,

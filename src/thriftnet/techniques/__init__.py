@@ -9,8 +9,9 @@ import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
+from thriftnet.arguments import checked
 from thriftnet.core import spec
 from thriftnet.errors import ConfigError
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from thriftnet.core.sites import Select
     from thriftnet.core.technique import Technique
 
-TechniqueLike: TypeAlias = "Technique | str | Mapping[str, Any]"
+TechniqueLike: TypeAlias = Annotated[
+    Union["Technique", str, Mapping[str, Any]], "a technique's config or text, as 'soft-sharing(templates=2)'"
+]
 
 
 class Registry(Mapping[str, "type[Technique]"]):
@@ -68,11 +71,19 @@ TECHNIQUES = Registry(
 def resolve(technique: TechniqueLike) -> Technique:
     """A technique's config from its text (``soft-sharing(templates=4)``) or JSON form; a config is returned unchanged.
 
+    A mapping from regular expressions to techniques, or its text, becomes a `thriftnet.core.by_pattern.ByPattern`.
+
     Raises:
         ConfigError: Unknown technique or field, with close matches, or a value it refuses.
     """
+    if isinstance(technique, str) and technique.lstrip().startswith("{"):
+        return resolve(spec.parse_mapping(technique))
     if isinstance(technique, str):
         return spec.parse_spec(technique, TECHNIQUES)
+    if isinstance(technique, Mapping) and "technique" not in technique:
+        from thriftnet.core.by_pattern import ByPattern
+
+        return ByPattern({pattern: None if each is None else resolve(each) for pattern, each in technique.items()})
     if isinstance(technique, Mapping):
         return spec.from_dict(technique, TECHNIQUES)
     if isinstance(technique, type):
@@ -84,27 +95,25 @@ def resolve(technique: TechniqueLike) -> Technique:
     return technique
 
 
-def plan(model: nn.Module, technique: TechniqueLike, *, select: Select | None = None) -> Plan:
-    """What `convert` would do to ``model``; the network and the random state do not change.
-
-    Raises:
-        ConfigError, IncompatibleModelError: As `convert`.
-    """
-    from thriftnet.core import convert as core
-
-    return core.plan(model, resolve(technique), select=select)
-
-
+@checked
 def convert(
-    model: nn.Module, technique: TechniqueLike | Plan, *, select: Select | None = None, inplace: bool = False
+    model: nn.Module,
+    technique: TechniqueLike | Plan,
+    *,
+    select: Select | None = None,
+    exclude: Select | None = None,
+    inplace: bool = False,
 ) -> nn.Module:
     """Make a network small with a technique, starting from the weights it has.
 
     Args:
         model: Any network; it is left untouched unless ``inplace``.
-        technique: A technique's config, its text or JSON form, or a plan made by `plan`.
+        technique: A technique's config, its text or JSON form, a mapping from regular expressions on module names to these, or a
+            plan made by `plan`.
         select: Which layers: a regular expression on module names, a list of names, or ``(name, module) -> bool``.
-            By default, all except stem and classifier.
+            By default, all except stem and classifier; "preset:all" takes these, too, and "preset:later-blocks" leaves out
+            the first block of each stage.
+        exclude: Which of them to leave alone, in the same forms.
         inplace: Replace the layers in ``model`` itself.
 
     Returns:
@@ -121,8 +130,11 @@ def convert(
     """
     from thriftnet.core import convert as core
     from thriftnet.core.plan import Plan
+    from thriftnet.core.sites import without
 
+    select = without(model, select, exclude)
     if isinstance(technique, Plan):
-        planned = dataclasses.replace(technique, technique=resolve(technique.technique))
-        return core.convert(model, planned, select=select, inplace=inplace)
+        planned = dataclasses.replace(technique, technique=resolve(technique.technique), then=None)
+        converted = core.convert(model, planned, select=select, inplace=inplace)
+        return converted if technique.then is None else convert(converted, technique.then, inplace=True)
     return core.convert(model, resolve(technique), select=select, inplace=inplace)

@@ -12,13 +12,14 @@ Source: Kang & Kim, Learning Deeply Shared Filter Bases for Parameter-Efficient 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Index, Rank, Weight, check, checked
 from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import (
     Convolution,
@@ -33,8 +34,7 @@ from thriftnet.core.conv import (
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -123,6 +123,7 @@ class BasisFilters(GeneratedConv2d):
         return self.bank.filters(self.layer, self.base)
 
 
+@checked
 class BasisConv2d(ComposedConv2d):
     """Basis, batch norm and coefficients in place of one convolution; folds into one in eval mode.
 
@@ -139,7 +140,7 @@ class BasisConv2d(ComposedConv2d):
         coefficients: (O, U + S).
     """
 
-    def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
+    def __init__(self, like: Convolution, bank: SharedBasis, layer: Index, base: Index, coefficients: Tensor) -> None:
         super().__init__(like.in_channels, like.out_channels, like.kernel_size)
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
@@ -187,6 +188,7 @@ def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class FilterBasis:
     """Decompose convolutions over filter bases that layers of equal input share.
@@ -217,28 +219,22 @@ class FilterBasis:
 
     takes: ClassVar[str] = "k x k convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True)"
 
-    shared_rank: int = 16
-    unique_rank: int = 1
-    bases: int = 1
-    rank_channels: int | None = None
-    lambda_r: float = 10.0
+    shared_rank: Rank = 16
+    unique_rank: Rank = 1
+    bases: Literal[1, 2] = 1
+    rank_channels: Channels | None = None
+    lambda_r: Weight = 10.0
     unique_penalty: bool = True
-    init: str = "weights"
+    init: Literal["weights", "random"] = "weights"
     pointwise: bool = False
     whole: bool = False
     family: str = ""
 
     def __post_init__(self) -> None:
-        check_whole_number("shared_rank", self.shared_rank, 0)
-        check_whole_number("unique_rank", self.unique_rank, 0)
         if self.shared_rank + self.unique_rank == 0:
             raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
-        check_choice("whole", self.whole, (False, True))
-        check_choice("bases", self.bases, (1,) if self.whole else (1, 2))
-        if self.rank_channels is not None:
-            check_whole_number("rank_channels", self.rank_channels, 1)
-        check_choice("init", self.init, ("weights", "random"))
-        check_number("lambda_r", self.lambda_r, 0, closed=True)
+        if self.whole:
+            check("bases", self.bases, Literal[1])
 
     def accepts(self, module: nn.Module) -> bool:
         return is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))
@@ -261,6 +257,14 @@ class FilterBasis:
                     f"{entries} entries. Lower shared_rank by at least {rank - entries}, or leave the layer out with select"
                 )
         return groups
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Layers of equal input, with shared ranks up to the number of entries of a filter."""
+        found: list[tuple[list[Site[nn.Conv2d]], list[Technique]]] = []
+        for group in replace(self, shared_rank=1, unique_rank=0, rank_channels=None).group(sites):
+            most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group)) - self.unique_rank
+            found.append((group, [replace(self, shared_rank=rank, rank_channels=None) for rank in steps(1, most)]))
+        return found
 
     def ranks(self, in_channels: int) -> tuple[int, int]:
         """Shared and unique rank of a group with this many input channels."""

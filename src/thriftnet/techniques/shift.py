@@ -9,18 +9,18 @@ Source: Wu et al., Shift: A Zero FLOP, Zero Parameter Alternative to Spatial Con
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Expansion, KernelSide, Range, Step, Steps, checked
 from thriftnet.core.composed import ComposedConv2d
 from thriftnet.core.conv import Convolution, PlainConv2d, is_convolution
 from thriftnet.core.norm import PlainBatchNorm2d
 from thriftnet.core.sites import Replacement, Site
-from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 from thriftnet.errors import ConfigError
@@ -29,6 +29,7 @@ from thriftnet.kernels.shift import choose, moved_channels, offsets, one_hot, sh
 from thriftnet.kernels.triton_pointwise import shift_pointwise
 
 
+@checked
 class Shift2d(Tied, WidthAware):
     """Shift every channel by one of k x k offsets; those left over after the last full set of k^2 stay.
 
@@ -46,10 +47,8 @@ class Shift2d(Tied, WidthAware):
 
     kernel: Tensor
 
-    def __init__(self, channels: int, kernel_size: int = 3, dilation: int = 1) -> None:
+    def __init__(self, channels: Channels, kernel_size: KernelSide = 3, dilation: Step = 1) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("kernel_size", kernel_size), ("dilation", dilation)):
-            check_whole_number(name, value, 1)
         self.channels, self.kernel_size, self.dilation = channels, kernel_size, dilation
         self.moved = moved_channels(channels, kernel_size)
         self.register_buffer("kernel", one_hot(channels, kernel_size), persistent=False)  # (C, 1, m, m)
@@ -92,6 +91,7 @@ class Shift2d(Tied, WidthAware):
         return f"{self.channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
+@checked
 class ShiftConv2d(ComposedConv2d):
     """1 x 1 convolution, batch norm, ReLU, shift, 1 x 1 convolution in place of one k x k convolution.
 
@@ -113,18 +113,16 @@ class ShiftConv2d(ComposedConv2d):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int | tuple[int, int] = 1,
+        in_channels: Channels,
+        out_channels: Channels,
+        kernel_size: KernelSide = 3,
+        stride: Steps = 1,
         *,
-        dilation: int = 1,
-        expansion: float = 1.0,
+        dilation: Step = 1,
+        expansion: Expansion = 1.0,
         bias: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, (kernel_size, kernel_size))
-        check_steps("stride", stride)
-        check_number("expansion", expansion, 0)
         middle = int(out_channels * expansion)
         if middle < 1:
             raise ConfigError(
@@ -154,6 +152,7 @@ class ShiftConv2d(ComposedConv2d):
         return mixed if bias is None else mixed + bias[:, None, None]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Shift:
     """Replace k x k convolutions by 1 x 1 convolutions around a shift.
@@ -172,20 +171,15 @@ class Shift:
     Source: Wu et al., section 4.
     """
 
+    partners: ClassVar[tuple[str, ...]] = ("weight-sharing", "soft-sharing(pointwise=True)")
     takes: ClassVar[str] = (
         "convolutions with groups=1, zero padding that keeps the size, and the kernel_size and dilation of the config"
     )
 
-    kernel_size: int = 3
-    dilation: int = 1
-    expansion: float = 1.0
-    init: str = "weights"
-
-    def __post_init__(self) -> None:
-        check_whole_number("kernel_size", self.kernel_size, 2)
-        check_whole_number("dilation", self.dilation, 1)
-        check_number("expansion", self.expansion, 0)
-        check_choice("init", self.init, ("weights", "random"))
+    kernel_size: Annotated[int, Range(2, 1024)] = 3
+    dilation: Step = 1
+    expansion: Expansion = 1.0
+    init: Literal["weights", "random"] = "weights"
 
     def accepts(self, module: nn.Module) -> bool:
         return (
@@ -200,6 +194,11 @@ class Shift:
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         return [[site] for site in sites]
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Each layer, with expansions in quarters."""
+        quarters = steps(1, 4 * self.kernel_size**2)
+        return [([site], [replace(self, expansion=quarter / 4) for quarter in quarters]) for site in sites]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         conv = group[0].module

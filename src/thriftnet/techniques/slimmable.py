@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from thriftnet.arguments import InputSize, PositiveShare, checked
 from thriftnet.core import probe
-from thriftnet.core.provenance import input_size_of
 from thriftnet.core.sites import Replacement, Site
 from thriftnet.core.slim import PLAIN, Narrowing
 from thriftnet.core.spaces import length
@@ -29,6 +29,7 @@ from thriftnet.dynamic.split import is_within
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Slimmable:
     """Let any network run at several widths.
@@ -54,19 +55,24 @@ class Slimmable:
     takes: ClassVar[str] = "layers of any class, each with one width"
     every_layer: ClassVar[bool] = True
 
-    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    widths: Annotated[tuple[PositiveShare, ...], "numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)"] = (
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    )
     gate: bool | str = False
-    input_size: tuple[int, int, int] | None = None
+    input_size: InputSize | None = None
 
     def __post_init__(self) -> None:
         values = self.widths if isinstance(self.widths, list | tuple) else (self.widths,)
-        if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1 for v in values):
-            raise ConfigError(f"widths={self.widths!r}: expected numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)")
+        if not values:
+            raise ConfigError("widths=(): expected numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)")
         object.__setattr__(self, "widths", tuple(sorted({float(v) for v in values})))
-        if not isinstance(self.gate, bool | str) or self.gate == "":
+        if self.gate == "":
             raise ConfigError(f"gate={self.gate!r}: expected False, True, or the name of the module that ends the front")
         if self.input_size is not None:
-            object.__setattr__(self, "input_size", input_size_of(nn.Identity(), self.input_size))
+            object.__setattr__(self, "input_size", tuple(self.input_size))
         if self.gate and len(self.widths) < 2:
             raise ConfigError(f"a gate has nothing to choose from with widths={self.widths}: give two or more")
 

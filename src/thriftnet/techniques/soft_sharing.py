@@ -9,26 +9,28 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Channels, Padding, PositiveShare, Sides, Steps, Templates, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_steps, check_whole_number
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import KernelChoice
+from thriftnet.memory import needs
 
 
+@checked
 class TemplateBank(Tied):
     """Filters that several layers mix.
 
@@ -43,12 +45,10 @@ class TemplateBank(Tied):
 
     transient = (*Tied.transient, "mixer")
 
-    def __init__(self, num_templates: int, in_planes: int, out_planes: int, kernel_size: int | tuple[int, int]) -> None:
+    def __init__(self, num_templates: Templates, in_planes: Channels, out_planes: Channels, kernel_size: Sides) -> None:
         super().__init__()
-        check_steps("kernel_size", kernel_size)
         kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        for name, value in (("num_templates", num_templates), ("in_planes", in_planes), ("out_planes", out_planes)):
-            check_whole_number(name, value, 1)
+        needs(4 * num_templates * in_planes * out_planes * kh * kw, "a bank of these sizes")
         self.templates = nn.Parameter(torch.empty(num_templates, out_planes, in_planes, kh, kw))  # (T, O, I, kh, kw)
         for template in self.templates.detach():
             nn.init.kaiming_normal_(template)
@@ -67,6 +67,7 @@ class TemplateBank(Tied):
         return f"{templates}, {ins}, {outs}, kernel_size=({kh}, {kw})"
 
 
+@checked
 class SConv2d(GeneratedConv2d):
     """A convolution whose filters are mixed from a bank.
 
@@ -91,20 +92,14 @@ class SConv2d(GeneratedConv2d):
     def __init__(
         self,
         bank: TemplateBank,
-        stride: int | tuple[int, int] = 1,
-        padding: int | str | tuple[int, int] = 1,
+        stride: Steps = 1,
+        padding: Literal["valid", "same"] | Padding | tuple[Padding, Padding] = 1,
         *,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
+        dilation: Steps = 1,
+        groups: Channels = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     ) -> None:
-        check_steps("stride", stride)
-        check_steps("dilation", dilation)
-        check_choice("padding", padding, ("valid", "same")) if isinstance(padding, str) else check_steps(
-            "padding", padding, 0
-        )
-        check_whole_number("groups", groups, 1)
         templates, outs, ins, kh, kw = bank.templates.shape
         options: dict[str, Any] = {"bias": False, "padding_mode": padding_mode, "device": "meta"}
         like = nn.Conv2d(ins * groups, outs, (kh, kw), stride, padding, dilation, groups, **options)
@@ -144,6 +139,7 @@ class SConv2d(GeneratedConv2d):
         return self.bank.templates.numel()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class SoftSharing:
     """Share templates among the convolutions of equal geometry.
@@ -164,13 +160,9 @@ class SoftSharing:
 
     takes: ClassVar[str] = "k x k convolutions with a weight of their own (1 x 1 only with pointwise=True)"
 
-    templates: int = 4
-    init: str = "weights"
+    templates: Templates = 4
+    init: Literal["weights", "random"] = "weights"
     pointwise: bool = False
-
-    def __post_init__(self) -> None:
-        check_whole_number("templates", self.templates, 1)
-        check_choice("init", self.init, ("weights", "random"))
 
     def accepts(self, module: nn.Module) -> bool:
         return is_convolution(module) and (self.pointwise or not is_pointwise(module))
@@ -187,6 +179,11 @@ class SoftSharing:
                 f"and a bank serves at least 2 layers, with no more templates than layers. {way_out}"
             )
         return shareable
+
+    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+        """Layers of equal geometry, with every number of templates."""
+        groups = group_by(sites, key=lambda site: geometry(site.module))
+        return [(group, [replace(self, templates=t) for t in steps(1, len(group) - 1)]) for group in groups]
 
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         weights = torch.stack([site.module.weight.detach() for site in group])  # (L, O, I, kh, kw)
@@ -230,6 +227,7 @@ class LayerSimilarity:
     matrix: Tensor
 
 
+@checked
 def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
     """The layer similarity matrix of each bank, by the bank's name.
 
@@ -245,7 +243,8 @@ def similarity(model: nn.Module) -> dict[str, LayerSimilarity]:
     return result
 
 
-def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
+@checked
+def recurrences(model: nn.Module, threshold: PositiveShare = 0.99) -> list[list[str]]:
     """The names of layers that have learned the same mix, a list for each loop; empty if there is none.
 
     Two layers agree when ``2 <a, b> / (|a|^2 + |b|^2) >= threshold``, which is 1 only for equal coefficients (the cosine
@@ -255,7 +254,6 @@ def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
         ConfigError: A threshold outside (0, 1].
         IncompatibleModelError: The network has no bank.
     """
-    check_number("threshold", threshold, 0, 1)
     found: list[list[str]] = []
     for layers in _layers_of_banks(model).values():
         loops: list[list[tuple[str, SConv2d]]] = []
@@ -270,7 +268,8 @@ def recurrences(model: nn.Module, threshold: float = 0.99) -> list[list[str]]:
     return found
 
 
-def fold_recurrence(model: nn.Module, threshold: float = 0.99) -> nn.Module:
+@checked
+def fold_recurrence(model: nn.Module, threshold: PositiveShare = 0.99) -> nn.Module:
     """Make implicit recurrence explicit: the layers of each of the `recurrences` become one layer, used several times.
 
     It gets the mean of their coefficients and biases.

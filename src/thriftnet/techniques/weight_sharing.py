@@ -11,18 +11,18 @@ Source: Lin et al., SPIN: An Empirical Evaluation on Sharing Parameters of Isotr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from thriftnet.arguments import Depth, Index, PositiveShare, Seed, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
-from thriftnet.core.spec import check_choice, check_number, check_whole_number
-from thriftnet.core.technique import Example
+from thriftnet.core.technique import Example, Technique
 from thriftnet.core.tied import Tied, set_to_mean
 from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import KernelChoice
@@ -30,9 +30,10 @@ from thriftnet.kernels.fusion import Fuser, choose, fuse
 
 Layer: TypeAlias = Convolution | nn.Linear
 
-MAPPINGS = ("sequential", "strided", "random")
-DISTRIBUTIONS = ("uniform", "front", "middle", "back")
-FUSIONS = ("mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean")
+WORDS = "lists of at least two layer names or indices"
+Mapping = Literal["sequential", "strided", "random"]
+Distribution = Literal["uniform", "front", "middle", "back"]
+Fusion = Literal["mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean"]
 
 
 class Fused(Tied):
@@ -104,6 +105,7 @@ class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
     """A linear layer with the fused weight of several."""
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class WeightSharing:
     """Let groups of equal convolutions, and linear layers if asked, use one weight.
@@ -137,30 +139,20 @@ class WeightSharing:
         "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear with linear=True"
     )
 
-    rate: int = 2
-    mapping: str = "sequential"
-    distribution: str = "uniform"
-    fusion: str = "mean"
-    seed: int | None = None
-    portion: float = 0.5
+    rate: Depth = 2
+    mapping: Mapping = "sequential"
+    distribution: Distribution = "uniform"
+    fusion: Fusion = "mean"
+    seed: Seed | None = None
+    portion: PositiveShare = 0.5
     trained: bool = False
-    groups: tuple[tuple[str | int, ...], ...] | None = None
+    groups: Annotated[tuple[tuple[str | Index, ...], ...], WORDS] | None = None
     depthwise: bool = False
     linear: bool = False
 
     def __post_init__(self) -> None:
-        check_whole_number("rate", self.rate, 1)
-        check_choice("mapping", self.mapping, MAPPINGS)
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_choice("fusion", self.fusion, FUSIONS)
-        check_whole_number("seed", self.seed or 0, 0)
-        check_number("portion", self.portion, 0, 1)
-        if self.groups is not None:
-            if not isinstance(self.groups, list | tuple) or not all(
-                isinstance(group, list | tuple) and len(group) > 1 for group in self.groups
-            ):
-                raise ConfigError(f"groups={self.groups!r}: expected lists of at least two layer names or indices")
-            object.__setattr__(self, "groups", tuple(map(tuple, self.groups)))
+        if self.groups is not None and not all(len(group) > 1 for group in self.groups):
+            raise ConfigError(f"groups={self.groups!r}: expected {WORDS}")
 
     @property
     def keeps_members(self) -> bool:
@@ -185,6 +177,14 @@ class WeightSharing:
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed or 0)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
+
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Equal layers, with every rate that divides them."""
+        groups = group_by(sites, key=lambda site: signature(site.module))
+        return [
+            (group, [replace(self, rate=rate) for rate in range(2, len(group) + 1) if len(group) % rate == 0])
+            for group in groups
+        ]
 
     def _part(self, layers: list[Site[Layer]]) -> list[Site[Layer]]:
         """The layers of the part of the depth that shares: a multiple of the rate, unless it is all."""

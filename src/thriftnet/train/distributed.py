@@ -1,4 +1,4 @@
-"""Processes that ``torchrun`` started: ranks, sums over processes, and Accelerate."""
+"""Processes that ``torchrun`` started: ranks, the process group, and Accelerate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from thriftnet.core.processes import largest, total
 from thriftnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,30 +25,9 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def joined() -> tuple[int, int]:
-    """Rank and world size of the process group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def total(value: Tensor) -> Tensor:
-    """The sum over all processes, on each of them."""
-    value = value.clone()
-    if joined()[1] > 1:
-        dist.all_reduce(value)
-    return value
-
-
 def total_counts(dynamic: DynamicNetwork) -> None:
     """Add up what all processes have counted since the last reset, on each of them."""
     dynamic.counts, dynamic.spent = total(dynamic.counts), total(dynamic.spent)
-
-
-def largest(value: Tensor) -> Tensor:
-    """The elementwise maximum over all processes, on each of them."""
-    value = value.clone()
-    if joined()[1] > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Classes, checked
+from thriftnet.core.processes import failing_together, largest, total
 from thriftnet.core.width import eval_mode
 from thriftnet.data.loaders import Batch, Loader
 from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
-from thriftnet.train.distributed import largest, total
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Evaluation:
         seconds: Of the slowest process, loading included.
         per_class: Per-class accuracy, in percent; None for a class without images.
         classes: Names of the classes.
-        confusion: Images of each class (rows) predicted as each class (columns); None unless asked for.
+        confusion: Images of each class (rows) predicted as each class (columns), without those for which the network gives NaN; None
+            unless asked for.
     """
 
     accuracies: dict[int, float]
@@ -68,11 +70,12 @@ class Evaluation:
         return result
 
 
+@checked
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     *,
-    topk: Sequence[int] = (1, 5),
+    topk: Sequence[Classes] = (1, 5),
     confusion: bool = False,
     classes: Sequence[str] | None = None,
     on_batch: Callable[[int], None] = lambda seen: None,
@@ -80,7 +83,7 @@ def evaluate(
     """Evaluate a network on labelled images; its modes are restored afterwards.
 
     Under ``torch.distributed`` each process evaluates its part of the images, and all return the result for all images. The
-    parts may differ in size.
+    parts may differ in size. An error of one process, as an image that it cannot read, is raised on all.
 
     Args:
         model: Gives logits (B, classes); on the loader's device.
@@ -91,19 +94,22 @@ def evaluate(
         on_batch: Called after each batch with the number of images that this process has seen.
 
     Raises:
-        ConfigError: A k below 1.
+        ConfigError: A k below 1, or two classes of the same name.
         IncompatibleModelError: Outputs that are not logits, or not one for each class of the data.
-        DataError: No images, or a label outside the network's classes.
+        DataError: No images, batches that are not images and labels, or a label outside the network's classes.
     """
     if not topk or min(topk) < 1:
         raise ConfigError(f"topk={tuple(topk)}: expected integers >= 1, as (1, 5)")
+    if classes is not None and len(set(classes)) < len(classes):
+        raise ConfigError(f"classes={tuple(classes)!r}: two have the same name, and results are listed by name")
     # the wrapper of distributed training shares buffers in each forward, and waits for processes that have no batch left
     network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     start = time.perf_counter()
     counts = _Counts(sorted({1, *topk}), confusion, None if classes is None else len(classes), _device(network, loader))
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    with torch.no_grad(), eval_mode(network):
-        for images, labels in loader:
+    with failing_together(), torch.no_grad(), eval_mode(network):
+        for batch in loader:
+            images, labels = _checked(batch)
             counts.add(network(images.to(dtype)), labels)
             on_batch(counts.seen)
     return counts.result(classes, time.perf_counter() - start)
@@ -116,6 +122,20 @@ def _device(network: nn.Module, loader: Iterable[Batch]) -> torch.device:
     return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
+def _checked(batch: Any) -> Batch:
+    """Images, and int64 labels, one for each."""
+    pair = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        kinds = ", ".join(type(part).__name__ for part in pair)
+        raise DataError(f"a batch is ({kinds}): expected (images, labels), two tensors")
+    images, labels = pair
+    if labels.dim() != 1 or len(labels) != len(images) or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"labels {labels.dtype} {tuple(labels.shape)} for images {tuple(images.shape)}: expected an integer for each image, its class"
+        )
+    return images, labels.long()
+
+
 class _Counts:
     """Sums over images, kept on the device until the end."""
 
@@ -126,8 +146,9 @@ class _Counts:
         precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.loss = torch.zeros((), dtype=precise, device=device)
         self.right = torch.zeros(len(ks), dtype=torch.int64, device=device)
-        self.pairs = torch.zeros(0, dtype=torch.int64, device=device)
-        self.highest = torch.full((), -1, dtype=torch.int64, device=device)
+        self.by_class = torch.zeros(0, dtype=torch.int64, device=device)  # images of each class that are wrong, and right
+        self.pairs = torch.zeros(0, dtype=torch.int64, device=device)  # of class and prediction
+        self.extremes = torch.full((2,), -1, dtype=torch.int64, device=device)  # the highest label, and minus the lowest
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(labels):
@@ -136,16 +157,21 @@ class _Counts:
                 f"the network gives {got} for {len(labels)} images; expected one row of logits for each"
             )
         self._open(logits.shape[1])
-        self.highest = torch.maximum(self.highest, labels.max())
-        labels = labels.clamp(max=self.outputs - 1)  # one that is too high raises at the end: no synchronisation per batch
+        if not len(labels):
+            return
+        labels = labels.to(logits.device)
+        self.extremes = torch.maximum(self.extremes, torch.stack([labels.max(), -labels.min()]))
+        labels = labels.clamp(0, self.outputs - 1)  # one outside raises at the end: no synchronisation per batch
         logits = logits if logits.dtype == torch.float64 else logits.float()
         self.loss += F.cross_entropy(logits, labels, reduction="sum").to(self.loss.dtype)
         best = logits.topk(min(self.ks[-1], self.outputs), dim=1).indices
-        found = (best == labels[:, None]) & ~logits.isnan().any(1, keepdim=True)
+        numbers = ~logits.isnan().any(1)
+        found = (best == labels[:, None]) & numbers[:, None]
         self.right += torch.stack([found[:, :k].sum() for k in self.ks])
-        width = self.outputs if self.confusion else 2
-        given = best[:, 0] if self.confusion else found[:, 0].long()
-        self.pairs += torch.bincount(labels * width + given, minlength=len(self.pairs))
+        self.by_class += torch.bincount(2 * labels + found[:, 0], minlength=len(self.by_class))
+        if self.confusion:
+            pairs = labels * self.outputs + best[:, 0]
+            self.pairs += torch.bincount(pairs[numbers], minlength=len(self.pairs))
         self.seen += len(labels)
 
     def _open(self, outputs: int) -> None:
@@ -157,28 +183,33 @@ class _Counts:
                 f"the network has {outputs} classes, the data has {self.classes}: evaluate on the data that it was "
                 "trained for, or build it with num_classes"
             )
+        if self.outputs:
+            raise IncompatibleModelError(
+                f"the network gives {self.outputs} outputs for some images and {outputs} for others"
+            )
         self.outputs = outputs
-        self.pairs = torch.zeros(outputs * (outputs if self.confusion else 2), dtype=torch.int64, device=self.device)
+        self.by_class = torch.zeros(2 * outputs, dtype=torch.int64, device=self.device)
+        self.pairs = torch.zeros(outputs**2 if self.confusion else 0, dtype=torch.int64, device=self.device)
 
     def result(self, names: Sequence[str] | None, seconds: float) -> Evaluation:
         """Sums over processes, checked, as the evaluation."""
         outputs = int(largest(torch.tensor(self.outputs, device=self.device)))
         if not self.outputs:  # this process had no images
             self._open(outputs)
-        self.highest = largest(self.highest)
-        self.loss, self.right, self.pairs = total(self.loss), total(self.right), total(self.pairs)
+        self.loss, self.right = total(self.loss), total(self.right)
+        self.by_class, self.pairs = total(self.by_class), total(self.pairs)
         self.seen = int(total(torch.tensor(self.seen, device=self.device)))
         if self.seen == 0:
             raise DataError("there are no images to evaluate on")
-        if int(self.highest) >= self.outputs:
+        highest, lowest = (largest(self.extremes) * torch.tensor([1, -1], device=self.device)).tolist()
+        if lowest < 0 or highest >= self.outputs:
             raise DataError(
-                f"an image has the label {int(self.highest)}, the network has {self.outputs} classes (0 to {self.outputs - 1}): "
-                "evaluate on the data that it was trained for"
+                f"an image has the label {lowest if lowest < 0 else highest}, the network has {self.outputs} classes "
+                f"(0 to {self.outputs - 1}): evaluate on the data that it was trained for"
             )
         seconds = float(largest(torch.tensor(seconds, device=self.device)))
-        pairs = self.pairs.view(self.outputs, -1).cpu()
-        right = pairs.diagonal() if self.confusion else pairs[:, 1]
-        shares = zip(right.tolist(), pairs.sum(1).tolist(), strict=True)
+        by_class = self.by_class.view(-1, 2).cpu()
+        shares = zip(by_class[:, 1].tolist(), by_class.sum(1).tolist(), strict=True)
         return Evaluation(
             accuracies={k: 100 * count / self.seen for k, count in zip(self.ks, self.right.tolist(), strict=True)},
             loss=float(self.loss) / self.seen,
@@ -186,5 +217,5 @@ class _Counts:
             seconds=max(seconds, 1e-9),
             per_class=tuple(100 * count / total if total else None for count, total in shares),
             classes=tuple(names) if names is not None else tuple(map(str, range(self.outputs))),
-            confusion=tuple(map(tuple, pairs.tolist())) if self.confusion else None,
+            confusion=tuple(map(tuple, self.pairs.view(self.outputs, -1).tolist())) if self.confusion else None,
         )

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thriftnet.core.penalty import penalty
-from thriftnet.errors import ConfigError, ThriftnetError
-from thriftnet.train.checkpoints import Checkpoints, TrainState
+from thriftnet.core.processes import failing_together
+from thriftnet.core.tied import unique_tensors
+from thriftnet.data.transforms import seed_random_state
+from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
+from thriftnet.train.checkpoints import Checkpoints
 from thriftnet.train.distributed import Distributed
+from thriftnet.train.interrupts import Interrupts
 from thriftnet.train.loss import Criterion, make_mixup
 from thriftnet.train.optim import average_of, make_optimizer, make_schedule
 from thriftnet.train.recipe import Recipe
@@ -27,37 +29,10 @@ from thriftnet.train.stages import Stage, Step
 
 CHECK_EVERY = 10  # steps between checks that synchronise with the device or the other processes
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class DivergedError(ThriftnetError):
     """The loss is not finite."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The training was stopped, and its state is saved."""
-
-
-class Interrupts:
-    """The first Ctrl-C or SIGTERM stops the training after the current step, a second one at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
 
 
 @dataclass(frozen=True)
@@ -69,6 +44,33 @@ class Progress:
     epochs: float  # completed, as a fraction
     images: int  # in this step, over all processes
     row: Mapping[str, Any] | None = None  # metrics of the epoch, if it ends with this step
+
+
+@dataclass
+class TrainState:
+    """The state of a training beside its tensors. What is random in a step follows from seed, step and process."""
+
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0  # epochs completed
+    epoch_ends: bool = False  # whether an epoch ends with this step, and the network is not yet evaluated and kept
+    lr: float = 0.0  # learning rate of the last step
+    loss_sum: float = 0.0  # over the steps of this epoch
+    loss_count: int = 0  # steps of this epoch
+    skipped: int = 0  # steps skipped because of their loss
+    best: float = -1.0  # best accuracy so far on the images that the network is selected on, in percent; -1 for none
+
+    def restore(self, stored: Mapping[str, Any], steps_per_epoch: int) -> None:
+        """Take the values of another; a `CheckpointError` if they make no sense."""
+        kinds = {each.name: {"int": (int,), "bool": (bool,), "float": (int, float)}[str(each.type)] for each in fields(self)}
+        sound = stored.keys() == kinds.keys() and all(type(value) in kinds[name] for name, value in stored.items())
+        if sound:
+            at_end = stored["step"] - stored["epoch_ends"]
+            bounds = {int: 2**53, bool: 2, float: math.inf}
+            sound = at_end >= 0 and all(-1 <= value < bounds[type(value)] for value in stored.values())
+            sound = sound and stored["epoch"] == at_end // steps_per_epoch
+        if not sound:
+            raise CheckpointError(f"the position in the training makes no sense: {str(stored)[:200]}")
+        vars(self).update(stored)
 
 
 class TrainLoop:
@@ -111,20 +113,71 @@ class TrainLoop:
             self.plain, optimizer, schedule, find_unused_parameters=recipe.run.find_unused_parameters or stage.passes > 1
         )
         self.state, self.images = TrainState(), 0
-        self.checkpoints = Checkpoints(folder, self.accelerator, self.state, self.average, recipe.run.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder, self.accelerator, recipe.run.keep_checkpoints)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
         self.last_loss = self.loss_sum
         self.first_bad = torch.full((), math.inf, dtype=torch.float64, device=distributed.device)
         alone_on_cpu = distributed.device.type == "cpu" and distributed.world_size == 1
         self.eager_checks = alone_on_cpu or recipe.run.on_nan == "skip"
 
-    def resume(self, place: Path | None = None) -> tuple[Path | None, list[str]]:
+    def resume(self, place: Path | None = None) -> list[str]:
         """Resume from a checkpoint, as `Checkpoints.load`."""
-        found = self.checkpoints.load(place)
-        self.loss_sum.fill_(self.state.loss_sum)
-        if self.state.loader is not None:
-            self.loader.load_state_dict(self.state.loader)
-        return found
+        return self.checkpoints.load(place, self._restore)
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the present state."""
+        self._check()
+        self.state.loss_sum = float(self.loss_sum)
+        scaler = self.accelerator.scaler
+        content = {
+            "state": asdict(self.state),
+            "data": self.loader.state_dict(),
+            "weights": unique_tensors(self.plain),
+            "average": None if self.average is None else unique_tensors(self.average),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        self.checkpoints.save(self.state.step, content)
+
+    def _restore(self, content: Any) -> None:
+        """Take the content of a checkpoint; raises anything if it does not fit."""
+        state, scaler = self.state, self.accelerator.scaler
+        state.restore(content["state"], self.steps_per_epoch)
+        self.loss_sum.fill_(state.loss_sum)
+        batches = (state.step - state.epoch * self.steps_per_epoch) * self.recipe.optimizer.accumulate
+        self.loader.load_state_dict({**content["data"], "epoch": state.epoch, "step": batches})
+        self._restore_optimizer(content["optimizer"])
+        _fill(self.plain, content["weights"])
+        if self.average is not None:
+            _fill(self.average, content["average"])
+        if scaler is not None:
+            numbers = content["scaler"]
+            if numbers.keys() != scaler.state_dict().keys() or not all(
+                0 <= number < math.inf for number in numbers.values()
+            ):
+                raise CheckpointError(f"the scaler of gradients has {str(numbers)[:200]}")
+            scaler.load_state_dict(numbers)
+
+    def _restore_optimizer(self, stored: Any) -> None:
+        """Load the optimizer's state once it has borne a step, which changes weights; the schedule follows from the step."""
+        states = {int(number): entry for number, entry in stored["state"].items()}
+        stored = {"state": states, "param_groups": stored["param_groups"]}
+        self.optimizer.load_state_dict(copy.deepcopy(stored))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer.load_state_dict(stored)
+        for parameter, entry in self.optimizer.state.items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the same memory format, too
+                    entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        schedule, step = self.schedule.scheduler, self.state.step
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule.last_epoch, schedule._last_lr = step, rates
 
     @property
     def finished(self) -> bool:
@@ -158,14 +211,15 @@ class TrainLoop:
             seen += self.images
             state.epoch_ends = state.step == last
             if self._stop_asked(interrupts):
-                raise Interrupted(f"stopped after step {state.step}; checkpoint: {self._checkpoint()}")
+                self.checkpoint()
+                interrupts.stop()
             if not state.epoch_ends:
                 if state.step % CHECK_EVERY == 0 and not self.eager_checks:
                     self._check()
                 self.on_progress(Progress(state.step, self.steps, state.step / self.steps_per_epoch, self.images))
                 if every and state.step % every == 0:
                     before = time.perf_counter()
-                    self._checkpoint()
+                    self.checkpoint()
                     pause += time.perf_counter() - before
         self._check()
         seconds = time.perf_counter() - start - pause
@@ -184,7 +238,7 @@ class TrainLoop:
         state.epoch = state.step // self.steps_per_epoch
         state.epoch_ends, state.loss_count = False, 0
         self.loss_sum.zero_()
-        self._checkpoint()
+        self.checkpoint()
         self.on_progress(Progress(state.step, self.steps, row["epoch"], self.images, row))
 
     def release(self) -> None:
@@ -201,10 +255,12 @@ class TrainLoop:
         average = None if self.average is None else self.average.module
         batch = (state.step - state.epoch * self.steps_per_epoch) * fields.accumulate
         step = Step(self.model, self.plain, average, self.criterion, state.step, self.recipe.seed)
+        self._seed()
         self.optimizer.zero_grad()
         total, count = torch.zeros((), device=self.distributed.device), 0
         for number in range(fields.accumulate):
-            images, targets = next(batches)
+            with failing_together():
+                images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             images = images.to(self.dtype).contiguous(memory_format=self.memory_format)
@@ -224,6 +280,12 @@ class TrainLoop:
         self.schedule.step()
         state.step += 1
         return count * self.distributed.world_size
+
+    def _seed(self) -> None:
+        """Let what is random in a step follow from seed, step and process; images have keys of their own, of three numbers."""
+        seed_random_state(self.recipe.seed, self.state.step, self.distributed.rank, 1)
+        if self.distributed.device.type == "cuda":
+            torch.cuda.manual_seed(torch.initial_seed())
 
     def _gradients(self, step: Step, images: Tensor, targets: Tensor, number: int, weight: float) -> Tensor:
         """Add up the gradients of one batch; processes exchange them in the last backward of the step."""
@@ -261,16 +323,19 @@ class TrainLoop:
     def _diverged(self, step: int) -> None:
         raise DivergedError(
             f"the loss is not finite at step {step} (learning rate {self.schedule.get_last_lr()[0]:.3g}). Last good checkpoint: "
-            f"{self.checkpoints.newest}. Lower lr, set clip_grad, or skip such steps with on_nan='skip'"
+            f"{self.checkpoints.last or 'none'}. Lower lr, set clip_grad, or skip such steps with on_nan='skip'"
         )
 
     def _stop_asked(self, interrupts: Interrupts) -> bool:
-        if self.distributed.world_size == 1:
-            return interrupts.seen
-        return self.state.step % CHECK_EVERY == 0 and self.distributed.any(interrupts.seen)
+        may_ask = self.distributed.world_size == 1 or self.state.step % CHECK_EVERY == 0
+        return may_ask and self.distributed.any(interrupts.seen)
 
-    def _checkpoint(self) -> Path:
-        self._check()
-        self.state.loss_sum = float(self.loss_sum)
-        self.state.loader = self.loader.state_dict() if self._in_mid_epoch() else None
-        return self.checkpoints.save()
+
+def _fill(module: nn.Module, stored: Any) -> None:
+    """Load tensors by name, of which each tied one is there once."""
+    wanted = unique_tensors(module)
+    for name in sorted(wanted.keys() | stored.keys()):
+        known, given = wanted.get(name), stored.get(name)
+        if known is None or not isinstance(given, Tensor) or (known.shape, known.dtype) != (given.shape, given.dtype):
+            raise CheckpointError(f"the network's tensor {name[:100]} is missing there, or another")
+    module.load_state_dict(stored, strict=False)

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from thriftnet.arguments import (
+    BatchSize,
+    Count,
+    Epochs,
+    Natural,
+    PositiveWeight,
+    ProperShare,
+    Seed,
+    Share,
+    Weight,
+    Workers,
+    checked,
+)
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.errors import ConfigError, unknown_name
+from thriftnet.files import read_text
 from thriftnet.models.table import normalize_name
 
-RANGES: dict[str, Callable[[float], bool]] = {
-    ">= 0": lambda value: 0 <= value < math.inf,
-    ">= 1": lambda value: 1 <= value < math.inf,
-    "> 0": lambda value: 0 < value < math.inf,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "in [0, 1]": lambda value: 0 <= value <= 1,
-}
 # fields that do not change the result: a resumed run may differ in them
 RESUMABLE_FIELDS = (
     "about",
@@ -58,102 +64,83 @@ IN_WORDS = {  # types as jsonargparse names them
 }
 
 
-def number(default: float | None, expected: str) -> Any:
-    """A field for a number in one of the `RANGES`, or its default None."""
-    return field(default=default, metadata={"expected": expected})
-
-
+@checked
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """Fields whose ranges are checked."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value, expected = getattr(self, each.name), each.metadata.get("expected")
-            if expected is not None and value is not None and not RANGES[expected](value):
-                raise ConfigError(f"{each.name}={value!r}: expected a number {expected}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFields(Group):
+class DataFields:
     """How images are read."""
 
-    batch_size: int = number(128, ">= 1")  # images per optimizer step, over all processes and accumulated batches
+    batch_size: BatchSize = 128  # images per optimizer step, over all processes and accumulated batches
     drop_last: bool = False  # whether to drop a last, smaller batch; mixup always does
-    workers: int = number(2, ">= 0")  # processes that decode images, for data not held in memory
+    workers: Workers = 2  # processes that decode images, for data not held in memory
     resident: bool | None = None  # whether all images are held on the device; default: if small and of equal size
     on_corrupt: Literal["error", "skip"] = "error"  # whether an undecodable image stops the training or is left out
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class OptimizerFields(Group):
+class OptimizerFields:
     """The optimizer, and the average of the weights."""
 
     name: str = "sgd"  # or adamw, or another name of timm's
-    lr: float = number(0.1, "> 0")  # learning rate at factor 1 of the schedule
-    momentum: float = number(0.9, "in [0, 1)")  # of SGD
+    lr: PositiveWeight = 0.1  # learning rate at factor 1 of the schedule
+    momentum: ProperShare = 0.9  # of SGD
     nesterov: bool = True  # Nesterov momentum for SGD
-    weight_decay: float = number(5e-4, ">= 0")  # for all parameters except those of no_decay
+    weight_decay: Weight = 5e-4  # for all parameters except those of no_decay
     no_decay: tuple[Literal["technique", "norm", "bias"], ...] = ("technique",)  # technique: what it lists, as coefficients
-    clip_grad: float | None = number(None, "> 0")  # largest L2 norm of the gradient
-    accumulate: int = number(1, ">= 1")  # batches whose gradients are added up for one optimizer step
+    clip_grad: PositiveWeight | None = None  # largest L2 norm of the gradient
+    accumulate: Count = 1  # batches whose gradients are added up for one optimizer step
     reset_momentum_every_epoch: bool = False  # a new optimizer in each epoch, as in the ShiftResNet authors' script
-    ema_decay: float = number(0.0, "in [0, 1)")  # of an average of the weights over steps, which is evaluated and saved
+    ema_decay: ProperShare = 0.0  # of an average of the weights over steps, which is evaluated and saved
     ema_warmup: bool = False  # forget the first weights sooner: in step n the decay is at most (1 + n) / (10 + n)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class ScheduleFields(Group):
+class ScheduleFields:
     """The learning rate over the training; warm-up, minimum and cool-down are for the cosine."""
 
     name: Literal["constant", "multistep", "cosine", "piecewise"] = "cosine"
-    milestones: dict[int, float] = field(default_factory=dict)  # for multistep: epoch (from 0) -> factor from then on
-    points: dict[float, float] = field(default_factory=dict)  # for piecewise: epoch -> factor, straight lines between
+    milestones: dict[Natural, Weight] = field(default_factory=dict)  # for multistep: epoch (from 0) -> factor from then on
+    points: dict[Weight, Weight] = field(default_factory=dict)  # for piecewise: epoch -> factor, straight lines between
     per: Literal["step", "epoch"] = "step"  # whether the learning rate changes each step or each epoch
-    warmup_epochs: float = number(0.0, ">= 0")  # epochs from warmup_lr to the schedule
-    warmup_lr: float = number(0.0, ">= 0")  # learning rate at the first step of the warm-up
-    min_lr: float = number(0.0, ">= 0")  # learning rate at the end
-    cooldown_epochs: float = number(0.0, ">= 0")  # epochs at the end, at min_lr, among the training's epochs
+    warmup_epochs: Weight = 0.0  # epochs from warmup_lr to the schedule
+    warmup_lr: Weight = 0.0  # learning rate at the first step of the warm-up
+    min_lr: Weight = 0.0  # learning rate at the end
+    cooldown_epochs: Weight = 0.0  # epochs at the end, at min_lr, among the training's epochs
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        try:  # JSON has text for keys
-            object.__setattr__(self, "points", {float(epoch): factor for epoch, factor in self.points.items()})
-        except ValueError:
-            raise ConfigError(f"points={self.points!r}: expected epoch -> factor, as {{0: 0, 5: 1, 30: 0}}") from None
-        for name in ("milestones", "points"):
-            for epoch, factor in getattr(self, name).items():
-                if not (0 <= epoch < math.inf and 0 <= factor < math.inf):
-                    raise ConfigError(f"{name} has {epoch!r}: {factor!r}; expected an epoch >= 0 and a factor >= 0")
         if self.name == "multistep" and not self.milestones:
             raise ConfigError("schedule='multistep' needs milestones, as {82: 0.1, 123: 0.1}")
         if self.name == "piecewise" and len(self.points) < 2:
             raise ConfigError("schedule='piecewise' needs points, as {0: 0, 5: 1, 30: 0}")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class LossFields(Group):
+class LossFields:
     """The loss."""
 
-    label_smoothing: float = number(0.0, "in [0, 1)")  # share of the target spread over all classes
-    mixup: float = number(0.0, ">= 0")  # alpha of mixup; 0 for none
-    cutmix: float = number(0.0, ">= 0")  # alpha of CutMix; 0 for none
-    mixup_switch: float = number(0.5, "in [0, 1]")  # probability of CutMix where both are on
-    distill_weight: float = number(0.5, "in [0, 1]")  # share of the loss on the teacher's outputs
-    distill_temperature: float = number(4.0, "> 0")  # of both outputs
-    penalty: float = number(1.0, ">= 0")  # factor on the technique's penalty, beside that of its config
+    label_smoothing: ProperShare = 0.0  # share of the target spread over all classes
+    mixup: Weight = 0.0  # alpha of mixup; 0 for none
+    cutmix: Weight = 0.0  # alpha of CutMix; 0 for none
+    mixup_switch: Share = 0.5  # probability of CutMix where both are on
+    distill_weight: Share = 0.5  # share of the loss on the teacher's outputs
+    distill_temperature: PositiveWeight = 4.0  # of both outputs
+    penalty: Weight = 1.0  # factor on the technique's penalty, beside that of its config
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class StageFields(Group):
+class StageFields:
     """What one optimizer step does."""
 
     name: str = "auto"  # all widths of a slimmable network, else the plain step; or a name of stages.STAGES
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class RunFields(Group):
+class RunFields:
     """How the training runs, which network it keeps, and what it writes."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast
@@ -161,23 +148,23 @@ class RunFields(Group):
     compile: bool = False  # the network, with torch.compile
     find_unused_parameters: bool = False  # DDP's option, for networks in which a step leaves parameters without a gradient
     select_on: Literal["val", "test", "last"] = "val"  # keep the best on val, on test (flattering) or the last
-    validation: float = number(0.1, "in [0, 1)")  # share of the training images held out for select_on: val
-    evaluate_every: int = number(1, ">= 1")  # epochs between evaluations
-    checkpoint_every: int = number(0, ">= 0")  # optimizer steps between checkpoints; 0: at the end of each epoch only
-    keep_checkpoints: int = number(2, ">= 1")  # how many of the newest are kept
+    validation: ProperShare = 0.1  # share of the training images held out for select_on: val
+    evaluate_every: Epochs = 1  # epochs between evaluations
+    checkpoint_every: Natural = 0  # optimizer steps between checkpoints; 0: at the end of each epoch only
+    keep_checkpoints: Count = 2  # how many of the newest are kept
     on_nan: Literal["stop", "skip"] = "stop"  # whether a loss that is not finite stops the training or skips the step
     trackers: tuple[str, ...] = ("tensorboard",)  # Accelerate's, as wandb or mlflow; those not installed are skipped
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.select_on == "val" and not self.validation:
             raise ConfigError(
                 "select_on='val' needs a share of the training images in validation; otherwise set select_on='last'"
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Group):
+class Recipe:
     """How to train.
 
     Args:
@@ -200,9 +187,9 @@ class Recipe(Group):
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     technique: tuple[str, ...] = ()
     select: str | None = None
-    epochs: int = number(10, ">= 1")
-    max_steps: int | None = number(None, ">= 1")
-    seed: int = number(0, ">= 0")
+    epochs: Epochs = 10
+    max_steps: Count | None = None
+    seed: Seed = 0
     data: DataFields = field(default_factory=DataFields)
     augmentation: Augmentation = field(default_factory=Augmentation)
     optimizer: OptimizerFields = field(default_factory=OptimizerFields)
@@ -215,7 +202,6 @@ class Recipe(Group):
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         ramps = self.schedule.warmup_epochs + self.schedule.cooldown_epochs
         if self.max_steps is None and self.schedule.name == "cosine" and ramps >= self.epochs:
             raise ConfigError(
@@ -252,6 +238,7 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
+@checked
 def load_recipe(name: str, /, **fields: Any) -> Recipe:
     """The recipe of that name, or in that file.
 
@@ -280,7 +267,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise unknown_name("recipe", name, list_recipes())
         path = SHIPPED / f"{name}.yaml"
     try:
-        stated = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stated = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the recipe {name}: {' '.join(str(error).split())}") from None
     if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
@@ -359,6 +346,8 @@ def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
             flat[path] = [_flat_stage(entry) for entry in (value if isinstance(value, list | tuple) else [value])]
         elif path in LISTS and isinstance(value, str) and not value.startswith("["):
             flat[path] = [value]
+        elif path == "schedule.points" and isinstance(value, Mapping):
+            flat[path] = {_number(epoch): factor for epoch, factor in value.items()}
         elif path not in GROUPS:
             flat[path] = value
         elif isinstance(value, Mapping) or is_dataclass(value):
@@ -369,6 +358,14 @@ def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
         else:
             raise ConfigError(f"{path}={value!r}: expected a mapping of its fields: {', '.join(_names(GROUPS[path]))}")
     return flat
+
+
+def _number(key: Any) -> Any:
+    """The number that a text is: JSON has text for keys."""
+    try:
+        return float(key)
+    except (TypeError, ValueError):
+        return key
 
 
 def _flat_stage(entry: Any) -> dict[str, Any]:

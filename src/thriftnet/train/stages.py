@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.arguments import Range, checked
 from thriftnet.core.probe import Size
-from thriftnet.core.spec import check_choice, check_whole_number
 from thriftnet.core.width import Width, set_width, widths
 from thriftnet.dynamic.network import DynamicNetwork, mixture
 from thriftnet.dynamic.objective import GateObjective, decision_of
@@ -96,9 +96,7 @@ class AllWidths(Stage):
         return module
 
 
-TEACHERS = ("average", "largest", "labels")
-
-
+@checked
 @dataclass(frozen=True)
 class Supernet(AllWidths):
     """The sandwich rule: the largest width learns the labels; some random widths and the smallest learn its outputs.
@@ -113,13 +111,9 @@ class Supernet(AllWidths):
     Network, CVPR 2021, section 3.2.
     """
 
-    drawn: int = 2
-    teacher: str = "average"
+    drawn: Annotated[int, Range(0, 1000)] = 2
+    teacher: Literal["average", "largest", "labels"] = "average"
     ensemble: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("teacher", self.teacher, TEACHERS)
-        check_whole_number("drawn", self.drawn, 0)
 
     @property
     def passes(self) -> int:

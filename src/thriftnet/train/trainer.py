@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from thriftnet import __version__
+from thriftnet.arguments import check, checked
+from thriftnet.core.processes import failing_together
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
-from thriftnet.core.spec import check_choice
 from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import Loader, make_loader
@@ -27,9 +28,11 @@ from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
 from thriftnet.resolve import open_model
 from thriftnet.store.model_file import FINISHED
+from thriftnet.train.checkpoints import PATTERN
 from thriftnet.train.distributed import Distributed
 from thriftnet.train.evaluate import evaluate
-from thriftnet.train.loop import Interrupts, Progress, TrainLoop
+from thriftnet.train.interrupts import Interrupts
+from thriftnet.train.loop import Progress, TrainLoop
 from thriftnet.train.prepare import (
     augmentation_for,
     check_classes,
@@ -83,6 +86,7 @@ class TrainResult:
         return asdict(self) | {"notes": list(self.notes), "loss": self.loss if math.isfinite(self.loss) else None}
 
 
+@checked
 def train(
     recipe: Recipe,
     data: str | DataSource,
@@ -117,35 +121,42 @@ def train(
         Interrupted: Stopped by a signal; the same call resumes.
     """
     start = time.perf_counter()
-    if recipe.stages and resume not in ("auto", "none"):
-        raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
-    parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [(recipe, {"stage.name": recipe.stage.name})]
-    distributed = Distributed(device, parts[0][0].run.precision)
-    source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
-    described = {
-        "model": recipe.model if model is None else type(model).__name__,
-        "data": source.spec,
-        "teacher": type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher,
-    }
-    if isinstance(teacher, str):
-        teacher = open_model(teacher)
-    seed_everything(recipe.seed)
-    network = prepare_model(recipe, source, model)
-    check_stages(parts, network, source)
-    results: list[TrainResult] = []
-    notes = notes_on(recipe, network, given=model is not None)
-    with RunFolder(Path(output), is_main=distributed.is_main).locked():
-        for number, (part, entry) in enumerate(parts, 1):
-            name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
-            if number > 1:
-                distributed = Distributed(device, part.run.precision)
-            trainer = Trainer(part, source, network, Path(output) / name, distributed)
-            if "recalibrate" in entry:
-                notes.append(trainer.recalibrate(entry["recalibrate"]))
-                results = [trainer.evaluated(result) for result in results[-1:]]
-            else:
-                results.append(trainer.run(described, teacher, resume, on_progress))
-                notes += results[-1].notes
+    with Interrupts() as interrupts:
+        if recipe.stages and resume not in ("auto", "none"):
+            raise ConfigError(f"a recipe of several stages finds its checkpoints itself: take --resume auto, not {resume}")
+        parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [
+            (recipe, {"stage.name": recipe.stage.name})
+        ]
+        distributed = Distributed(device, parts[0][0].run.precision)
+        with failing_together():
+            source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
+            for images in {id(images): images for images in map(source.split, ("train", "test"))}.values():
+                images.look_over()
+        described = {
+            "model": recipe.model if model is None else type(model).__name__,
+            "data": source.spec,
+            "teacher": type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher,
+        }
+        if isinstance(teacher, str):
+            teacher = open_model(teacher)
+        seed_everything(recipe.seed)
+        network = prepare_model(recipe, source, model)
+        check_stages(parts, network, source)
+        results: list[TrainResult] = []
+        notes = notes_on(recipe, network, given=model is not None)
+        with RunFolder(Path(output), is_main=distributed.is_main).locked():
+            for number, (part, entry) in enumerate(parts, 1):
+                name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
+                interrupts.describe = lambda name=name: f"before the first step{name and ' of '}{name}"  # type: ignore[misc]
+                if number > 1:
+                    distributed = Distributed(device, part.run.precision)
+                trainer = Trainer(part, source, network, Path(output) / name, distributed)
+                if "recalibrate" in entry:
+                    notes.append(trainer.recalibrate(entry["recalibrate"]))
+                    results = [trainer.evaluated(result) for result in results[-1:]]
+                else:
+                    results.append(trainer.run(described, teacher, resume, on_progress, interrupts))
+                    notes += results[-1].notes
     return replace(results[-1], notes=tuple(dict.fromkeys(notes)), seconds=round(time.perf_counter() - start, 3))
 
 
@@ -163,7 +174,7 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
         raise ConfigError("none of the recipe's stages trains: one must have a field stage")
     for part in trained:
         for name in part.run.trackers:
-            check_choice("tracker", name, tuple(LoggerType.list()))
+            check("tracker", name, Literal[tuple(LoggerType.list())])
         size = input_size(part, source)
         stage = make_stage(part.stage.name, model, part.stage.options, size)
         if isinstance(stage, GateStage):
@@ -186,7 +197,12 @@ class Trainer:
             self.notes.append(f"{len(source.skipped)} images cannot be read and are left out, as {source.skipped[0]}")
 
     def run(
-        self, described: Mapping[str, Any], teacher: nn.Module | None, resume: str, on_progress: Callable[[Progress], None]
+        self,
+        described: Mapping[str, Any],
+        teacher: nn.Module | None,
+        resume: str,
+        on_progress: Callable[[Progress], None],
+        interrupts: Interrupts,
     ) -> TrainResult:
         """Train, keep the best network, and measure it."""
         start, recipe, distributed = time.perf_counter(), self.recipe, self.distributed
@@ -196,7 +212,7 @@ class Trainer:
             check_classes(teacher, self.source, self.input_size, "the teacher")
         description = {**described, "recipe": recipe.to_dict(), "world_size": distributed.world_size}
         self.notes += self.folder.compare(description)
-        if resume == "none" and any(self.folder.checkpoints.glob("step-*")):
+        if resume == "none" and any(self.folder.checkpoints.glob(PATTERN)):
             raise ConfigError(f"{self.folder.path} holds a training already: give another --output, or --resume auto")
         training, held_out = self._splits()
         few = torch.linspace(0, len(training) - 1, min(len(training), CALIBRATION)).long()
@@ -214,15 +230,17 @@ class Trainer:
             teacher=teacher,
             on_progress=on_progress,
         )
-        seed_everything(recipe.seed + distributed.rank)
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
+        interrupts.describe = self._position
         versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
         description |= {"device": distributed.device.type, "versions": versions}
         self.folder.write(description)
         self._start_trackers()
-        with Interrupts() as interrupts:
+        with interrupts.waiting():
             while not self.loop.finished:
-                self._end_epoch(self.loop.train_epoch(interrupts))
+                self._end_epoch(self.loop.train_epoch(interrupts), interrupts)
+                if distributed.any(interrupts.seen):
+                    interrupts.stop()
         self.folder.write_curves()
         self.folder.write({**description, FINISHED: True})
         self.loop.release()
@@ -275,7 +293,8 @@ class Trainer:
             "world_size": self.distributed.world_size,
             "workers": min(self.recipe.data.workers, os.cpu_count() or 1),
         }
-        return make_loader(images, size, **{**common, **options})
+        with failing_together():  # a process may not be able to read what it keeps
+            return make_loader(images, size, **{**common, **options})
 
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """Images to train on, and those by which the network is selected."""
@@ -287,9 +306,8 @@ class Trainer:
         return self.source.split("train"), self.source.split("test")
 
     def _resume(self, checkpoint: Path | None) -> str | None:
-        resumed_from, problems = self.loop.resume(checkpoint)
-        self.notes += problems
-        state = self.loop.state
+        self.notes += self.loop.resume(checkpoint)
+        state, resumed_from = self.loop.state, self.loop.checkpoints.last
         if state.step > self.loop.steps:
             raise ConfigError(
                 f"{self.folder.path} has been trained for {state.step} steps already, and {self.loop.steps} are asked for: "
@@ -297,6 +315,11 @@ class Trainer:
             )
         self.folder.resume_metrics(state.step - state.epoch_ends)
         return None if resumed_from is None else str(resumed_from)
+
+    def _position(self) -> str:
+        """Where the training is, and what is kept."""
+        loop = self.loop
+        return f"after step {loop.state.step} of {loop.steps}; checkpoint: {loop.checkpoints.last or 'none'}"
 
     def _start_trackers(self) -> None:
         """Accelerate's trackers, those that are installed."""
@@ -312,13 +335,14 @@ class Trainer:
             accelerator.project_configuration.set_directories(str(self.folder.path))
             accelerator.init_trackers("trackers")
 
-    def _end_epoch(self, row: dict[str, Any]) -> None:
+    def _end_epoch(self, row: dict[str, Any], interrupts: Interrupts) -> None:
         """Evaluate the network where that is due, keep it if it is the best, and write the metrics."""
         loop, fields = self.loop, self.recipe.run
         if loop.state.step == loop.steps or round(row["epoch"]) % fields.evaluate_every == 0:
             self.distributed.share_buffers(loop.result)
-            network = self.stage.measured(loop.result, self.calibration)
-            found = evaluate(network, self.held_out)
+            with failing_together():
+                network = self.stage.measured(loop.result, self.calibration)
+            found = evaluate(network, self.held_out, on_batch=lambda seen: self._stop_if_asked(interrupts))
             row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
             if fields.select_on == "last" or found.top1 > loop.state.best:
                 loop.state.best = found.top1
@@ -328,6 +352,12 @@ class Trainer:
         loop.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=loop.state.step)
         loop.end_epoch(row)
 
+    def _stop_if_asked(self, interrupts: Interrupts) -> None:
+        """Stop in the middle of an evaluation, which several processes finish, as each has batches of its own."""
+        if interrupts.seen and self.distributed.world_size == 1:
+            self.loop.checkpoint()
+            interrupts.stop()
+
     def _result(self, resumed_from: str | None, seconds: float) -> TrainResult:
         """Measure the network that was kept, which the caller's becomes."""
         loop, stage = self.loop, self.stage
@@ -336,7 +366,8 @@ class Trainer:
             self.notes.append(f"{loop.state.skipped} of {loop.state.step} steps were skipped: their loss was not finite")
         self.distributed.accelerator.wait_for_everyone()
         self.folder.load_kept(stage.saved(loop.plain))
-        network = stage.measured(loop.plain, self.calibration)
+        with failing_together():
+            network = stage.measured(loop.plain, self.calibration)
         test = self.eval_loader(self.source.split("test"))
         found = evaluate(network, test)
         facts = stage.facts(network)
