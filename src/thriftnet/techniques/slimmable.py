@@ -61,7 +61,7 @@ class Slimmable:
         0.75,
         1.0,
     )
-    gate: bool | str = False
+    gate: Annotated[bool | str, "False, True, or the name of the module that ends the front"] = False
     input_size: InputSize | None = None
 
     def __post_init__(self) -> None:
