@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench performance faults docs clean
+.PHONY: help setup demo test test-slow check bench performance faults compat docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,12 +38,15 @@ performance: $(STAMP) ## measure everything, a quarter of an hour on a quiet cor
 faults: $(STAMP) ## kill, fill, damage and attack; writes docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults --page docs/reliability.md $(ARGS)
 
+compat: $(STAMP) ## try every technique on every family of timm and torchvision, and on odd modules; writes docs/compatibility.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m compat --cells build/compat.jsonl --page docs/compatibility.md $(ARGS)
+
 docs: $(STAMP) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## remove build outputs and caches; .venv, demo/ and runs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests benchmarks faults -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks faults compat -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("thriftnet needs Python >= 3.10: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'

@@ -556,14 +556,14 @@ def test_names_that_lead_nowhere(tmp_path: Path):
 
 @pytest.mark.parametrize("place", [None, b"bytes", "a\0b"])
 def test_what_is_no_path_is_refused(place: Any):
-    with pytest.raises(CheckpointError, match="not a path"):
+    with pytest.raises(tn.ConfigError, match=r"expected .*path"):
         tn.save(tn.create_model("resnet20"), place)
-    with pytest.raises(CheckpointError, match="not a path"):
+    with pytest.raises(tn.ConfigError, match=r"expected .*path"):
         tn.load(place)
 
 
 def test_what_is_no_network_is_refused(tmp_path: Path):
-    with pytest.raises(tn.ConfigError, match="got a dict"):
+    with pytest.raises(tn.ConfigError, match="expected a network"):
         tn.save({"a": 1}, tmp_path / "m")  # type: ignore[arg-type]
     with pytest.raises(tn.ConfigError, match="'resnet20'"):
         tn.load(tn.save(tn.create_model("resnet20"), tmp_path / "m"), model="resnet20")  # type: ignore[arg-type]

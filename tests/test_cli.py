@@ -88,7 +88,7 @@ def test_count_takes_model_arguments_technique_and_baseline(capsys: pytest.Captu
 
 def test_count_sweeps_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     picture = tmp_path / "sweep.svg"
-    axes = ["--sweep", "shared-rank=4,8", "--sweep", "unique_rank=0,1,-1"]
+    axes = ["--sweep", "shared-rank=4,8", "--sweep", "unique_rank=0,1,2000"]
     command = ["count", "resnet32_double_shared", "--num-classes", "7", *axes]
     found = json.loads(run(capsys, *command, "--plot", str(picture), "--json"))
     assert [tuple(row["arguments"].values()) for row in found["sweep"]] == [(4, 0), (4, 1), (8, 0), (8, 1)]
@@ -96,12 +96,12 @@ def test_count_sweeps_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         model = thriftnet.create_model("resnet32_double_shared", num_classes=7, **row["arguments"])
         report = thriftnet.inspect(model)
         assert (row["params"], row["macs"]) == (report.params, report.macs)
-    assert [row["arguments"]["unique_rank"] for row in found["refused"]] == [-1, -1]
+    assert [row["arguments"]["unique_rank"] for row in found["refused"]] == [2000, 2000]
     assert picture.read_text().startswith("<svg")
     head, *rows = run(capsys, *command).splitlines()
     assert head.split() == ["shared_rank", "unique_rank", "parameters", "MACs"]
     assert len(rows) == 6
-    assert rows[-1].startswith("left out: shared_rank=8, unique_rank=-1: unique_rank=-1")
+    assert rows[-1].startswith("left out: shared_rank=8, unique_rank=2000: ")
 
 
 def test_count_sweeps_words_and_converts(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -198,7 +198,7 @@ def test_every_baseline_is_a_plain_network(name: str):
     ("arguments", "expected"),
     [
         (["models", "--technique", "soft-sharin"], "did you mean 'soft-sharing'"),
-        (["models", "--technique", ""], "unknown technique"),
+        (["models", "--technique", ""], "--technique is empty"),
         (["models", "--paper", "Nobody et al."], "unknown paper 'Nobody et al.'"),
         (["models", "swrn*", "--technique", "shift"], "with --technique shift"),
         (["models", "swrm*"], "no model matches"),

@@ -16,7 +16,7 @@ from thriftnet.techniques.filter_basis import SharedBasis, SharedBasisConv2d, fi
 
 
 def converted(**arguments: object) -> nn.Module:
-    config = tn.FilterBasis(**{"shared_rank": 4, **arguments})  # type: ignore[arg-type]
+    config = tn.FilterBasis(**{"shared_rank": 4, "alone": False, "pointwise": False, **arguments})  # type: ignore[arg-type]
     return perturb(tn.convert(NETWORKS["residual"].make(), config)).eval()
 
 
@@ -155,7 +155,7 @@ def test_fit_is_no_worse_than_its_shared_part_alone(
 def test_default_ranks_on_a_narrow_network_start_from_its_weights() -> None:
     """16 shared filters span all 2 x 8 filters of two layers: the unique ones must not spoil what is exact already."""
     model = NETWORKS["depthwise"].make()
-    basis = tn.FilterBasis()
+    basis = tn.FilterBasis(shared_rank=16)
     plan = tn.plan(model, basis, select="^plain")
     assert max(row.relative_error for row in plan.rows) < 1e-9
     assert_close(
@@ -166,19 +166,46 @@ def test_default_ranks_on_a_narrow_network_start_from_its_weights() -> None:
     )
 
 
-def test_ranks_that_do_not_fit_are_refused_by_layer() -> None:
-    with pytest.raises(
-        tn.IncompatibleModelError,
-        match=r"shared_rank \+ unique_rank = 73 is larger than layer 'convs\.0' allows.* 72 entries",
-    ):
-        tn.convert(NETWORKS["chain"].make(), tn.FilterBasis(shared_rank=72))
+def test_ranks_beyond_what_the_filters_span_are_lowered() -> None:
+    """A larger rank would only cost time and parameters: 4 layers of 8 filters span 32 directions."""
+    model = tn.convert(NETWORKS["chain"].make(), tn.FilterBasis(shared_rank=5000, unique_rank=5000))
+    assert model.convs[0].filters.bank.shared.shape == (1, 32, 8, 3, 3)
+    assert model.convs[0].filters.bank.unique.shape == (4, 8, 8, 3, 3)
+    assert model.convs[0].rank == 40
+    assert "BasisConv2d(rank=40)" in str(tn.plan(NETWORKS["chain"].make(), tn.FilterBasis(shared_rank=5000, unique_rank=8)))
+
+
+def test_ranks_relative_to_the_layer() -> None:
+    model = NETWORKS["residual"].make()
+    ranks = {row.becomes for row in tn.plan(model, tn.FilterBasis(shared_rank=0.5, unique_rank=0)).rows}
+    assert ranks == {"BasisConv2d(rank=8)", "BasisConv2d(rank=4)"}  # of up to 16 outputs; of 8 inputs of a 1 x 1 convolution
+    with pytest.raises(tn.ConfigError, match="rank_channels scales integers"):
+        tn.FilterBasis(rank_channels=8)
+
+
+def test_linear_layers_share_a_basis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(12, 12) for _ in range(5)), nn.Linear(12, 2)).double()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    exact = tn.convert(model, tn.FilterBasis(shared_rank=12))
+    assert_close(output(exact, x), output(model, x), 1e-10, "full capacity")
+    for layer in model[1:]:
+        nn.init.kaiming_normal_(layer.weight)
+    small = perturb(tn.convert(model, tn.FilterBasis())).eval()
+    assert isinstance(small[2], tn.BasisLinear)
+    assert_close(output(tn.fold(small), x), output(small, x), 1e-12, "fold")
+    assert type(tn.fold(small)[2]) is nn.Linear
+    assert tn.penalty(small) > 0
+    narrow = tn.convert(small, tn.Slimmable(widths=(0.5, 1.0)))
+    tn.set_width(narrow, 0.5)
+    assert_close(output(tn.fold(narrow), x), output(narrow, x), 1e-12, "fold at width 0.5")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"shared_rank": -1}, "shared_rank=-1: expected an integer from 0 to"),
-        ({"unique_rank": 1.0}, r"unique_rank=1\.0: expected a"),
+        ({"unique_rank": 1.5}, r"unique_rank=1\.5: expected an integer from 0 to .* or a number in \(0, 1\]"),
         ({"shared_rank": 0, "unique_rank": 0}, "leave no filters: set at least one of them above 0"),
         ({"bases": 3}, "bases=3: expected one of 1, 2"),
         ({"bases": True}, "bases=True: expected one of 1, 2"),
@@ -200,18 +227,24 @@ def test_lambda_may_be_zero() -> None:
 def test_convolutions_it_does_not_take() -> None:
     basis = tn.FilterBasis()
     assert not basis.accepts(nn.Conv2d(4, 4, 3, groups=2))
-    assert not basis.accepts(nn.Conv2d(4, 4, 1))
-    assert tn.FilterBasis(pointwise=True).accepts(nn.Conv2d(4, 4, 1))
+    assert basis.accepts(nn.Conv2d(4, 4, 1))
+    assert not tn.FilterBasis(pointwise=False).accepts(nn.Conv2d(4, 4, 1))
     with pytest.raises(
-        tn.IncompatibleModelError, match=r"layer 'grouped\.0' is Conv2d\(8, 8.*groups=2.*filter-basis takes k x k conv"
+        tn.IncompatibleModelError,
+        match=r"layer 'grouped\.0' is Conv2d\(8, 8.*groups=2.*filter-basis takes convolutions with groups=1",
     ):
         tn.convert(NETWORKS["depthwise"].make(), basis, select=["grouped.0"])
 
 
-def test_a_layer_alone_is_left_unless_nothing_is_shared() -> None:
+def test_a_layer_alone_has_filters_of_its_own() -> None:
     model = NETWORKS["residual"].make()
     with pytest.raises(tn.IncompatibleModelError, match="finds nothing to convert in Residual"):
-        tn.convert(model, tn.FilterBasis(shared_rank=4), select=["stage2.0.conv2"])
+        tn.convert(model, tn.FilterBasis(shared_rank=4, alone=False), select=["stage2.0.conv2"])
+    own = tn.convert(model, tn.FilterBasis(shared_rank=4, bases=2), select=["stage2.0.conv2"]).stage2[0].conv2
+    assert own.filters.bank.shared is None
+    assert own.rank == 5
+    most = tn.convert(model, tn.FilterBasis(shared_rank=16), select=["stage2.0.conv2"]).stage2[0].conv2
+    assert sum(p.numel() for p in most.parameters()) < 16 * 16 * 9, "lowered to what makes it smaller"
     alone = tn.convert(model, tn.FilterBasis(shared_rank=0, unique_rank=4), select=["stage2.0.conv2"])
     assert isinstance(alone.stage2[0].conv2, tn.BasisConv2d)
 

@@ -187,7 +187,7 @@ def test_02_less_than_full_capacity() -> None:
         (tn.WeightSharing(rate=2), None),
         (tn.SoftSharing(templates=3), CHAIN.equal_layers),
         (tn.FilterBasis(shared_rank=30, unique_rank=0), CHAIN.equal_inputs),
-        (tn.Shift(), None),
+        (tn.Shift(expansion=2.0), None),
     ):
         with broken:
             laws.law_full_capacity(CHAIN.make(), technique, CHAIN.image(), select)

@@ -50,7 +50,7 @@ def test_each_pattern_has_its_technique(net: nn.Module, tmp_path: Path) -> None:
 
 
 def test_a_pattern_without_a_technique_leaves_layers_as_they_are(net: nn.Module) -> None:
-    small = tn.convert(net, {r"convs\.0": None, "convs": "shift"})
+    small = tn.convert(net, {r"convs\.0": None, "convs": "shift(expansion=2.0)"})
     assert converted(small)["0"] == "Conv2d"
     assert converted(small)["1"] == "ShiftConv2d"
 
@@ -63,7 +63,7 @@ def test_a_pattern_without_a_technique_leaves_layers_as_they_are(net: nn.Module)
         ({"(": "shift"}, "not a regular expression"),
         ({"convs": "slimmable"}, "takes every layer"),
         ({"convs": "shifts"}, "did you mean 'shift'"),
-        ({"convs": "shift", "nowhere": "soft-sharing"}, "'nowhere' decides on no layer"),
+        ({"convs": "shift(expansion=2.0)", "nowhere": "soft-sharing"}, "'nowhere' decides on no layer"),
         ("{'convs': 'shift'", "cannot read"),
         ("{1: 'shift'}", "cannot read"),
     ],
@@ -74,10 +74,10 @@ def test_patterns_that_make_no_sense(net: nn.Module, technique: Any, message: st
 
 
 def test_exclude_and_presets(net: nn.Module) -> None:
-    assert converted(tn.convert(net, "shift", exclude=r"convs\.[13]"))["3"] == "Conv2d"
-    assert converted(tn.convert(net, "shift", select="convs", exclude=["convs.0"]))["0"] == "Conv2d"
-    assert type(tn.convert(net, "shift", exclude=["convs.0"]).stem).__name__ == "Conv2d"
-    assert type(tn.convert(net, "shift", select="preset:all").stem).__name__ == "ShiftConv2d"
+    assert converted(tn.convert(net, "shift(expansion=2.0)", exclude=r"convs\.[13]"))["3"] == "Conv2d"
+    assert converted(tn.convert(net, "shift(expansion=2.0)", select="convs", exclude=["convs.0"]))["0"] == "Conv2d"
+    assert type(tn.convert(net, "shift(expansion=2.0)", exclude=["convs.0"]).stem).__name__ == "Conv2d"
+    assert type(tn.convert(net, "shift(expansion=2.0)", select="preset:all").stem).__name__ == "ShiftConv2d"
     later = tn.plan(tn.create_model("resnet20"), "soft-sharing(templates=2)", select="preset:later-blocks")
     names = {row.names[0] for row in later.rows}
     assert names == {f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (1, 2) for c in (1, 2)}
@@ -186,7 +186,7 @@ def test_errors_of_outputs_are_those_for_the_images(net: nn.Module) -> None:
 )
 def test_data_without_use(net: nn.Module, data: list[Any], message: str) -> None:
     with pytest.raises(tn.ThriftnetError, match=message):
-        tn.plan(net.float(), "shift", data=data, input_size=(3, 8, 8))
+        tn.plan(net.float(), "shift(expansion=2.0)", data=data, input_size=(3, 8, 8))
 
 
 def test_suggestions_come_with_the_least_error_first_and_can_be_carried_out(net: nn.Module) -> None:

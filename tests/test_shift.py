@@ -169,7 +169,10 @@ def test_bad_configs(arguments: dict[str, object], message: str) -> None:
 def test_a_block_without_channels_inside_is_refused() -> None:
     with pytest.raises(tn.ConfigError, match=r"expansion=0\.05 of 8 channels leaves none: use at least 0\.125"):
         tn.ShiftConv2d(8, 8, expansion=0.05)
-    with pytest.raises(tn.ConfigError, match="leaves none"):
+    with pytest.raises(
+        tn.IncompatibleModelError,
+        match=r"as many channels to move .*: 'convs\.0' needs 9\. Use an expansion of at least 1\.125",
+    ):
         tn.convert(NETWORKS["chain"].make(), tn.Shift(expansion=0.05))
 
 
@@ -211,30 +214,68 @@ def _site(conv: nn.Conv2d) -> object:
 @pytest.mark.parametrize(
     "conv",
     [
-        nn.Conv2d(4, 4, 3, padding=1, groups=2),
-        nn.Conv2d(4, 4, 3),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(4, 4, 5, padding=2),
-        nn.Conv2d(4, 4, 1),
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
-        nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
-        nn.ConvTranspose2d(4, 4, 3, padding=1),
-        nn.Conv1d(4, 4, 3, padding=1),
+        nn.Conv2d(9, 9, 3, padding=2),
+        nn.Conv2d(9, 9, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(9, 9, 5, padding=2, groups=9),
+        nn.Conv2d(9, 9, 1),
+        nn.Conv2d(9, 9, 4, padding="same"),
+        nn.Conv2d(9, 9, (3, 1), padding=(1, 0)),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(9, 18, 3, groups=9),
+        nn.ConvTranspose2d(9, 9, 3, padding=1),
+        nn.Conv1d(9, 9, 3, padding=1),
     ],
     ids=str,
 )
 def test_convolutions_it_does_not_take(conv: nn.Module) -> None:
     assert not tn.Shift().accepts(conv)
-    with pytest.raises(tn.IncompatibleModelError, match=r"layer '1' is \w+\(.*shift takes convolutions with groups=1"):
+    with pytest.raises(
+        tn.IncompatibleModelError, match=r"layer '1' is \w+\(.*shift takes convolutions with a square kernel"
+    ):
         tn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), conv, nn.Linear(4, 2)), tn.Shift(), select=["1"])
 
 
-@pytest.mark.parametrize("padding", [1, "same"])
-def test_output_keeps_its_size(padding: int | str) -> None:
-    conv = nn.Conv2d(4, 4, 3, padding=padding)
-    assert tn.Shift().accepts(conv)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), conv, nn.Flatten(), nn.Linear(100, 2))
-    assert tn.convert(model, tn.Shift())(torch.zeros(1, 3, 5, 5)).shape == (1, 2)
+def test_a_config_may_ask_for_one_kernel() -> None:
+    assert not tn.Shift(kernel_size=5).accepts(nn.Conv2d(32, 32, 3, padding=1))
+    assert not tn.Shift(dilation=2).accepts(nn.Conv2d(32, 32, 3, padding=1))
+    assert not tn.Shift(depthwise=False).accepts(nn.Conv2d(32, 32, 3, padding=1, groups=32))
+    assert tn.Shift(kernel_size=3, dilation=2).accepts(nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 18])
+@pytest.mark.parametrize(("kernel_size", "padding"), [(3, 1), (3, "same"), (3, 0), (4, 1), (4, 0), (2, 0)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("size", [11, 12])
+def test_kernels_paddings_strides_and_groups(
+    groups: int, kernel_size: int, padding: int | str, stride: int, dilation: int, size: int
+) -> None:
+    """The output has the convolution's size, and each channel reads one of the pixels that the convolution reads."""
+    stride = 1 if padding == "same" else stride
+    padding = padding if isinstance(padding, str) else padding * dilation
+    conv = nn.Conv2d(18, 18, kernel_size, stride, padding, dilation, groups).double()
+    (_, layer), = tn.Shift().build([_site(conv)])  # fmt: skip
+    layer = layer.eval()
+    x = random_input(18, size, size, 0)
+    assert layer(x).shape == conv(x).shape
+    assert_close(layer.fold()(x).detach(), layer(x).detach(), 1e-12, "fold")
+    if groups == 1:
+        assert isinstance(layer, tn.ShiftConv2d)
+    if groups == 18:
+        assert isinstance(layer, tn.DepthwiseShift2d)
+        one_hot = layer.fold().weight
+        assert one_hot.shape == conv.weight.shape
+        conv.weight.data.copy_(one_hot)
+        assert_close(layer(x).detach(), conv(x).detach(), 1e-12, "the convolution with one pixel per channel")
+        assert len({tuple(kernel.flatten().tolist()) for kernel in one_hot}) == kernel_size**2
+
+
+def test_grouped_blocks_start_from_the_weights() -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
+    (_, block), = tn.Shift(expansion=9 * 2 * 2 / 6).build([_site(conv)])  # fmt: skip
+    x = random_input(4, 6, 6, 0)
+    linear = block.project(block.shift(block.expand(x)))
+    assert_close(linear.detach(), conv(x).detach(), 1e-12, "the block without norm and ReLU")
+    assert block.dense_params == 6 * 2 * 9 + 6
 
 
 def test_strided_convolution_keeps_its_output_size() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reference
 import thriftnet as tn
-from laws import assert_close, law_fold_is_equal, ties
+from laws import assert_close, law_fold_is_equal, output, ties
 from networks import NETWORKS, perturb
 from thriftnet.cli import main
 from thriftnet.techniques.soft_sharing import agreement, best_fit
@@ -162,21 +162,45 @@ def test_unsuitable_layers_are_named_when_listed() -> None:
     with pytest.raises(
         tn.IncompatibleModelError, match=r"layer 'pointwise\.0' is Conv2d\(8, 8, kernel_size=\(1, 1\).*Exclude it"
     ):
-        tn.convert(model, tn.SoftSharing(templates=2), select=["plain", "pointwise.0"])
+        tn.convert(model, tn.SoftSharing(templates=2, pointwise=False), select=["plain", "pointwise.0"])
     with pytest.raises(tn.ConfigError, match=r"unknown layer in select 'plane': did you mean 'plain'"):
         tn.convert(model, tn.SoftSharing(templates=2), select=["plane"])
     with pytest.raises(tn.ConfigError, match=r"select='nowhere' matches no layer of Depthwise"):
         tn.convert(model, tn.SoftSharing(templates=2), select="nowhere")
-    with pytest.raises(tn.ConfigError, match=r"select='\(' is not a regular expression"):
+    with pytest.raises(tn.ConfigError, match=r"'\(' is not a regular expression"):
         tn.convert(model, tn.SoftSharing(templates=2), select="(")
 
 
-def test_pointwise_layers_are_taken_on_request() -> None:
+def test_pointwise_layers_can_be_left_alone() -> None:
     model = NETWORKS["depthwise"].make()
-    names = {row.names[0] for row in tn.plan(model, tn.SoftSharing(templates=2)).rows}
+    names = {row.names[0] for row in tn.plan(model, tn.SoftSharing(templates=2, pointwise=False)).rows}
     assert not any(name.startswith("pointwise") for name in names)
-    more = {row.names[0] for row in tn.plan(model, tn.SoftSharing(templates=2, pointwise=True)).rows}
+    more = {row.names[0] for row in tn.plan(model, tn.SoftSharing(templates=2)).rows}
     assert more - names == {"pointwise.0", "pointwise.1"}
+
+
+def test_a_ratio_gives_every_group_its_number_of_templates() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6)), *(nn.Conv2d(8, 8, 1) for _ in range(3)), nn.Linear(8, 2)
+    )
+    banks = [m for m in tn.convert(model, tn.SoftSharing()).modules() if isinstance(m, tn.TemplateBank)]
+    assert [len(bank.templates) for bank in banks] == [2, 1]  # of 5 and 3 layers: the first is the stem
+    gates = nn.Sequential(*(nn.Conv2d(4, 1, 1, groups=1) for _ in range(8)), nn.Linear(1, 2))  # coefficients cost more
+    with pytest.raises(tn.IncompatibleModelError, match=r"templates=0\.5"):
+        tn.convert(gates, tn.SoftSharing())
+
+
+def test_linear_layers_mix_a_bank() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(12, 12) for _ in range(5)), nn.Linear(12, 2)).double()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    exact = tn.convert(model, tn.SoftSharing(templates=4))
+    assert_close(output(exact, x), output(model, x), 1e-12, "full capacity")
+    assert exact[2].bank.templates.shape == (4, 12, 12)
+    small = perturb(tn.convert(model, tn.SoftSharing())).eval()
+    assert_close(output(tn.fold(small), x), output(small, x), 1e-12, "fold")
+    assert type(tn.fold(small)[2]) is nn.Linear
+    assert len(tn.param_groups(small, 0.1)[1]["params"]) == 4  # the coefficients
 
 
 @given(layers=st.integers(1, 6), size=st.integers(2, 40), data=st.data(), seed=st.integers(0, 99))

@@ -1,4 +1,4 @@
-"""A sixth technique is one file and one line: the toy of CONTRIBUTING.md, put into a copy of the source, keeps every law."""
+"""A seventh technique is one file and one line: the toy of CONTRIBUTING.md, put into a copy of the source, keeps every law."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import thriftnet
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILE, USE = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-(LINE,) = re.findall(r'^    ("low-rank": .*,)$', GUIDE, re.MULTILINE)
+(LINE,) = re.findall(r'^    ("filter-mix": .*,)$', GUIDE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def run(source: Path, *command: str) -> str:
 
 
 def test_every_law_holds(source: Path) -> None:
-    """The very tests of the other five: those whose names contain the new one's."""
-    arguments = ["tests/test_laws.py", "-k", "low-rank or test_15", *["-n", "0", "-q", "-rA", "-p", "no:cacheprovider"]]
+    """The very tests of the other six: those whose names contain the new one's."""
+    arguments = ["tests/test_laws.py", "-k", "filter-mix or test_15", *["-n", "0", "-q", "-rA", "-p", "no:cacheprovider"]]
     passed = re.findall(r"^PASSED tests/test_laws.py::(\S+)", run(source, "-m", "pytest", *arguments), re.MULTILINE)
     laws = {int(law) for law in re.findall(r"test_(\d\d)_", "\n".join(passed))}
     assert laws == {*range(1, 17)}
-    assert any(name.startswith("test_02_full_capacity[low-rank") for name in passed)
+    assert any(name.startswith("test_02_full_capacity[filter-mix") for name in passed)
     pairs = [name for name in passed if name.startswith("test_12_pairs[")]
     assert len(pairs) == 2 * 2 * len(thriftnet.TECHNIQUES)  # before and after each of the others, on two networks
 
@@ -57,17 +57,17 @@ def test_it_is_public_and_has_a_text_form(source: Path) -> None:
     check = """
 import sys
 import thriftnet as tn
-assert "LowRank" in dir(tn) and "LowRankConv2d" in tn.__all__ and "torch" not in sys.modules
-assert tn.LowRank.__module__ == "thriftnet.techniques.low_rank"
+assert "FilterMix" in dir(tn) and "FilterMixConv2d" in tn.__all__ and "torch" not in sys.modules
+assert tn.FilterMix.__module__ == "thriftnet.techniques.filter_mix"
 model = tn.create_model("resnet20")
-assert tn.plan(model, "low-rank()").technique == tn.LowRank()
+assert tn.plan(model, "filter-mix()").technique == tn.FilterMix()
 try:
-    tn.convert(model, "low-rnk")
+    tn.convert(model, "filter-mx")
 except tn.ConfigError as error:
-    assert "did you mean 'low-rank'?" in str(error), error
+    assert "did you mean 'filter-mix'" in str(error), error
 else:
     raise AssertionError("an unknown name was taken")
 from thriftnet.cli.demo import shown
-assert "low-rank" in shown()
+assert "filter-mix" in shown()
 """
     run(source, "-c", check + USE)

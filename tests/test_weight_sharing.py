@@ -82,14 +82,24 @@ def test_depth_that_is_left_over_keeps_its_own() -> None:
     assert type(model.stage2[0].conv1) is nn.Conv2d, "no other convolution equals it"
 
 
-def test_rate_that_divides_nothing_is_refused_with_what_is_possible() -> None:
+def test_rate_that_divides_nothing_shares_what_it_can() -> None:
+    model = tn.convert(chain(6), tn.WeightSharing(rate=4))
+    assert [conv is model.convs[0] for conv in model.convs] == [True] * 4 + [False] * 2
     with pytest.raises(
-        tn.IncompatibleModelError,
-        match=r"rate=4 divides no set of equal layers.*'convs\.0'.* has 6\. Expected one of 2, 3, 6",
+        tn.IncompatibleModelError, match=r"rate=9 is too large.*'convs\.0'.* has 6\. Use a rate of at most 6"
     ):
-        tn.convert(chain(6), tn.WeightSharing(rate=4))
-    with pytest.raises(tn.IncompatibleModelError, match=r"rate=9 divides no set of equal layers"):
         tn.convert(chain(6), tn.WeightSharing(rate=9))
+
+
+def test_linear_layers_share_by_default_where_no_convolutions_can() -> None:
+    blocks = [nn.Linear(8, 8) for _ in range(4)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Conv1d(8, 8, 1), *blocks, nn.Linear(8, 2))
+    assert {row.layer.partition("(")[0] for row in tn.plan(model, tn.WeightSharing()).rows} == {"Linear"}
+    mixed = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(3)), *blocks, nn.Linear(8, 2))
+    assert {row.layer.partition("(")[0] for row in tn.plan(mixed, tn.WeightSharing()).rows} == {"Conv2d"}
+    assert len(tn.plan(mixed, tn.WeightSharing(linear=True)).rows) == 6
+    with pytest.raises(tn.IncompatibleModelError, match="finds nothing to convert"):
+        tn.convert(model, tn.WeightSharing(linear=False))
 
 
 @pytest.mark.parametrize("fusion", ["mean", "choose_first", "scalar_weighted_mean", "channel_weighted_mean"])
@@ -236,7 +246,9 @@ def test_fold_keeps_ties() -> None:
 
 def test_fold_keeps_ties_inside_of_converted_layers() -> None:
     """The 1 x 1 convolutions of two shift blocks share one weight; the folded network stores it once, too."""
-    model = tn.convert(tn.convert(chain(4), tn.Shift()), tn.WeightSharing(groups=[["convs.0.expand", "convs.1.expand"]]))
+    model = tn.convert(
+        tn.convert(chain(4), tn.Shift(expansion=2.0)), tn.WeightSharing(groups=[["convs.0.expand", "convs.1.expand"]])
+    )
     assert model.convs[0].expand is model.convs[1].expand
     folded = tn.fold(model)
     assert sum(p.numel() for p in folded.parameters() if p.requires_grad) == sum(p.numel() for p in model.parameters())
@@ -245,7 +257,7 @@ def test_fold_keeps_ties_inside_of_converted_layers() -> None:
 
 def test_stem_and_classifier_are_left_alone_unless_selected() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2))
-    with pytest.raises(tn.IncompatibleModelError, match="rate=2 divides no set of equal layers"):
+    with pytest.raises(tn.IncompatibleModelError, match="1 layers could share, but no two of them are equal"):
         tn.convert(model, tn.WeightSharing())
     converted = tn.convert(model, tn.WeightSharing(), select=["0", "1"])
     assert converted[0] is converted[1]

@@ -289,12 +289,12 @@ class TinyVision(nn.Module):
         return out
 
 
-def test_linear_layers_share_only_when_asked() -> None:
+def test_linear_layers_share_unless_asked_not_to() -> None:
     with pytest.raises(tn.IncompatibleModelError, match="finds nothing to convert"):
-        tn.convert(TinyVision(), tn.WeightSharing())
-    with pytest.raises(tn.IncompatibleModelError, match=r"takes .* and Linear with linear=True"):
-        tn.convert(TinyVision(), tn.WeightSharing(), select=["body.0"])
-    shared = tn.convert(TinyVision(), tn.WeightSharing(linear=True))
+        tn.convert(TinyVision(), tn.WeightSharing(linear=False))
+    with pytest.raises(tn.IncompatibleModelError, match=r"takes .* and Linear \(unless linear=False\)"):
+        tn.convert(TinyVision(), tn.WeightSharing(linear=False), select=["body.0"])
+    shared = tn.convert(TinyVision(), tn.WeightSharing())
     assert shared.body[0] is shared.body[1]
     rows = tn.plan(TinyVision(), tn.WeightSharing(linear=True)).rows
     assert all(row.relative_error is not None and row.relative_error > 0 for row in rows)

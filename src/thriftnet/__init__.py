@@ -1,4 +1,4 @@
-"""thriftnet makes ConvNets small: five published techniques as siblings, for any PyTorch network.
+"""thriftnet makes ConvNets small: the techniques of five papers, and low rank, as siblings, for any PyTorch network.
 
 The names below load on first use; importing thriftnet imports neither torch nor anything else slow.
 """
@@ -77,11 +77,13 @@ if TYPE_CHECKING:
     from thriftnet.resolve import open_model
     from thriftnet.store.model_file import load, save
     from thriftnet.store.pretrained import from_pretrained, push_to_hub
-    from thriftnet.techniques.filter_basis import BasisConv2d, FilterBasis
-    from thriftnet.techniques.shift import Shift, Shift2d, ShiftConv2d
+    from thriftnet.techniques.filter_basis import BasisConv2d, BasisLinear, FilterBasis
+    from thriftnet.techniques.low_rank import LowRank, LowRankConv2d, LowRankLinear
+    from thriftnet.techniques.shift import DepthwiseShift2d, Shift, Shift2d, ShiftConv2d
     from thriftnet.techniques.slimmable import Slimmable
     from thriftnet.techniques.soft_sharing import (
         SConv2d,
+        SLinear,
         SoftSharing,
         TemplateBank,
         fold_recurrence,

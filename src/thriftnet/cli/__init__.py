@@ -96,6 +96,6 @@ def help_text() -> str:
     verbs = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
     return (
         "usage: thriftnet VERB [options]        (options: thriftnet VERB --help)\n\n"
-        f"Make ConvNets small: five techniques for any PyTorch network.\n\n{verbs}\n\n"
+        f"Make ConvNets small: five papers' techniques, and low rank, for any PyTorch network.\n\n{verbs}\n\n"
         "Every verb that prints a result takes --json.\n"
     )

@@ -23,7 +23,6 @@ from thriftnet.arguments import (
     expected,
     shown,
 )
-from thriftnet.errors import ConfigError
 
 MODEL_HELP = (
     "a name of the zoo, timm:NAME, torchvision:NAME, package.module:callable, hf-hub:OWNER/NAME, a saved folder, a run, "
@@ -45,13 +44,9 @@ def reads(hint: Any) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError:  # not a number, or one of thousands of digits
-            values = []
-        value: Any = values[0] if len(values) == 1 and not is_list else tuple(values)
-        try:
-            return check("", value, hint)
-        except ConfigError:
+            values = tuple(kind(part) for part in text.split(","))
+            return check("", values if is_list or len(values) > 1 else values[0], hint)
+        except ValueError:  # not a number, one of thousands of digits, or a ConfigError
             raise ArgumentTypeError(f"{shown(text)[1:-1]}: expected {expected(hint)}") from None
 
     return read

@@ -1,34 +1,26 @@
-"""Several layers in a row that replace one convolution."""
+"""Several layers in a row that replace one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from thriftnet.core.conv import GEOMETRY, Convolution
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import WidthAware, WidthSpec, exact_share
 from thriftnet.errors import IncompatibleModelError
 
 
-class ComposedConv2d(Tied, WidthAware):
-    """Layers that run one after the other in place of one convolution; subclasses register them in this order.
+class Composed(Tied, WidthAware):
+    """Layers that run one after the other in place of one layer; subclasses register them in this order.
 
     It may be tied to several users and may run at several widths: the first layer has the inputs and the last the outputs of
-    the convolution, and between them there are `inner_channels`.
+    the layer it replaces, and between them there are `inner_channels`.
 
-    Shape: as the convolution.
-
-    Args:
-        in_channels: Inputs of the first layer.
-        out_channels: Outputs of the last layer.
-        kernel_size: Of the convolution it replaces.
+    Shape: as the layer it replaces.
     """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...]) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.kernel_size, self.groups = in_channels, out_channels, kernel_size, 1
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():
@@ -36,15 +28,13 @@ class ComposedConv2d(Tied, WidthAware):
         return x
 
     @property
-    def dense_params(self) -> int:
-        """Parameters of the convolution it replaces."""
-        kh, kw = self.kernel_size
-        has_bias = getattr(self._layers()[-1], "bias", None) is not None
-        return self.out_channels * (self.in_channels * kh * kw + has_bias)
+    def bias(self) -> Tensor | None:
+        """Of the last layer."""
+        return getattr(self._layers()[-1], "bias", None)
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """Channels between its layers at each width; by default, they narrow as the others do."""
-        full = int(getattr(self._layers()[0], "out_channels"))  # noqa: B009  # a Module's attributes have no known type
+        full = self.inner
         shares = tuple(exact_share(full, width) for width in width_spec.widths)
         if 0 in shares:
             raise IncompatibleModelError(
@@ -68,13 +58,67 @@ class ComposedConv2d(Tied, WidthAware):
         for layer in self._layers():
             layer.set_width_index(index)
 
+    @property
+    def inner(self) -> int:
+        """Channels that the first layer gives."""
+        first = self._layers()[0]
+        return int(getattr(first, "out_channels", None) or first.out_features)  # type: ignore[arg-type]
+
     def fold(self) -> nn.Module:
         """Its layers in a row; those that fold further do so in turn."""
         return nn.Sequential(*self.children()).train(self.training)
 
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        return text if self.width_spec is None else f"{text}, widths={self.width_spec.widths}"
-
     def _layers(self) -> list[WidthAware]:
         return [layer for layer in self.children() if isinstance(layer, WidthAware)]
+
+
+class ComposedConv2d(Composed):
+    """Layers in place of one convolution, with its attributes.
+
+    Args:
+        like: The convolution to replace: its geometry is copied.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+
+    def __init__(self, like: Convolution) -> None:
+        super().__init__()
+        for name in GEOMETRY:
+            setattr(self, name, getattr(like, name))
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the convolution it replaces."""
+        kh, kw = self.kernel_size
+        return self.out_channels * (self.in_channels // self.groups * kh * kw + (self.bias is not None))
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return text if self.width_spec is None else f"{text}, widths={self.width_spec.widths}"
+
+
+class ComposedLinear(Composed):
+    """Layers in place of one linear layer.
+
+    Args:
+        like: The layer to replace: its sizes are copied.
+    """
+
+    channel_axis: ClassVar[int] = -1
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the layer it replaces."""
+        return self.out_features * (self.in_features + (self.bias is not None))
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.width_spec is None else f"{text}, widths={self.width_spec.widths}"

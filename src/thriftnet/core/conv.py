@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.kinds import Kind, extras, has_own_weight, inherit, kind_of
 from thriftnet.core.tied import Tied, plain_layer
-from thriftnet.core.width import WidthAware, format_width
-from thriftnet.errors import ConfigError
+from thriftnet.core.width import WidthAware, WidthSpec, format_width
+from thriftnet.errors import ConfigError, IncompatibleModelError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+DERIVED = ("_reversed_padding_repeated_twice", "transposed", "output_padding")  # what `nn.Conv2d` computes from it
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class GeneratedConv2d(Tied, WidthAware):
+class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
     """A convolution whose weight is computed: subclasses define the property ``weight`` (O, I/groups, kh, kw).
 
-    It has the public attributes of `nn.Conv2d`, may be tied to several users and may run at several widths.
+    It may be tied to several users and may run at several widths. If the convolution it replaces is of a class of its own, such
+    as one that standardises its weight, it is of that class, too, and runs as it does.
 
     Shape: (N, I, H, W) -> (N, O, H', W') as `nn.Conv2d`; at a narrower width I and O shrink.
 
@@ -29,22 +33,16 @@ class GeneratedConv2d(Tied, WidthAware):
         like: The convolution to replace: geometry and bias are copied from it.
     """
 
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
     padding: str | tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-    _reversed_padding_repeated_twice: list[int]  # margins of other modes than zeros, as in `nn.Conv2d`
+    padding_mode: str  # type: ignore[assignment]
     weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
     bias: Tensor | None
 
     def __init__(self, like: Convolution) -> None:
-        super().__init__()
-        for name in (*GEOMETRY, "_reversed_padding_repeated_twice"):
+        nn.Module.__init__(self)
+        for name in (*GEOMETRY, *DERIVED):
             setattr(self, name, getattr(like, name))
+        self.adopt_kind(like)
         self._adopt_bias(like)
         self.adopt_widths(like)
 
@@ -66,6 +64,13 @@ class GeneratedConv2d(Tied, WidthAware):
     def chooses_outs(self) -> bool:
         return self.groups == 1
 
+    def set_width_spec(self, width_spec: WidthSpec | None) -> None:
+        if width_spec is not None and self.kind is not None:
+            raise IncompatibleModelError(
+                f"{self.kind.__name__} computes with its weight as a whole, and cannot be narrowed. Use a network of nn.Conv2d"
+            )
+        super().set_width_spec(width_spec)
+
     def active(self) -> tuple[Tensor, Tensor | None, int]:
         """Weight, bias and groups at the selected width."""
         weight, bias = self.weight, self.bias
@@ -76,14 +81,19 @@ class GeneratedConv2d(Tied, WidthAware):
         weight = spec.take_outs(weight if self.groups > 1 else spec.take_ins(weight, index, 1), index)
         return weight, None if bias is None else spec.take_outs(bias, index), groups
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, groups = self.active()
-        if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
-            raise ConfigError(self._misfit(x, weight.shape[1] * groups))
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.kind is not None:
+            return self.kind.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
+        (weight, bias, groups), x = self.active(), input
         padding: str | int | tuple[int, int] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        try:
+            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        except RuntimeError:
+            if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+                raise ConfigError(self._misfit(x, weight.shape[1] * groups)) from None
+            raise
 
     def _misfit(self, x: Tensor, ins: int) -> str:
         where = "" if self.width_spec is None else f" at width {format_width(self.width_spec.widths[self.width_index])}"
@@ -109,6 +119,7 @@ class PlainConv2d(GeneratedConv2d):
     """A convolution with a weight of its own, as `nn.Conv2d`; in addition it may be tied and have several widths."""
 
     standalone: ClassVar[bool] = True
+    replaceable: ClassVar[bool] = True
 
     def __init__(self, like: Convolution) -> None:
         super().__init__(like)
@@ -123,19 +134,25 @@ Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
 
 
 def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
-    """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it."""
-    return type(module) in (nn.Conv2d, PlainConv2d, SharedConv2d)
+    """Whether ``module`` is a two-dimensional convolution with a weight of its own, so that a technique may replace it.
+
+    Also of a class derived from `nn.Conv2d`, but not one whose weight is computed by a parametrization, or is complex.
+    """
+    return isinstance(module, nn.Conv2d) and has_own_weight(module)
 
 
-def geometry(conv: Convolution) -> tuple[int, int, tuple[int, ...], int]:
-    """What two convolutions must have in common to use one weight: channels, kernel and groups."""
-    return conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups
+def geometry(layer: Convolution | nn.Linear) -> tuple[object, ...]:
+    """What two layers must have in common to use one weight: its shape, type and device, and groups."""
+    return layer.weight.shape, getattr(layer, "groups", None), layer.weight.dtype, layer.weight.device
 
 
 def signature(layer: Convolution | nn.Linear) -> tuple[object, ...]:
     """What layers must have in common to become one module."""
     like, names = next(layer.parameters()), (*GEOMETRY, "in_features", "out_features", "width_spec")
-    return (*(getattr(layer, name, None) for name in names), layer.bias is None, like.dtype, like.device)
+    added = [(name, value) for name in extras(layer) if isinstance(value := getattr(layer, name), Hashable)]
+    settings = tuple(pair for pair in added if not isinstance(pair[1], Tensor))
+    kind = (kind_of(layer), settings)
+    return (*(getattr(layer, name, None) for name in names), layer.bias is None, like.dtype, like.device, kind)
 
 
 def is_depthwise(conv: Convolution) -> bool:
@@ -148,8 +165,10 @@ def is_pointwise(conv: Convolution) -> bool:
     return conv.kernel_size == (1, 1)
 
 
-def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
-    """An `nn.Conv2d` that holds copies of ``weight`` and ``bias``, with the geometry of ``like``."""
+def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int, **geometry: Any) -> nn.Conv2d:
+    """A convolution that holds copies of ``weight`` and ``bias``, of the class and geometry of ``like`` except as given."""
     sizes = (weight.shape[1] * groups, weight.shape[0], weight.shape[2:])
-    options = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    return plain_layer(nn.Conv2d, sizes, weight, bias, groups=groups, **options).train(like.training)
+    options = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")} | geometry
+    conv = plain_layer(nn.Conv2d, sizes, weight, bias, groups=groups, **options).train(like.training)
+    inherit(conv, like)
+    return conv

@@ -2,63 +2,99 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thriftnet.core.conv import Convolution
+from thriftnet.core.copied import copied
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
+from thriftnet.core.kept import keep_attributes, obstacle, parameter_ties
 from thriftnet.core.plan import Plan, PlanRow
-from thriftnet.core.sites import Layer, Replacement, Select, Site, Want, names_by_module, replace, selection, sites
+from thriftnet.core.sites import (
+    Layer,
+    Replacement,
+    Select,
+    Site,
+    Want,
+    names_by_module,
+    replace,
+    restoring,
+    selection,
+    sites,
+)
 from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Technique, requires_all_layers, takes
 from thriftnet.core.tied import count_params
+from thriftnet.core.trial import MismatchError, Trial
+from thriftnet.core.wrappers import inner_name
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 
-def dry_run(model: nn.Module, technique: Technique, *, select: Select | None = None) -> tuple[nn.Module, Plan]:
+def dry_run(
+    model: nn.Module,
+    technique: Technique,
+    *,
+    select: Select | None = None,
+    input_size: Sequence[int] | None = None,
+    example: Any = None,
+) -> tuple[nn.Module, Plan]:
     """A converted copy and its plan; the random state does not change."""
+    _check_convertible(model)
     with torch.random.fork_rng(devices=[]):
-        return _prepare(_copied(model), technique, select)
+        model = copied(model)
+        return _prepare(model, technique, select, Trial(model, input_size, example))
 
 
 def convert(
-    model: nn.Module, technique: Technique | Plan, *, select: Select | None = None, inplace: bool = False
+    model: nn.Module,
+    technique: Technique | Plan,
+    *,
+    select: Select | None = None,
+    inplace: bool = False,
+    input_size: Sequence[int] | None = None,
+    example: Any = None,
+    check: bool = True,
 ) -> nn.Module:
-    """As `thriftnet.convert`, for a config or a plan that holds one."""
-    converted, done = _prepare(model if inplace else _copied(model), technique, select)
+    """As `thriftnet.convert`, for a config or a plan that holds one; without ``check``, the result is not run."""
+    _check_convertible(model)
+    model = copied(model, inplace=inplace)
+    converted, done = _prepare(model, technique, select, Trial(model, input_size, example) if check else None)
     record(converted, {"verb": "convert", "plan": done.to_dict()})
     return converted
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"expected a network, got {model!r}. Build one by name with create_model(...)")
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        reason = str(error).split(".")[0]
-        raise IncompatibleModelError(
-            f"{type(model).__name__} cannot be copied ({reason}): remove weight_norm, pruning or similar first"
-        ) from None
-
-
 def tie(model: nn.Module, groups: Sequence[Sequence[str]]) -> nn.Module:
     """A copy of ``model`` in which the layers of each group, given by name, are one module, the first of them."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     table = {id(model.get_submodule(name)): model.get_submodule(names[0]) for names in groups for name in names[1:]}
     tied = replace(model, table)
     record(tied, {"verb": "tie", "groups": [list(names) for names in groups]})
     return tied
 
 
-def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | None) -> tuple[nn.Module, Plan]:
-    """Convert ``model`` in place; the new network and the plan that was carried out."""
+def _check_convertible(model: nn.Module) -> None:
+    """Raise for what is no plain network."""
+    if (name := inner_name(model)) is not None:
+        raise IncompatibleModelError(
+            f"{type(model).__name__} only wraps a network: convert that one, convert(model.{name}, ...), and wrap the result"
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise IncompatibleModelError(
+                f"parameter {parameter_name!r} of {type(model).__name__} has no shape yet: run the network on one batch first"
+            )
     if any(step["verb"] == "pack" for step in history(model)):
         raise IncompatibleModelError("a packed network has no plain layers: convert the network it was packed from")
+
+
+def _prepare(
+    model: nn.Module, technique: Technique | Plan, select: Select | None, trial: Trial | None
+) -> tuple[nn.Module, Plan]:
+    """Convert ``model`` in place; the new network and the plan that was carried out. If it is refused, ``model`` is as before."""
     if isinstance(technique, Plan):
         if select is not None:
             raise ConfigError("a plan already names the layers: leave select out, or make a new plan with it")
@@ -68,38 +104,42 @@ def _prepare(model: nn.Module, technique: Technique | Plan, select: Select | Non
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
-        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3])
+        reasons = "; ".join(f"layer {name!r} is {reason}" for name, reason in left[:3]) or "it has no convolutions"
+        hint = "" if takes(config) in reasons else f". It takes {takes(config)}"
         raise IncompatibleModelError(
-            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: "
-            f"{reasons or f'it has no convolutions. It takes {takes(config)}'}"
+            f"{format_spec(config)} finds nothing to convert in {type(model).__name__}: {reasons}{hint}"
         )
     before, names = count_params(model), names_by_module(model)
     described = {id(module): describe(module) for module in model.modules()}
     rows: list[PlanRow] = []
-    table: dict[int, nn.Module] = {}
+    replaced: list[Replacement] = []
     for number, group in enumerate(groups):
         for site in group:
-            _check_hooks(site)
+            if (lost := obstacle(site.module)) is not None:
+                raise IncompatibleModelError(f"layer {site.name!r} {lost}")
         members = {id(site.module) for site in group}
         pairs = config.build(group)
         _freeze_alike(pairs)
         for old, new in pairs:
-            new.train(old.training)
-            table[id(old)] = new
+            new.train(old.training)  # which may return nothing
+            replaced.append((old, new))
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
-            rows.append(PlanRow(names[id(old)], described[id(old)], type(new).__name__, in_group, error))
+            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
+    keep_attributes(replaced, names)
     model_name = type(model).__name__
-    converted = replace(model, table)
-    return converted, Plan(config, model_name, tuple(rows), tuple(left), before, count_params(converted))
-
-
-def _check_hooks(site: Site[nn.Module]) -> None:
-    """A new layer would lose the hooks; weight norm and pruning are hooks, too."""
-    if site.module._forward_hooks or site.module._forward_pre_hooks:
-        raise IncompatibleModelError(
-            f"layer {site.name!r} has forward hooks, which a new layer would lose. Remove them first, and register them again afterwards"
-        )
+    restore = restoring(model)
+    converted = replace(model, {id(old): new for old, new in replaced})
+    not_checked = ""
+    if trial is not None:
+        try:
+            not_checked = trial.compare(converted, [(names[id(old)][0], old, new) for old, new in replaced])
+        except MismatchError as error:
+            restore()
+            hint = "" if error.layer is None else _leaving_out(config, error.layer)
+            raise IncompatibleModelError(f"{format_spec(config)} does not fit {model_name}: {error}.{hint}") from error
+    counts = before, count_params(converted)
+    return converted, Plan(config, model_name, tuple(rows), tuple(left), *counts, not_checked=not_checked)
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:
@@ -139,12 +179,16 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
 
 def _accepted(model: nn.Module, technique: Technique, select: Select | None) -> list[Site[nn.Module]]:
     """Selected sites that the technique accepts."""
-    want = selection(model, select)
+    want, ties = selection(model, select), parameter_ties(model)
     if requires_all_layers(technique):
         found = sites(model, lambda _, module: technique.accepts(module))
         _check_whole(model, technique, found, None if select is None else want)
+        for own, other in (ties[id(site.module)] for site in found if id(site.module) in ties):
+            raise IncompatibleModelError(
+                f"{own!r} and {other!r} are one parameter, which {format_spec(technique)} would separate: give each layer its own"
+            )
         return found
-    found = sites(model, lambda name, module: want(name, module) and technique.accepts(module))
+    found = sites(model, lambda name, module: want(name, module) and id(module) not in ties and technique.accepts(module))
     if select is not None:
         _check_selection(model, technique, select, want, found)
     return found
@@ -186,15 +230,19 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
 
 
 def _refusal(technique: Technique, name: str, module: nn.Module) -> IncompatibleModelError:
-    hint = "" if requires_all_layers(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
     return IncompatibleModelError(
-        f"layer {name!r} is {describe(module)}; {format_spec(technique)} takes {takes(technique)}.{hint}"
+        f"layer {name!r} is {describe(module)}; {format_spec(technique)} takes {takes(technique)}.{_leaving_out(technique, name)}"
     )
+
+
+def _leaving_out(technique: Technique, name: str) -> str:
+    """How to convert all but one layer, as the last sentence of a message; nothing where all must be taken."""
+    return "" if requires_all_layers(technique) else f" Exclude it: select=r'^(?!{name.replace('.', chr(92) + '.')}$)'"
 
 
 def _left_alone(model: nn.Module, technique: Technique, select: Select | None, grouped: set[int]) -> list[tuple[str, str]]:
     """(name, reason) of each convolution that is not converted."""
-    want = selection(model, select)
+    want, ties = selection(model, select), parameter_ties(model)
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
     left, every = [], requires_all_layers(technique)
     for name, module in model.named_modules():
@@ -204,29 +252,49 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
             reason = technique.why_left(model, name) if hasattr(technique, "why_left") else "in no group of layers"
         elif not want(name, module):
             reason = "not selected" if select is not None else "the stem or the classifier"
+        elif id(module) in ties:
+            reason = "{!r} is one parameter with {!r}: new layers would not share it".format(*ties[id(module)])
         elif not technique.accepts(module):
-            reason = f"{describe(module)}, not {takes(technique)}"
+            lost = obstacle(module)
+            reason = f"{describe(module)} and {lost}" if lost else f"{describe(module)}, not {takes(technique)}"
         else:
             reason = f"{describe(module)}, in no group of layers that the config makes"
         left.append((name, reason))
     return left
 
 
+def becomes(new: nn.Module) -> str:
+    """A new layer's class; with the rank that it got, which may be lower than the one asked for."""
+    rank = getattr(new, "rank", None)
+    return type(new).__name__ + ("" if rank is None else f"(rank={rank})")
+
+
 def describe(module: nn.Module) -> str:
     """A module in one line."""
-    text = f"{type(module).__name__}({module.extra_repr()})"
+    weight = getattr(module, "weight", None)
+    kind = (
+        f"complex {type(module).__name__}" if isinstance(weight, Tensor) and weight.is_complex() else type(module).__name__
+    )
+    text = " ".join(f"{kind}({module.extra_repr()})".split())
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def relative_error(old: nn.Module, new: nn.Module) -> float | None:
-    """``|new - old| / |old|`` of the weights of two convolutions or linear layers; None where one is neither, or has no data."""
-    if any(parameter.is_meta for parameter in new.parameters()):
+    """``|new - old| / |old|`` of weight and bias of two convolutions or linear layers; None where one is neither, or has no data."""
+    if any(parameter.is_meta for parameter in (*old.parameters(), *new.parameters())):
         return None
     folded = new.fold() if is_foldable(new) else new
     if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)) or old.weight.shape != folded.weight.shape:
         return None
-    if torch.equal(old.weight, folded.weight):
-        return 0.0
-    before, after = old.weight.detach().double(), folded.weight.detach().double()
+    wide = torch.complex128 if old.weight.is_complex() else torch.float64
+    if old.weight.shape != folded.weight.shape:
+        return None
+    before, after = (_values(layer).to(wide) for layer in (old, folded))
     error, norm = (after - before).norm(), before.norm()
     return float(error / norm if norm > 0 else error)
+
+
+def _values(layer: Layer) -> Tensor:
+    """Weight and bias in one row; a missing bias is zeros."""
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    return torch.cat([layer.weight.detach().flatten(), bias.detach()])

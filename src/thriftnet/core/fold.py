@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -11,9 +10,12 @@ from torch import nn
 
 from thriftnet.arguments import InputSize, checked
 from thriftnet.core import probe
+from thriftnet.core.copied import copied
 from thriftnet.core.fold_norms import fold_norms as fold_norms_of
 from thriftnet.core.history import HISTORY, history, record
-from thriftnet.core.sites import replace, sites
+from thriftnet.core.kept import keep_attributes
+from thriftnet.core.module import ThriftyModule
+from thriftnet.core.sites import replace, restoring, sites
 from thriftnet.core.width import eval_mode, require_widths, select_width, widths
 from thriftnet.core.width import width as selected_width
 from thriftnet.core.width_slots import IndexChoice, WidthChoice, assign, width_indices
@@ -35,7 +37,7 @@ class Foldable(Protocol):
 
 def is_foldable(module: nn.Module) -> TypeIs[Foldable]:  # type: ignore[narrowed-type-not-subtype]
     """Whether the module can be folded into plain layers."""
-    return callable(getattr(type(module), "fold", None))
+    return isinstance(module, ThriftyModule) and callable(getattr(module, "fold", None))
 
 
 Preference = Literal["", "speed", "size"]
@@ -62,11 +64,12 @@ def fold(model: nn.Module, *, inplace: bool = False, prefer: Preference = "") ->
             raise IncompatibleModelError(
                 f"layer {name!r} is in training mode; folding is exact in eval mode only. Call model.eval() first"
             )
-    plain = model if inplace else copy.deepcopy(model)
+    plain = copied(model, inplace=inplace)
     selected = {"width": selected_width(plain)} if widths(plain) else {}
     folded: set[int] = set()
     while found := sites(plain, lambda _, module: is_foldable(module) and id(module) not in folded):
         table = {id(site.module): _folded(cast(Foldable, site.module), prefer) for site in found}
+        keep_attributes([(site.module, table[id(site.module)]) for site in found])
         folded.update(id(layer) for layer in table.values())
         plain = replace(plain, table)
     record(plain, {"verb": "fold", **({"prefer": prefer} if prefer else {}), **selected})
@@ -110,7 +113,7 @@ def freeze(
         )
     chosen = width_indices(require_widths(model), width, index)
     size = probe.input_size(model, input_size) if fold_norms or not isinstance(chosen, int) else None
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     if isinstance(chosen, int):
         select_width(model, chosen)
     else:
@@ -151,14 +154,13 @@ def eval_fold(model: nn.Module, *, prefer: Preference = "") -> Iterator[nn.Modul
         >>> model.training
         True
     """
-    layers = [(module, dict(module._modules)) for module in model.modules()]
+    restore = restoring(model)
     past = history(model)
     with eval_mode(model):
         try:
             yield fold(model, inplace=True, prefer=prefer)
         finally:
-            for module, children in layers:
-                module._modules.update(children)
+            restore()
             if past:
                 setattr(model, HISTORY, past)
             elif hasattr(model, HISTORY):

@@ -9,6 +9,7 @@ import math
 from torch import nn
 
 from thriftnet.arguments import Classes, checked
+from thriftnet.core.copied import copied
 from thriftnet.core.history import history, record
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.sites import ends, replace
@@ -38,7 +39,7 @@ def replace_head(model: nn.Module, num_classes: Classes, *, inplace: bool = Fals
         >>> replace_head(create_model("resnet20", num_classes=10), 12).fc
         Linear(in_features=64, out_features=12, bias=True)
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = copied(model, inplace=inplace)
     head = classifier(model)
     replace(model, {id(head): _with_outputs(head, num_classes)})
     if hasattr(model, "num_classes"):

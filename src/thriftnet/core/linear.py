@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.kinds import Kind, has_own_weight, inherit
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware
 
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-class GeneratedLinear(Tied, WidthAware):
-    """A linear layer whose weight is computed: subclasses define the properties ``weight`` (O, I) and ``bias`` (O,) or None.
+class GeneratedLinear(Kind, Tied, WidthAware, nn.Linear):
+    """A linear layer whose weight is computed: subclasses define the property ``weight`` (O, I).
 
-    It may be tied to several users and may run at several widths.
+    It may be tied to several users and may run at several widths, and is of the class of the layer it replaces, too.
 
     Shape: (..., in_features) -> (..., out_features); fewer of each at a narrower width.
 
@@ -26,16 +27,19 @@ class GeneratedLinear(Tied, WidthAware):
         like: The linear layer to replace: sizes and widths are copied from it.
     """
 
-    in_features: int
-    out_features: int
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
     channel_axis: ClassVar[int] = -1
 
     def __init__(self, like: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
+        self.adopt_kind(like)
+        self._adopt_bias(like)
         self.adopt_widths(like)
+
+    def _adopt_bias(self, like: nn.Linear) -> None:
+        self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
 
     @property
     def generation_macs(self) -> int:
@@ -56,28 +60,28 @@ class GeneratedLinear(Tied, WidthAware):
         return weight, bias
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.kind is not None and self.width_spec is None:
+            return self.kind.forward(self, input)  # type: ignore[no-any-return]
         return F.linear(input, *self.active())
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
         """The plain layer that computes the same, at the selected width."""
-        weight, bias = self.active()
-        return plain_layer(nn.Linear, weight.shape[::-1], weight, bias).train(self.training)
+        return plain_linear(self, *self.active())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class PlainLinear(GeneratedLinear, nn.Linear):  # type: ignore[misc]
+class PlainLinear(GeneratedLinear):
     """A linear layer with a weight of its own, as `nn.Linear`; in addition it may be tied and have several widths."""
 
     standalone: ClassVar[bool] = True
+    replaceable: ClassVar[bool] = True
 
-    def __init__(self, like: nn.Linear) -> None:
-        factory: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
-        nn.Linear.__init__(self, like.in_features, like.out_features, like.bias is not None, **factory)
-        self.load_state_dict(like.state_dict())
-        self.adopt_widths(like)
+    def _adopt_bias(self, like: nn.Linear) -> None:
+        self.weight = nn.Parameter(like.weight.detach().clone())  # the weight comes first in files
+        super()._adopt_bias(like)
 
 
 class SharedLinear(PlainLinear):
@@ -85,5 +89,15 @@ class SharedLinear(PlainLinear):
 
 
 def is_linear(module: nn.Module) -> TypeIs[nn.Linear | PlainLinear]:
-    """Whether ``module`` is a linear layer with a weight of its own, so that a technique may replace it."""
-    return type(module) in (nn.Linear, PlainLinear, SharedLinear)
+    """Whether ``module`` is a linear layer with a weight of its own, so that a technique may replace it.
+
+    Also of a class derived from `nn.Linear`, but not one whose weight is computed by a parametrization, or is complex.
+    """
+    return isinstance(module, nn.Linear) and has_own_weight(module)
+
+
+def plain_linear(like: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of the class of ``like`` that holds copies of ``weight`` (O, I) and ``bias``."""
+    linear = plain_layer(nn.Linear, weight.shape[::-1], weight, bias).train(like.training)
+    inherit(linear, like)
+    return linear

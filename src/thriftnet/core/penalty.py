@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.arguments import Weight, checked
+from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ def penalty(model: nn.Module, *, scaled: bool = True) -> Tensor:
     Returns:
         A differentiable scalar.
     """
-    holders = [module for module in model.modules() if callable(getattr(type(module), "penalty_term", None))]
+    holders = [module for module in _ours(model) if callable(getattr(module, "penalty_term", None))]
     terms: list[PenaltyTerm] = [cast(Any, module).penalty_term() for module in holders]
     counts: Counter[str] = Counter()
     for term in terms:
@@ -62,10 +63,14 @@ def param_groups(model: nn.Module, weight_decay: Weight) -> list[dict[str, Any]]
     """
     if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < float("inf"):
         raise ConfigError(f"weight_decay={weight_decay!r}: expected a number >= 0")
-    no_decay = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
+    no_decay = {id(getattr(m, name)) for m in _ours(model) for name in getattr(m, "no_decay", ())}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) not in no_decay], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in no_decay], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _ours(model: nn.Module) -> list[ThriftyModule]:
+    return [module for module in model.modules() if isinstance(module, ThriftyModule)]

@@ -27,7 +27,7 @@ class PlanRow:
         layer: What it is now.
         becomes: What it will be.
         group: Number of the group it shares with; None for a module that is wrapped, not replaced, as by a gate.
-        relative_error: Of its new weight, ``|new - old| / |old|``; None if the new layer is not a single convolution or
+        relative_error: Of its new weight and bias, ``|new - old| / |old|``; None if the new layer is not a single convolution or
             linear layer.
         output_error: The same of its outputs, less their means, for images, or for noise where no images were given and there is
             no error of the weight; None if it was not measured.
@@ -61,6 +61,7 @@ class Plan:
         macs_before: Multiply-accumulates for one image now; None if they were not counted.
         macs_after: The same after the conversion.
         size_bytes: Of parameters and buffers after the conversion, as they are saved; None if they were not counted.
+        not_checked: What running the converted network beside the plain one could not check, and why.
         then: What to do afterwards, with the converted network.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     macs_before: int | None = None
     macs_after: int | None = None
     size_bytes: int | None = None
+    not_checked: str = ""
     then: Plan | None = None
 
     @property
@@ -112,6 +114,8 @@ class Plan:
             reasons = dict.fromkeys(reason for _, reason in self.left)
             named = {reason: [name for name, why in self.left if why == reason] for reason in reasons}
             text += "\n\nleft alone:\n" + "\n".join(f"  {', '.join(names)}: {reason}" for reason, names in named.items())
+        if self.not_checked:
+            text += f"\n\nnot checked by running: {self.not_checked}"
         text += f"\n\nstored parameters: {_change(self.params_before, self.params_after)}"
         if self.macs_before is not None and self.macs_after is not None:
             text += f"\nMACs: {_change(self.macs_before, self.macs_after)}"
@@ -147,7 +151,7 @@ class Plan:
             if not all(value is None or (type(value) is int and value >= 0) for value in counts.values()):
                 raise ValueError(f"counts must be integers >= 0, got {counts}")
             then = None if data["then"] is None else cls.from_dict(data["then"])
-            return cls(technique, data["model"], rows, left, **counts, then=then)
+            return cls(technique, data["model"], rows, left, **counts, not_checked=str(data["not_checked"]), then=then)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"broken plan: {type(error).__name__} {error}. Make a new one with plan(...)") from None
 

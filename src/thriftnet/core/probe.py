@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,11 +37,17 @@ class IgnoreOuterModes(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in eval mode on the meta device, without hooks."""
-    memo: dict[int, Any] = {}
-    kept = [leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module))) if isinstance(leaf, torch.Tensor)]
-    for tensor in kept:  # parameters, buffers, and what a network remembers beside them
+def on_meta(model: nn.Module, others: Iterable[Tensor] = (), memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of ``model`` in eval mode on the meta device, without hooks.
+
+    Args:
+        model: The network.
+        others: Tensors that it may hold elsewhere than in its modules.
+        memo: Receives each tensor's copy by the id of the tensor.
+    """
+    memo = {} if memo is None else memo
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module))) if isinstance(leaf, Tensor)]
+    for tensor in (*kept, *others):  # parameters, buffers, and what a network remembers beside them
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     ghost = copy.deepcopy(model, memo).eval()
@@ -53,8 +59,13 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 def run(ghost: nn.Module, size: Size) -> None:
     """Run a network on the meta device on two images of this size, of its own type."""
-    dtype = next((t.dtype for t in ghost.parameters() if t.is_floating_point()), torch.float32)
-    ghost(torch.empty(2, *size, device="meta", dtype=dtype))
+    ghost(images(ghost, size))
+
+
+def images(model: nn.Module, size: Size) -> Tensor:
+    """Two images of this size and the network's own type, on the meta device."""
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+    return torch.empty(2, *size, device="meta", dtype=dtype)
 
 
 @torch.no_grad()
@@ -77,7 +88,7 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
     """
     ghost = on_meta(model)
     tried: list[Exception] = []
-    for size in _candidates(model) if given is None else [input_size_of(model, given)]:
+    for size in sizes_to_try(model, given):
         error = failure(ghost, size)
         if error is None:
             return size
@@ -112,7 +123,10 @@ def image_calls(model: nn.Module, size: Size) -> list[Call]:
         ) from None
 
 
-def _candidates(model: nn.Module) -> list[Size]:
+def sizes_to_try(model: nn.Module, given: Sequence[int] | None = None) -> list[Size]:
+    """Image sizes that a network may run on: as given, as the network states, or what is usual."""
+    if given is not None:
+        return [input_size_of(model, given)]
     if (stated := stated_input_size(model)) is not None:
         return [stated]
     stem = ends(model)[0]

@@ -97,6 +97,17 @@ def replace(model: nn.Module, table: Mapping[int, nn.Module]) -> nn.Module:
     return table.get(id(model), model)
 
 
+def restoring(model: nn.Module) -> Callable[[], None]:
+    """A function that puts every module of ``model`` back into the places where it is registered now."""
+    places = [(module, dict(module._modules)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, children in places:
+            module._modules.update(children)
+
+    return restore
+
+
 def group_by(found: Sequence[Site[M]], key: Callable[[Site[M]], Hashable]) -> list[list[Site[M]]]:
     """Sites of equal key together, groups and members in the order met."""
     groups: dict[Hashable, list[Site[M]]] = {}

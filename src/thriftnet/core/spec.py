@@ -24,7 +24,7 @@ def format_spec(config: object) -> str:
         return repr({pattern: None if each is None else format_spec(each) for pattern, each in config.items()})
     fields = [field for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
     values = [(field.name, getattr(config, field.name), field.default) for field in fields]
-    parts = [f"{name}={value!r}" for name, value, default in values if value != default]
+    parts = [f"{name}={value!r}" for name, value, default in values if value != default or type(value) is not type(default)]
     return spec_name(type(config).__name__) + (f"({', '.join(parts)})" if parts else "")
 
 
@@ -41,7 +41,7 @@ def parse_spec(text: str, table: Mapping[str, type[T]]) -> T:
     Example:
         >>> from thriftnet.techniques import TECHNIQUES
         >>> parse_spec("shift(expansion=3.0)", TECHNIQUES)
-        Shift(kernel_size=3, dilation=1, expansion=3.0, init='weights')
+        Shift(kernel_size=None, dilation=None, expansion=3.0, init='weights', depthwise=True)
     """
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.init import skip_init
 
+from thriftnet.core.module import ThriftyModule
+
 M = TypeVar("M", bound=nn.Module)
 
+EXTRA_STATE = "_extra_state"  # torch's name for it in state dicts
 
-class Tied(nn.Module):
+
+class Tied(ThriftyModule):
     """Written into a state dict once, under the first name met; read from whichever of its names is present.
 
     Shape: any. A key missing under every name is reported as missing, under the first name.
@@ -101,10 +105,20 @@ def first_names(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     unique = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if is_stored(name, tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             unique[name] = tensor
     return unique
+
+
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """What the state dict holds besides parameters and buffers, as modules with ``get_extra_state`` give it."""
+    return {name: value for name, value in model.state_dict().items() if not is_stored(name, value)}
+
+
+def is_stored(name: str, value: object) -> bool:
+    """Whether an entry of a state dict is a parameter or a buffer."""
+    return isinstance(value, Tensor) and not name.endswith(EXTRA_STATE)
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.arguments import Index, Range, checked
+from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 Width: TypeAlias = Annotated[Annotated[float, Range(-1e9, 1e9)] | str, "a ratio such as 0.5, or a name such as 'largest'"]
@@ -62,7 +63,7 @@ class WidthSpec:
         return {bn_set: index for bn_set, index in sorted(users.items()) if bn_set != widest}
 
 
-class WidthAware(nn.Module):
+class WidthAware(ThriftyModule):
     """A layer that can run at several widths; until `set_width_spec` is called it has one.
 
     The class attributes say how a part of a network gets a width of its own, see `width_slots`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from thriftnet.arguments import checked
 from thriftnet.core import probe
 from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.copied import copied
 from thriftnet.core.history import record
 from thriftnet.core.sites import replace
 from thriftnet.core.width import (
@@ -63,7 +63,7 @@ def add_gate(model: nn.Module, after: str | None = None, *, inplace: bool = Fals
     shares = _channels_after(ghost, front.after)
     _insert(ghost, front, ratios, shares)
     check_runs(ghost)
-    model = model if inplace else copy.deepcopy(model)
+    model = copied(model, inplace=inplace)
     _insert(model, front, ratios, shares)
     select_width(model, selected)
     record(model, {"verb": "add_gate", "after": front.after})

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.module import ThriftyModule
 from thriftnet.core.width import Width, WidthAware, WidthSpec
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 REDUCTION = 4  # channels per hidden feature of a gate
 
 
-class Gate(nn.Module):
+class Gate(ThriftyModule):
     """Base class of gates. A gate is registered, as ``gate``, in the module whose output ends the front.
 
     At a fixed width a gate does not run, and folding removes it. Its parameters have ``requires_grad=False`` until its own
@@ -94,7 +95,7 @@ class Narrow(WidthAware):
         return layer.train(self.training)
 
 
-class SplitPoint(nn.Module):
+class SplitPoint(ThriftyModule):
     """The end of the front: modules up to ``body`` keep all channels, and a narrower tail reads the first of them.
 
     Shape: as ``body``, with fewer channels at a narrower width.

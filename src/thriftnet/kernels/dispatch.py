@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import unknown_name
 from thriftnet.text import table
 
@@ -112,7 +113,7 @@ def explain(model: nn.Module, input: Tensor) -> Explanation:
         found.setdefault(name, layer.kernel_choice(x))
 
     for name, module in network.named_modules():
-        if callable(getattr(type(module), "kernel_choice", None)):
+        if isinstance(module, ThriftyModule) and callable(getattr(module, "kernel_choice", None)):
             module.register_forward_pre_hook(lambda layer, args, name=name: note(name, layer, args[0]))
     network(input)
     return Explanation(tuple(found.items()))

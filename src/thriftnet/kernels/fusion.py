@@ -58,7 +58,7 @@ def fuse(members: Tensor, scales: Tensor | None) -> Tensor:
     """``mean_j(scale_j * member_j)`` of members (R, O, ...) and scales (R, 1) or (R, O)."""
     if scales is None:
         return members.mean(0)
-    return (scales.view(*scales.shape, *(1,) * (members.ndim - 2)) * members).mean(0)
+    return (scales[..., None] * members.flatten(2)).mean(0).view(members.shape[1:])
 
 
 class FuseFunction(torch.autograd.Function):

@@ -6,7 +6,6 @@ reads, and weights lie as oneDNN's kernels read them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from thriftnet.arguments import InputSize, checked
 from thriftnet.core import probe
+from thriftnet.core.copied import copied
 from thriftnet.core.fold import fold, is_foldable
 from thriftnet.core.fold_norms import ACTIVATIONS, fold_norms, make_inplace, sole_readers
 from thriftnet.core.history import HISTORY, history
@@ -52,7 +52,7 @@ def pack(model: nn.Module, *, input_size: InputSize | None = None) -> nn.Module:
             f"{type(model).__name__} is in training mode, where norms depend on the batch. Call model.eval() first"
         )
     size = probe.input_size(model, input_size)
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     if any(is_foldable(module) for module in plain.modules()):
         plain = fold(plain, inplace=True)
     past = history(plain)

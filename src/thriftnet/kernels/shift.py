@@ -83,6 +83,9 @@ def shift(x: Tensor, kernel: Tensor, kernel_size: int, dilation: int, moved: int
     Raises:
         ConfigError: A Triton implementation is forced on a device without Triton.
     """
+    if not isinstance(x, Tensor):  # traced by torch.fx
+        pad = dilation * (kernel.shape[-1] // 2)  # type: ignore[unreachable]
+        return F.conv2d(x, kernel, padding=pad, dilation=dilation, groups=len(kernel))
     moves, implementation = Moves(kernel_size, dilation, moved), choose(x).implementation
     if implementation in ON_GPU:
         by_triton: Tensor = triton_shift.shift(x, *moves)
@@ -151,7 +154,7 @@ def depthwise(x: Tensor, kernel: Tensor, moves: Moves) -> Tensor:
     """Shift by a depthwise convolution. In it an infinity or NaN becomes NaN in its whole neighbourhood."""
     reach = moves.dilation * (kernel.shape[-1] // 2)
     kernel = kernel.to(x.dtype) if moves.direction > 0 else kernel.flip(2, 3).to(x.dtype)
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
         return F.conv2d(x, kernel, padding=reach, dilation=moves.dilation, groups=x.shape[1])
     with torch.autocast(x.device.type, enabled=False):  # what is moved keeps its type
         return F.conv2d(x, kernel, padding=reach, dilation=moves.dilation, groups=x.shape[1])

@@ -21,12 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from thriftnet.arguments import InputSize, checked
 from thriftnet.core.conv import GeneratedConv2d
 from thriftnet.core.linear import GeneratedLinear
+from thriftnet.core.module import ThriftyModule
 from thriftnet.core.provenance import input_size_of
+from thriftnet.core.untouched import untouched
 from thriftnet.core.width import width, widths
+from thriftnet.core.wrappers import unwrapped
 from thriftnet.errors import IncompatibleModelError, first_line
 from thriftnet.measure.layers import LayerCost, layer_costs, saved_tensors
 from thriftnet.measure.report import Report
-from thriftnet.measure.untouched import untouched
 
 Purpose = Literal["execution", "generated layer", "weight", "shift"]
 
@@ -58,7 +60,7 @@ def inspect(model: nn.Module, input_size: InputSize | None = None) -> Report:
         >>> report.params, report.macs
         (216, 55296)
     """
-    network: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    network = unwrapped(model)
     size = input_size_of(network, input_size)
     _refuse_lazy(network)
     with untouched(network):
@@ -160,7 +162,7 @@ class _Meter:
 
 def _purpose(module: nn.Module) -> Purpose:
     """The purpose of the operations inside a module."""
-    if callable(getattr(module, "moved_bytes", None)):
+    if isinstance(module, ThriftyModule) and callable(getattr(module, "moved_bytes", None)):
         return "shift"  # some implementations are depthwise convolutions, but multiply nothing
     if isinstance(module, ParametrizationList):
         return "weight"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from thriftnet.core.module import ThriftyModule
 from thriftnet.measure.report import LayerRow
 
 
@@ -56,7 +57,7 @@ def is_leaf(module: nn.Module) -> bool:
 def declared_dense_params(module: nn.Module) -> int | None:
     """``dense_params`` of a converted layer; None for all other modules."""
     value = getattr(module, "dense_params", None)
-    return value if isinstance(value, int) else None
+    return value if isinstance(module, ThriftyModule) and isinstance(value, int) else None
 
 
 def _count_parameters(found: dict[int, LayerCost]) -> None:

@@ -49,7 +49,7 @@ def cifar10_resnet(
         raise ConfigError(f"depth={depth}: its stages have one block, which stays plain; nearest is 14")
     technique = _basis(16, bases, shared_rank, unique_rank, lambda_r, unique_penalty=True)
     plain = resnet(depth, num_classes=num_classes, in_chans=in_chans)
-    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
+    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True, check=False)
 
 
 @checked
@@ -80,7 +80,7 @@ def basic_resnet(
     check_depth(depth, [known for known, (_, bottleneck) in DEPTHS.items() if not bottleneck])
     technique = _basis(64, bases, shared_rank, unique_rank, lambda_r, unique_penalty=False)
     plain = imagenet_resnet(depth, stem, num_classes, in_chans)
-    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True)
+    return convert(plain, technique, select=rf"{LATER_BLOCKS}\.conv[12]$", inplace=True, check=False)
 
 
 @checked
@@ -107,7 +107,7 @@ def bottleneck_resnet(
     model: nn.Module = imagenet_resnet(depth, num_classes=num_classes, in_chans=in_chans)
     for conv in ("conv2", "conv3")[:shared]:
         technique = FilterBasis(whole=True, pointwise=True, lambda_r=lambda_r, family=conv, init="random")
-        model = convert(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$", inplace=True)
+        model = convert(model, technique, select=rf"{LATER_BLOCKS}\.{conv}$", inplace=True, check=False)
     return model
 
 
@@ -123,6 +123,7 @@ def _basis(
         lambda_r=lambda_r,
         unique_penalty=unique_penalty,
         init="random",
+        alone=False,
     )
     check_ranks(shared_rank, unique_rank, 9 * channels, " in the first stage")
     return technique

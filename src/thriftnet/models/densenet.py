@@ -117,11 +117,11 @@ def densenet_shared(
     check("shared_rank", shared_rank, Channels)
     model: nn.Module = DenseNet(depth, num_classes, in_chans)
     technique = FilterBasis(
-        shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random"
+        shared_rank=shared_rank, unique_rank=unique_rank, lambda_r=lambda_r, unique_penalty=False, init="random", alone=False
     )
     check_ranks(shared_rank, unique_rank, entries=36 * DEPTHS[depth][1])
     for blocks in ("1", "2", "[34]") if original_sharing else ("1", "2", "3", "4"):
-        model = convert(model, technique, select=rf"^block{blocks}\.\d+\.conv2$", inplace=True)
+        model = convert(model, technique, select=rf"^block{blocks}\.\d+\.conv2$", inplace=True, check=False)
     _init_as_convolutions(model)
     return model
 

@@ -34,7 +34,7 @@ def swrn(
 
     Source: Savarese & Maire, section 4.1. Templates start as Kaiming's, coefficients of a stage orthogonal.
     """
-    technique: Technique = SoftSharing(templates=templates, init="random")
+    technique: Technique = SoftSharing(templates=templates, init="random", pointwise=False, linear=False)
     model = WideResNet(depth, width, num_classes, in_chans)
     for stage in (model.layer1, model.layer2, model.layer3):
         # the group is the paper's, whatever the number of templates: SoftSharing.group would leave small stages alone

@@ -41,6 +41,7 @@ def plan(
     bytes: Limit = None,
     data: Iterable[Any] | None = None,
     input_size: InputSize | None = None,
+    example: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What `convert` would do to ``model``; the network and the random state do not change.
@@ -59,6 +60,7 @@ def plan(
         data: Batches of images, or tuples that begin with them; the errors are then those of the layers' outputs for the first
             of them. Labels are not needed.
         input_size: Channels, height and width of an image. Default: the size the network states, or one it runs on.
+        example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
         progress: Called with the sets of layers that a budget has decided on, and their number.
 
     Raises:
@@ -86,7 +88,7 @@ def plan(
         if budget is not None and before is not None:
             size, total = before.input_size, whole[budget.measure]
             config = allocate(model, config, budget, total, size=size, select=chosen, inputs=inputs, progress=progress)
-        converted, planned = core.dry_run(model, config, select=chosen)
+        converted, planned = core.dry_run(model, config, select=chosen, input_size=input_size, example=example)
         if before is not None and (budget is not None or inputs is not None):
             planned = _with_errors(planned, model, converted, Judge(model, before.input_size, inputs))
     after = before and _counts(converted, before.input_size)
@@ -198,7 +200,7 @@ def _counts(model: nn.Module, size: Sequence[int] | None) -> Report | None:
     """Parameters and cost, found on the meta device; None for a network that does not run there."""
     try:
         return inspect(probe.on_meta(model), probe.input_size(model, size))
-    except (IncompatibleModelError, RuntimeError):
+    except (IncompatibleModelError, RuntimeError, TypeError):
         return None
 
 

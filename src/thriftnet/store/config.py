@@ -14,7 +14,7 @@ from thriftnet import __version__
 from thriftnet.arguments import Classes, InputSize, Range, check, fits
 from thriftnet.core.history import history
 from thriftnet.core.provenance import FACTS, DataFacts, data_facts, stated_input_size
-from thriftnet.core.tied import count_params
+from thriftnet.core.tied import count_params, extra_state
 from thriftnet.core.width import width, widths
 from thriftnet.errors import CheckpointError, ConfigError
 from thriftnet.models.table import IDENTITY
@@ -71,6 +71,7 @@ FIELDS: dict[str, Any] = {
     **FACTS,
     "metrics": dict[str, Number | None] | None,
     "metadata": dict[str, Any],
+    "extra_state": dict[str, Any],
 }
 
 
@@ -81,6 +82,7 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
 
     Raises:
         ConfigError: Metadata that is not JSON, or a checked fact of another type.
+        CheckpointError: The state dict holds something that is neither a tensor nor JSON.
     """
     try:  # JSON has no NaN: what a failed training measured becomes null
         facts = json.loads(json.dumps(dict(metadata)), parse_constant=lambda _: None)
@@ -102,7 +104,19 @@ def describe(model: nn.Module, metadata: Mapping[str, Any], identity: Config | N
         **DataFacts(**known).to_dict(),
         "metrics": metrics,
         "metadata": {key: value for key, value in facts.items() if key not in FACTS},
+        "extra_state": {name: _as_json(name, value) for name, value in extra_state(model).items()},
     }
+
+
+def _as_json(name: str, value: object) -> object:
+    """What a module keeps besides its tensors, if JSON can hold it."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        kind = type(value).__name__
+        raise CheckpointError(
+            f"the state dict's entry {name!r} is a {kind}: a model file holds parameters, buffers, and JSON. Make it a buffer"
+        ) from None
 
 
 def identity_of(model: nn.Module) -> Config | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.arguments import as_path, checked
-from thriftnet.core.convert import tie
+from thriftnet.core.convert import convert, tie
 from thriftnet.core.fold import fold, freeze
 from thriftnet.core.head import replace_head
 from thriftnet.core.history import HISTORY, history
 from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
-from thriftnet.core.tied import first_names, unique_tensors
+from thriftnet.core.tied import EXTRA_STATE, first_names, unique_tensors
 from thriftnet.core.width import set_width
+from thriftnet.core.wrappers import unwrapped
 from thriftnet.dynamic.add_gate import add_gate
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
 from thriftnet.files import TEMPORARY, open_regular, write_together
@@ -35,7 +37,7 @@ from thriftnet.store.builders import build, candidates
 from thriftnet.store.card import model_card
 from thriftnet.store.config import CARD, CONFIG, MODEL, Config, check_sizes, describe, identity_of, parse_config
 from thriftnet.store.hub import HUB, download
-from thriftnet.techniques import convert
+from thriftnet.techniques import resolve
 
 # of a training: what it is, the folder of its network in its own, and what it says of itself at the end
 RUN, RUN_MODEL, FINISHED = "run.json", "model", "finished"
@@ -64,7 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
     """
     place = check_place(folder)
     try:
-        model = _unwrapped(model)
+        model = unwrapped(model)
         tensors = _separate(unique_tensors(model))
         config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
         data = sealed.encode(config, tensors, MODEL)
@@ -121,6 +123,8 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
         if shapes.unfilled(rebuilt):
             with torch.random.fork_rng(devices=[]):
                 shapes.fill_rest(rebuilt, _plain(config) if model is None else model)
+        for name, value in config["extra_state"].items():
+            rebuilt.get_submodule(name.removesuffix(EXTRA_STATE).rstrip(".")).set_extra_state(value)
         if config["width"] is not None:
             set_width(rebuilt, config["width"])
         add_data_facts(rebuilt, config)
@@ -177,7 +181,8 @@ def replay(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     for step in history:
         verb = step.get("verb")
         if verb == "convert":
-            model = convert(model, Plan.from_dict(step["plan"]))
+            planned = Plan.from_dict(step["plan"])
+            model = convert(model, replace(planned, technique=resolve(planned.technique)), check=False)
         elif verb == "fold":
             if step.get("width") is not None:
                 set_width(model, step["width"])
@@ -231,7 +236,10 @@ def _skeleton(config: Config, plain: nn.Module | None) -> nn.Module:
         try:
             with shapes.shapes_only():
                 plain = _plain(config)
-        except NotImplementedError:  # it computes with numbers while it is built, as torchvision's RegNet does
+        except (
+            NotImplementedError,
+            ConfigError,
+        ):  # it computes with numbers while it is built, as torchvision's RegNet does
             with torch.random.fork_rng(devices=[]):
                 plain = shapes.emptied(_plain(config))
     with shapes.shapes_only():
@@ -268,18 +276,6 @@ def check_fit(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> Non
     for name, tensor in stored.items():
         if wanted[name].shape != tensor.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, the network {tuple(wanted[name].shape)}")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside what compiles, averages or distributes it."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
-from thriftnet.arguments import checked
+from thriftnet.arguments import InputSize, checked
 from thriftnet.core import spec
 from thriftnet.errors import ConfigError
 
@@ -60,9 +60,18 @@ class Registry(Mapping[str, "type[Technique]"]):
 TECHNIQUES = Registry(
     {
         "weight-sharing": ("WeightSharing",),
-        "soft-sharing": ("SoftSharing", "TemplateBank", "SConv2d", "similarity", "recurrences", "fold_recurrence"),
-        "filter-basis": ("FilterBasis", "BasisConv2d"),
-        "shift": ("Shift", "Shift2d", "ShiftConv2d"),
+        "soft-sharing": (
+            "SoftSharing",
+            "TemplateBank",
+            "SConv2d",
+            "SLinear",
+            "similarity",
+            "recurrences",
+            "fold_recurrence",
+        ),
+        "filter-basis": ("FilterBasis", "BasisConv2d", "BasisLinear"),
+        "shift": ("Shift", "Shift2d", "ShiftConv2d", "DepthwiseShift2d"),
+        "low-rank": ("LowRank", "LowRankConv2d", "LowRankLinear"),
         "slimmable": ("Slimmable",),
     }
 )
@@ -103,8 +112,13 @@ def convert(
     select: Select | None = None,
     exclude: Select | None = None,
     inplace: bool = False,
+    input_size: InputSize | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Make a network small with a technique, starting from the weights it has.
+
+    The result runs once beside the plain network, at each width and without computing anything (on the meta device): every new layer
+    must run where the old one did, and outputs must keep their shapes.
 
     Args:
         model: Any network; it is left untouched unless ``inplace``.
@@ -114,14 +128,17 @@ def convert(
             By default, all except stem and classifier; "preset:all" takes these, too, and "preset:later-blocks" leaves out
             the first block of each stage.
         exclude: Which of them to leave alone, in the same forms.
-        inplace: Replace the layers in ``model`` itself.
+        inplace: Replace the layers in ``model`` itself; if the conversion is refused, it is as before.
+        input_size: Channels, height and width of an image. Default: what the network states, or one that it runs on.
+        example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
 
     Returns:
         The converted network.
 
     Raises:
-        ConfigError: ``select`` matches nothing, or names a layer that does not exist.
-        IncompatibleModelError: A listed layer that the technique cannot replace, or nothing to convert.
+        ConfigError: ``select`` matches nothing, or names a layer that does not exist; or the network does not run on the given input.
+        IncompatibleModelError: A listed layer that the technique cannot replace, nothing to convert, or a result that does not run as
+            the plain network does.
 
     Example:
         >>> import thriftnet as tn
@@ -135,6 +152,9 @@ def convert(
     select = without(model, select, exclude)
     if isinstance(technique, Plan):
         planned = dataclasses.replace(technique, technique=resolve(technique.technique), then=None)
-        converted = core.convert(model, planned, select=select, inplace=inplace)
-        return converted if technique.then is None else convert(converted, technique.then, inplace=True)
-    return core.convert(model, resolve(technique), select=select, inplace=inplace)
+        converted = core.convert(model, planned, select=select, inplace=inplace, input_size=input_size, example=example)
+        if technique.then is None:
+            return converted
+        return convert(converted, technique.then, inplace=True, input_size=input_size, example=example)
+    config = resolve(technique)
+    return core.convert(model, config, select=select, inplace=inplace, input_size=input_size, example=example)

@@ -13,32 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.arguments import Channels, Index, Rank, Weight, check, checked
-from thriftnet.core.composed import ComposedConv2d
+from thriftnet.arguments import Channels, Index, PositiveShare, Rank, Weight, check, checked
+from thriftnet.core.composed import ComposedConv2d, ComposedLinear
 from thriftnet.core.conv import (
     Convolution,
     GeneratedConv2d,
     PlainConv2d,
     SharedConv2d,
+    geometry,
     is_convolution,
     is_pointwise,
     plain_conv2d,
     signature,
 )
+from thriftnet.core.factorize import leading_directions
+from thriftnet.core.kinds import Kind, executed
+from thriftnet.core.linear import GeneratedLinear, PlainLinear, is_linear, plain_linear
 from thriftnet.core.norm import PlainBatchNorm2d, scale_and_shift
 from thriftnet.core.penalty import PenaltyTerm
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, plain_layer, set_to_mean
 from thriftnet.core.width import WidthSpec
-from thriftnet.errors import ConfigError, IncompatibleModelError
+from thriftnet.errors import ConfigError
 from thriftnet.kernels.orthogonality import penalty
+
+Layer: TypeAlias = Convolution | nn.Linear
 
 # Share of one layer's multiply-accumulates: between 0.83, where two layers were as fast, and 1.18, where they were not.
 WORTH_TWO_LAYERS = 0.9
@@ -47,7 +52,8 @@ WORTH_TWO_LAYERS = 0.9
 class SharedBasis(Tied):
     """The filters of one group of layers: those that all share, and those of each layer.
 
-    State dict: ``shared`` (bases, S, I, kh, kw) and ``unique`` (L, U, I, kh, kw), each only if it has filters.
+    State dict: ``shared`` (bases, S, I, kh, kw) and ``unique`` (L, U, I, kh, kw), each only if it has filters; of linear layers
+    (bases, S, I) and (L, U, I).
 
     Args:
         shared: Filters used by several layers; layers alternate between the bases.
@@ -66,7 +72,7 @@ class SharedBasis(Tied):
         self.family = family
 
     def filters(self, layer: int, base: int) -> Tensor:
-        """The basis of one layer, its unique filters first (the authors' order): (U + S, I, kh, kw)."""
+        """The basis of one layer, its unique filters first (the authors' order): (U + S, I, kh, kw) or (U + S, I)."""
         parts = [] if self.unique is None else [self.unique[layer]]
         return torch.cat(parts if self.shared is None else [*parts, self.shared[base]])
 
@@ -80,7 +86,7 @@ class SharedBasis(Tied):
         """
         if self.shared is None:
             return PenaltyTerm(torch.zeros(()), 0, self.lambda_r, self.family)
-        shared = self.shared.flatten(3).flatten(0, 1).flatten(1)  # (bases * S, n)
+        shared = self.shared.flatten(2).flatten(0, 1)  # (bases * S, n)
         unique = self.unique.flatten(2) if self.unique is not None and self.unique_penalty else None  # (L, U, n)
         total, count = penalty(shared, unique), shared.shape[0] ** 2
         if unique is not None:
@@ -107,20 +113,41 @@ class SharedBasisConv2d(SharedConv2d):
         return PenaltyTerm(penalty(filters, None), len(filters) ** 2, self.lambda_r, self.family)
 
 
-class BasisFilters(GeneratedConv2d):
+class OfBasis(Kind):
+    """A layer whose weight is a layer's basis."""
+
+    bank: SharedBasis
+    layer: int
+    base: int
+
+    def _adopt_bias(self, like: nn.Module) -> None:
+        self.register_parameter("bias", None)  # it belongs to the coefficients
+
+    def _use(self, bank: SharedBasis, layer: int, base: int) -> None:
+        self.bank, self.layer, self.base = bank, layer, base
+
+    @property
+    def weight(self) -> Tensor:
+        """The basis: the layer's unique filters, and the shared ones."""
+        return self.bank.filters(self.layer, self.base)
+
+
+class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[override]
     """The convolution with a layer's basis: I channels in, one out per basis filter."""
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int) -> None:
         super().__init__(like)
-        self.bank, self.layer, self.base = bank, layer, base
+        self._use(bank, layer, base)
         self.out_channels = self.weight.shape[0]
 
-    def _adopt_bias(self, like: Convolution) -> None:
-        self.register_parameter("bias", None)  # it belongs to the coefficients
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.bank.filters(self.layer, self.base)
+class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[override]
+    """The linear layer with a layer's basis: I features in, one out per row of the basis."""
+
+    def __init__(self, like: nn.Linear, bank: SharedBasis, layer: int, base: int) -> None:
+        super().__init__(like)
+        self._use(bank, layer, base)
+        self.out_features = self.weight.shape[0]
 
 
 @checked
@@ -141,15 +168,26 @@ class BasisConv2d(ComposedConv2d):
     """
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: Index, base: Index, coefficients: Tensor) -> None:
-        super().__init__(like.in_channels, like.out_channels, like.kernel_size)
+        super().__init__(like)
         self.filters = BasisFilters(like, bank, layer, base)
         rank = coefficients.shape[1]
         self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
         self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
         self.adopt_widths(like)
 
+    @property
+    def rank(self) -> int:
+        """Filters of the basis, shared and unique."""
+        return self.filters.out_channels
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one convolution that computes the same in eval mode."""
+        scale, _ = scale_and_shift(self.norm)
+        return torch.einsum("or,rihw->oihw", self.coefficients.weight.flatten(1) * scale, self.filters.weight)
+
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
-        return (self.filters.out_channels,) * len(width_spec.widths)  # the basis keeps its rank at every width
+        return (self.rank,) * len(width_spec.widths)  # the basis keeps its rank at every width
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
@@ -183,6 +221,44 @@ class BasisConv2d(ComposedConv2d):
         return filters, mix * scale, mix @ shift + (0 if coefficients.bias is None else coefficients.bias), groups
 
 
+class BasisLinear(ComposedLinear):
+    """Basis and coefficients in place of one linear layer, without a norm between them.
+
+    Shape: (..., I) -> (..., O).
+
+    State dict: ``filters.bank.*`` once per group, ``coefficients.weight`` (O, U + S) and ``coefficients.bias`` (O,).
+
+    Args: As of `BasisConv2d`.
+    """
+
+    def __init__(self, like: nn.Linear, bank: SharedBasis, layer: int, base: int, coefficients: Tensor) -> None:
+        super().__init__(like)
+        self.filters = BasisRows(like, bank, layer, base)
+        bias = None if like.bias is None else like.bias.detach()
+        self.coefficients = PlainLinear(plain_layer(nn.Linear, coefficients.shape[::-1], coefficients, bias))
+        self.adopt_widths(like)
+
+    @property
+    def rank(self) -> int:
+        """Rows of the basis, shared and unique."""
+        return self.filters.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one layer that computes the same."""
+        return self.coefficients.weight @ self.filters.weight
+
+    def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
+        return (self.rank,) * len(width_spec.widths)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """The plain layer that computes the same."""
+        coefficients = self.coefficients.fold()  # another technique may have replaced them
+        rows, _ = self.filters.active()
+        return plain_linear(self.filters, coefficients.weight @ rows, coefficients.bias).train(self.training)
+
+
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1 x 1 convolution with these weights, (O, I)."""
     return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
@@ -191,21 +267,24 @@ def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 @checked
 @dataclass(frozen=True, kw_only=True)
 class FilterBasis:
-    """Decompose convolutions over filter bases that layers of equal input share.
+    """Decompose layers over filter bases that those of equal input share.
 
     Layers with the same input channels and kernel form a group; their output channels and strides may differ.
 
     Args:
-        shared_rank: Filters per shared basis, S; 0 shares nothing and only decomposes.
-        unique_rank: Filters of each layer's own, U.
+        shared_rank: Filters per shared basis, S: an integer, or a ratio of the full rank, which is that of the group's widest layer.
+            0 shares nothing and only decomposes. With a ratio below 1, groups that would store more than before are left alone.
+        unique_rank: Filters of each layer's own, U: likewise.
         bases: Shared bases per group: with 2, layers alternate between them ("double shared").
-        rank_channels: Input channels that both ranks are meant for: groups with more get ranks in proportion, as the
+        rank_channels: Input channels that both ranks, as integers, are meant for: groups with more get ranks in proportion, as the
             authors' stages do. Default: all groups have the same ranks.
         lambda_r: Factor of the orthogonality penalty in training.
         unique_penalty: Whether the penalty covers unique filters (as the authors do on CIFAR-10, not elsewhere).
         init: "weights" starts from the nearest decomposition of the weights the layers have; "random" initialises as the
             paper does, with orthogonal shared bases.
+        alone: Decompose layers that no other layer can share with over S + U filters of their own, where that saves parameters.
         pointwise: Take 1 x 1 convolutions, too.
+        linear: Take linear layers, too; between their basis and coefficients there is no norm.
         whole: Share whole convolutions, as the paper does in bottleneck blocks: layers that agree in everything become one,
             whose filters are the basis. Ranks are not used then.
         family: Penalties are averaged over all bases of one family, and added over families.
@@ -217,16 +296,20 @@ class FilterBasis:
     Source: Kang & Kim, section 3.
     """
 
-    takes: ClassVar[str] = "k x k convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True)"
+    takes: ClassVar[str] = (
+        "convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True), and Linear with linear=True"
+    )
 
-    shared_rank: Rank = 16
-    unique_rank: Rank = 1
+    shared_rank: Rank | PositiveShare = 0.25
+    unique_rank: Rank | PositiveShare = 1
     bases: Literal[1, 2] = 1
     rank_channels: Channels | None = None
     lambda_r: Weight = 10.0
     unique_penalty: bool = True
     init: Literal["weights", "random"] = "weights"
-    pointwise: bool = False
+    alone: bool = True
+    pointwise: bool = True
+    linear: bool = True
     whole: bool = False
     family: str = ""
 
@@ -235,61 +318,99 @@ class FilterBasis:
             raise ConfigError("shared_rank=0 and unique_rank=0 leave no filters: set at least one of them above 0")
         if self.whole:
             check("bases", self.bases, Literal[1])
+        if self.rank_channels is not None and (isinstance(self.shared_rank, float) or isinstance(self.unique_rank, float)):
+            raise ConfigError("rank_channels scales integers: give both ranks as integers, or leave it out")
 
     def accepts(self, module: nn.Module) -> bool:
-        return is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))
+        if is_linear(module):
+            return self.linear and not self.whole and executed(module) is not None
+        if not (is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))):
+            return False
+        return self.whole or executed(module) is not None
 
-    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+    def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         if self.whole:
             return [group for group in group_by(sites, key=lambda site: signature(site.module)) if len(group) > 1]
-        groups = group_by(
-            sites, key=lambda site: (site.module.in_channels, site.module.kernel_size, site.module.weight.dtype)
-        )
-        needed = 1 if self.shared_rank == 0 else 2
-        groups = [group for group in groups if len(group) >= needed]
-        for group in groups:
-            shared, unique = self.ranks(group[0].module.in_channels)
-            rank = shared + unique
-            entries = group[0].module.weight[0].numel()
-            if rank > entries:
-                raise IncompatibleModelError(
-                    f"shared_rank + unique_rank = {rank} is larger than layer {group[0].name!r} allows: its filters have "
-                    f"{entries} entries. Lower shared_rank by at least {rank - entries}, or leave the layer out with select"
-                )
-        return groups
+        groups = group_by(sites, key=lambda site: (*geometry(site.module)[1:], site.module.weight.shape[1:]))
+        return [group for group in groups if self._is_worthwhile([site.module for site in group])]
 
-    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
-        """Layers of equal input, with shared ranks up to the number of entries of a filter."""
-        found: list[tuple[list[Site[nn.Conv2d]], list[Technique]]] = []
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
+        """Layers of equal input, with shared ranks up to what their filters span."""
+        found: list[tuple[list[Site[Layer]], list[Technique]]] = []
         for group in replace(self, shared_rank=1, unique_rank=0, rank_channels=None).group(sites):
-            most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group)) - self.unique_rank
+            most = min(group[0].module.weight[0].numel(), sum(len(site.module.weight) for site in group))
             found.append((group, [replace(self, shared_rank=rank, rank_channels=None) for rank in steps(1, most)]))
         return found
 
-    def ranks(self, in_channels: int) -> tuple[int, int]:
-        """Shared and unique rank of a group with this many input channels."""
-        if self.rank_channels is None:
-            return self.shared_rank, self.unique_rank
-        return self.shared_rank * in_channels // self.rank_channels, self.unique_rank * in_channels // self.rank_channels
+    def _is_worthwhile(self, layers: Sequence[Layer]) -> bool:
+        """Whether layers share, or at least become smaller where that is what the config asks for."""
+        shares = len(layers) > 1 or self.shared_rank == 0
+        if not shares and not self.alone:
+            return False
+        shared, unique = self.ranks(layers)
+        if shared + unique == 0:
+            return False
+        ratio = self.shared_rank or self.unique_rank
+        return isinstance(ratio, int) or ratio == 1 or stored(layers, shared, unique, self.bases) < dense(layers)
 
-    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        convs = [site.module for site in group]
+    def ranks(self, layers: Sequence[Layer]) -> tuple[int, int]:
+        """Shared and unique rank of a group: as asked for, but no more than its filters span; of a layer that shares with no
+        other, all are unique, and no more than make it smaller."""
+        entries, outs = layers[0].weight[0].numel(), [len(layer.weight) for layer in layers]
+        full = min(entries, max(outs))
+        shared, unique = (self._rank(rank, full, layers[0]) for rank in (self.shared_rank, self.unique_rank))
+        if len(layers) == 1 and shared:
+            is_full = isinstance(self.shared_rank, float) and self.shared_rank == 1
+            smaller = full if is_full else (entries * outs[0] - 1) // (entries + outs[0] + 2)
+            return 0, min(shared + unique, smaller)
+        shared = min(shared, entries, max(sum(outs[base :: self.bases]) for base in range(self.bases)))
+        return shared, min(unique, entries - shared, max(outs))
+
+    def _rank(self, rank: int | float, full: int, layer: Layer) -> int:
+        if isinstance(rank, float):
+            return max(1, int(full * rank))
+        if self.rank_channels is None or isinstance(layer, nn.Linear):
+            return rank
+        return rank * layer.in_channels // self.rank_channels
+
+    def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
         if self.whole:  # one convolution for all: the nearest to the weights they have, or orthogonal
-            common = SharedBasisConv2d(convs[0], self.lambda_r, self.family)
+            convs = [site.module for site in group]
+            common = SharedBasisConv2d(convs[0], self.lambda_r, self.family)  # type: ignore[arg-type]
             set_to_mean(common, convs)
             if self.init == "random":
                 nn.init.orthogonal_(common.weight)
             return [(conv, common) for conv in convs]
-        weights = [conv.weight.detach() for conv in convs]  # each (O, I, kh, kw)
+        layers = [executed(site.module) for site in group]
+        weights = [layer.weight.detach() for layer in layers if layer is not None]  # each (O, I, kh, kw) or (O, I)
         fit = fitted if self.init == "weights" else fresh
-        shared, unique, coefficients = fit(weights, *self.ranks(convs[0].in_channels), self.bases)
+        ranks = self.ranks([site.module for site in group])
+        bases = self.bases if ranks[0] else 1
+        shared, unique, coefficients = fit(weights, *ranks, bases)
         shape = weights[0].shape[1:]
         shared, unique = shared.view(*shared.shape[:2], *shape), unique.view(*unique.shape[:2], *shape)
         bank = SharedBasis(shared, unique, self.lambda_r, self.unique_penalty, self.family)
-        return [
-            (conv, BasisConv2d(conv, bank, layer, layer % self.bases, coefficients[layer]))
-            for layer, conv in enumerate(convs)
-        ]
+        pairs: list[Replacement] = []
+        for index, (site, layer) in enumerate(zip(group, layers, strict=True)):
+            base, rows = index % bases, coefficients[index]
+            if isinstance(layer, nn.Linear):
+                gain = (1 + nn.BatchNorm2d(1).eps) ** 0.5  # for a norm that it does not have
+                pairs.append((site.module, BasisLinear(layer, bank, index, base, rows / gain)))
+            elif layer is not None:
+                pairs.append((site.module, BasisConv2d(layer, bank, index, base, rows)))
+        return pairs
+
+
+def stored(layers: Sequence[Layer], shared: int, unique: int, bases: int) -> int:
+    """Weights of a group with these ranks: filters, norms and coefficients."""
+    entries, norm = layers[0].weight[0].numel(), 0 if isinstance(layers[0], nn.Linear) else 2
+    filters = (bases * shared + len(layers) * unique) * entries
+    return filters + (shared + unique) * sum(len(layer.weight) + norm for layer in layers)
+
+
+def dense(layers: Sequence[Layer]) -> int:
+    """Weights of the layers as they are."""
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def fitted(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -330,19 +451,6 @@ def fresh(weights: Sequence[Tensor], shared: int, unique: int, bases: int) -> tu
     return common.view(bases, shared, size).to(like), own.flatten(2).to(like), coefficients
 
 
-def leading_directions(rows: Tensor, rank: int) -> Tensor:
-    """Orthonormal directions (rank, n) that carry most of the energy of ``rows`` (m, n), by the smaller Gram matrix."""
-    matrix = rows.double()
-    if matrix.shape[0] < matrix.shape[1]:
-        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]  # (m, at most m)
-        spanned = F.pad(matrix.T @ vectors, (0, rank - vectors.shape[1]))  # zeros: any directions orthogonal to the others
-        directions = torch.linalg.qr(spanned).Q
-    else:
-        directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
-    found: Tensor = directions.T.to(rows).contiguous()
-    return found
-
-
 EXAMPLES = (  # per layer: r unique and shared filters of 8 x 9 entries, a norm, 8 x r coefficients and a bias
     Example(
         config=FilterBasis(shared_rank=16),
@@ -361,6 +469,7 @@ EXAMPLES = (  # per layer: r unique and shared filters of 8 x 9 entries, a norm,
 def full_capacity(layers: int, entries: int) -> list[FilterBasis]:
     return [
         FilterBasis(shared_rank=entries, unique_rank=0),
+        FilterBasis(shared_rank=1.0, unique_rank=1.0),
         FilterBasis(shared_rank=entries, unique_rank=0, bases=2),
         FilterBasis(shared_rank=entries // 2, unique_rank=entries // 2),
     ]

@@ -8,19 +8,22 @@ Source: Savarese & Maire, Learning Implicitly Recurrent CNNs Through Parameter S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.arguments import Channels, Padding, PositiveShare, Sides, Steps, Templates, checked
+from thriftnet.arguments import Channels, KernelSide, Padding, PositiveShare, Steps, Templates, checked
 from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
 from thriftnet.core.convert import tie
+from thriftnet.core.kinds import Kind
+from thriftnet.core.linear import GeneratedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.technique import Example, Technique, steps
 from thriftnet.core.tied import Tied, set_to_mean
@@ -28,6 +31,12 @@ from thriftnet.errors import IncompatibleModelError
 from thriftnet.kernels.bank import Mixer, alone
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.memory import needs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Layer: TypeAlias = Convolution | nn.Linear
+AnySides: TypeAlias = Annotated[KernelSide | tuple[KernelSide, ...], "an integer from 1 to 1,024, or some"]
 
 
 @checked
@@ -38,18 +47,19 @@ class TemplateBank(Tied):
         num_templates: Number of templates ``T``.
         in_planes: Input channels per group ``I`` of the convolutions served.
         out_planes: Output channels ``O``.
-        kernel_size: Side of the square kernels ``k``, or ``(kh, kw)``.
+        kernel_size: Side of the square kernels ``k``, or ``(kh, kw)``; ``(k,)`` of one-dimensional ones, and ``()`` of linear
+            layers.
 
-    State dict: ``templates`` (T, O, I, kh, kw).
+    State dict: ``templates`` (T, O, I, kh, kw); of linear layers (T, O, I).
     """
 
     transient = (*Tied.transient, "mixer")
 
-    def __init__(self, num_templates: Templates, in_planes: Channels, out_planes: Channels, kernel_size: Sides) -> None:
+    def __init__(self, num_templates: Templates, in_planes: Channels, out_planes: Channels, kernel_size: AnySides) -> None:
         super().__init__()
-        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        needs(4 * num_templates * in_planes * out_planes * kh * kw, "a bank of these sizes")
-        self.templates = nn.Parameter(torch.empty(num_templates, out_planes, in_planes, kh, kw))  # (T, O, I, kh, kw)
+        sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        needs(4 * num_templates * in_planes * out_planes * math.prod(sides), "a bank of these sizes")
+        self.templates = nn.Parameter(torch.empty(num_templates, out_planes, in_planes, *sides))  # (T, O, I, kh, kw)
         for template in self.templates.detach():
             nn.init.kaiming_normal_(template)
 
@@ -63,12 +73,60 @@ class TemplateBank(Tied):
         return Mixer()
 
     def extra_repr(self) -> str:
-        templates, outs, ins, kh, kw = self.templates.shape
-        return f"{templates}, {ins}, {outs}, kernel_size=({kh}, {kw})"
+        templates, outs, ins, *sides = self.templates.shape
+        return f"{templates}, {ins}, {outs}, kernel_size={tuple(sides)}"
+
+
+class Mixed(Kind):
+    """A layer whose weight is mixed from a bank."""
+
+    no_decay = ("coefficients",)  # section 4: trained without weight decay
+
+    @classmethod
+    def replacing(cls, like: Layer, bank: TemplateBank, coefficients: Tensor) -> Self:
+        """The layer that replaces ``like``, with its geometry, bias and widths."""
+        layer = cls.__new__(cls)
+        layer._replace(like, bank, coefficients)
+        return layer
+
+    def _replace(self, like: Layer, bank: TemplateBank, coefficients: Tensor) -> None:
+        super().__init__(like)
+        self.bank = bank
+        self.coefficients = nn.Parameter(coefficients)  # (T,)
+        bank.mixer.join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.bank.mixer.join(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The mix."""
+        if torch.compiler.is_compiling():  # one operation in the graph
+            return self.bank.mix(self.coefficients)
+        return self.bank.mixer.weight(self, self.bank.templates)
+
+    def kernel_choice(self, x: Tensor) -> KernelChoice:
+        """Which implementation computes the weight now."""
+        return self.bank.mixer.choose(self, self.bank.templates)
+
+    @property
+    def generation_macs(self) -> int:
+        """Multiply-accumulates that mixing takes, per forward."""
+        return self.bank.templates.numel()
+
+
+class SLinear(Mixed, GeneratedLinear):  # type: ignore[override]
+    """A linear layer whose weight is mixed from a bank.
+
+    Shape: as `nn.Linear`.
+
+    State dict: ``coefficients`` (T,), ``bias`` (O,), ``bank.templates`` under the bank's first name only.
+    """
 
 
 @checked
-class SConv2d(GeneratedConv2d):
+class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[override]
     """A convolution whose filters are mixed from a bank.
 
     Its coefficients start as a random direction of length 1, so that mixed filters have the templates' variance.
@@ -86,8 +144,6 @@ class SConv2d(GeneratedConv2d):
 
     State dict: ``coefficients`` (T,), ``bias`` (O,), ``bank.templates`` under the bank's first name only.
     """
-
-    no_decay = ("coefficients",)  # section 4: trained without weight decay
 
     def __init__(
         self,
@@ -107,95 +163,87 @@ class SConv2d(GeneratedConv2d):
         if bias:
             self.bias = nn.Parameter(bank.templates.new_zeros(outs))
 
-    @classmethod
-    def replacing(cls, conv: Convolution, bank: TemplateBank, coefficients: Tensor) -> SConv2d:
-        """The layer that replaces ``conv``, with its geometry, bias and widths."""
-        layer = cls.__new__(cls)
-        layer._replace(conv, bank, coefficients)
-        return layer
-
-    def _replace(self, like: Convolution, bank: TemplateBank, coefficients: Tensor) -> None:
-        super().__init__(like)
-        self.bank = bank
-        self.coefficients = nn.Parameter(coefficients)  # (T,)
-        bank.mixer.join(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.bank.mixer.join(self)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        if torch.compiler.is_compiling():  # one operation in the graph
-            return self.bank.mix(self.coefficients)
-        return self.bank.mixer.weight(self, self.bank.templates)
-
-    def kernel_choice(self, x: Tensor) -> KernelChoice:
-        """Which implementation computes the weight now."""
-        return self.bank.mixer.choose(self, self.bank.templates)
-
-    @property
-    def generation_macs(self) -> int:
-        return self.bank.templates.numel()
-
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class SoftSharing:
-    """Share templates among the convolutions of equal geometry.
+    """Share templates among the layers of equal geometry.
 
     Args:
-        templates: Templates per bank. With as many as a group has layers the function is unchanged; fewer save
-            parameters in proportion. Groups with fewer layers than that are left alone.
+        templates: Templates per bank: an integer, or a ratio of the layers in the group. With as many as a group has layers the
+            function is unchanged; fewer save parameters in proportion. Groups with fewer layers than that are left alone, and with a
+            ratio below 1 those in which a bank saves nothing.
         init: "weights" fits templates and coefficients to the weights the layers have, in the least-squares sense;
             "random" initialises as the paper does: Kaiming templates, orthogonal coefficients.
         pointwise: Take 1 x 1 convolutions, too.
+        linear: Take linear layers, too.
 
     Example:
         >>> SoftSharing(templates=2)
-        SoftSharing(templates=2, init='weights', pointwise=False)
+        SoftSharing(templates=2, init='weights', pointwise=True, linear=True)
 
     Source: Savarese & Maire, section 3.
     """
 
-    takes: ClassVar[str] = "k x k convolutions with a weight of their own (1 x 1 only with pointwise=True)"
+    takes: ClassVar[str] = (
+        "convolutions with a weight of their own (1 x 1 unless pointwise=False), and Linear (unless linear=False)"
+    )
 
-    templates: Templates = 4
+    templates: Templates | PositiveShare = 0.5
     init: Literal["weights", "random"] = "weights"
-    pointwise: bool = False
+    pointwise: bool = True
+    linear: bool = True
 
     def accepts(self, module: nn.Module) -> bool:
+        if is_linear(module):
+            return self.linear
         return is_convolution(module) and (self.pointwise or not is_pointwise(module))
 
-    def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
+    def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         groups = group_by(sites, key=lambda site: geometry(site.module))
-        shareable = [group for group in groups if len(group) >= max(2, self.templates)]
+        shareable = [group for group in groups if self._can_share(group)]
         if groups and not shareable:
-            largest = max(groups, key=len)
-            names = ", ".join(repr(site.name) for site in largest[:3])
-            way_out = f"Use templates < {len(largest)} to save parameters" if len(largest) > 1 else "Select other layers"
-            raise IncompatibleModelError(
-                f"templates={self.templates} is too many: the largest group of equal layers has {len(largest)} ({names}, ...), "
-                f"and a bank serves at least 2 layers, with no more templates than layers. {way_out}"
-            )
+            raise self._refusal(max(groups, key=len))
         return shareable
 
-    def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
+    def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
         """Layers of equal geometry, with every number of templates."""
         groups = group_by(sites, key=lambda site: geometry(site.module))
         return [(group, [replace(self, templates=t) for t in steps(1, len(group) - 1)]) for group in groups]
 
-    def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
-        weights = torch.stack([site.module.weight.detach() for site in group])  # (L, O, I, kh, kw)
-        _, outs, ins, kh, kw = weights.shape
-        bank = TemplateBank(self.templates, ins, outs, (kh, kw)).to(weights)
+    def count(self, layers: int) -> int:
+        """Templates of a bank that serves so many layers."""
+        return self.templates if isinstance(self.templates, int) else max(1, int(layers * self.templates))
+
+    def _can_share(self, group: Sequence[Site[Layer]]) -> bool:
+        layers, templates, entries = len(group), self.count(len(group)), group[0].module.weight.numel()
+        saves = templates * (entries + layers) < layers * entries
+        return layers >= max(2, templates) and (saves or self.templates == 1.0 or isinstance(self.templates, int))
+
+    def _refusal(self, largest: Sequence[Site[Layer]]) -> IncompatibleModelError:
+        size, names = len(largest), ", ".join(repr(site.name) for site in largest[:3])
+        if size < 2:
+            return IncompatibleModelError(
+                "a bank serves at least 2 layers, but no two layers have the same geometry. LowRank() makes each layer small by itself"
+            )
+        return IncompatibleModelError(
+            f"templates={self.templates} is too many: the largest group of equal layers has {size} ({names}, ...), "
+            f"and a bank serves at least 2 layers, with no more templates than layers. Use templates < {size} to save parameters"
+        )
+
+    def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
+        weights = torch.stack([site.module.weight.detach() for site in group])  # (L, O, I, kh, kw) or (L, O, I)
+        templates = self.count(len(group))
+        outs, ins, *sides = weights.shape[1:]
+        bank = TemplateBank(templates, ins, outs, tuple(sides)).to(weights)
         if self.init == "weights":
-            templates, coefficients = best_fit(weights, self.templates)
-            bank.templates.data.copy_(templates)
+            fitted, coefficients = best_fit(weights, templates)
+            bank.templates.data.copy_(fitted)
         else:
-            coefficients = nn.init.orthogonal_(torch.empty(len(group), self.templates)).to(weights)
+            coefficients = nn.init.orthogonal_(torch.empty(len(group), templates)).to(weights)
+        kind = SLinear if isinstance(group[0].module, nn.Linear) else SConv2d
         rows = zip(group, coefficients, strict=True)
-        return [(site.module, SConv2d.replacing(site.module, bank, row.clone())) for site, row in rows]
+        return [(site.module, kind.replacing(site.module, bank, row.clone())) for site, row in rows]
 
 
 def best_fit(weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -256,7 +304,7 @@ def recurrences(model: nn.Module, threshold: PositiveShare = 0.99) -> list[list[
     """
     found: list[list[str]] = []
     for layers in _layers_of_banks(model).values():
-        loops: list[list[tuple[str, SConv2d]]] = []
+        loops: list[list[tuple[str, Mixed]]] = []
         for name, layer in layers:
             scores = [min(agreement(layer, other) for _, other in loop) for loop in loops]
             best = max(range(len(scores)), key=scores.__getitem__, default=-1)
@@ -291,19 +339,19 @@ def fold_recurrence(model: nn.Module, threshold: PositiveShare = 0.99) -> nn.Mod
     return tied
 
 
-def agreement(one: SConv2d, other: SConv2d) -> float:
+def agreement(one: Mixed, other: Mixed) -> float:
     """How nearly two layers are the same layer, in [-1, 1]; 0 for layers that cannot be one module."""
-    if signature(one) != signature(other):
+    if signature(one) != signature(other):  # type: ignore[arg-type]  # a convolution or linear layer
         return 0.0
     a, b = one.coefficients.detach().double(), other.coefficients.detach().double()
     return float(2 * a.dot(b) / (a.dot(a) + b.dot(b)).clamp_min(1e-300))
 
 
-def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, SConv2d]]]:
-    banks: dict[int, tuple[str, list[tuple[str, SConv2d]]]] = {}
+def _layers_of_banks(model: nn.Module) -> dict[str, list[tuple[str, Mixed]]]:
+    banks: dict[int, tuple[str, list[tuple[str, Mixed]]]] = {}
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, TemplateBank)}
     for name, module in model.named_modules():
-        if isinstance(module, SConv2d):
+        if isinstance(module, Mixed):
             banks.setdefault(id(module.bank), (names[id(module.bank)], []))[1].append((name, module))
     if not banks:
         raise IncompatibleModelError(f"{type(model).__name__} has no template bank: convert it with SoftSharing(...) first")

@@ -101,7 +101,7 @@ class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
     """A convolution with the fused weight of several."""
 
 
-class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override]
+class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override, misc]
     """A linear layer with the fused weight of several."""
 
 
@@ -114,8 +114,7 @@ class WeightSharing:
     Depthwise convolutions and norms keep their own, as in the paper.
 
     Args:
-        rate: Layers per group. A network none of whose sets of equal layers it divides is refused; where it divides
-            some, the last layers of the others keep their own weight.
+        rate: Layers per group. Where it does not divide a set of equal layers, the last layers of the set keep their own weight.
         mapping: Which layers form a group: neighbours ("sequential"), every n-th ("strided") or "random".
         distribution: Which part of the depth shares: all of it ("uniform"), or the "front", "middle" or "back".
         fusion: How the weights that the layers have become one. The weighted means train a factor per layer, or per
@@ -126,7 +125,8 @@ class WeightSharing:
             fusion); `fold` bakes the result in.
         groups: Layers that share, as lists of names or of indices in depth; overrides rate and mapping.
         depthwise: Let depthwise convolutions share, too.
-        linear: Let linear layers share, too, as those in the blocks of a vision transformer.
+        linear: Let linear layers share, too, as those in the blocks of a vision transformer. Default: in networks where no
+            convolutions can share.
 
     Example:
         >>> WeightSharing(rate=2, mapping="strided")
@@ -136,7 +136,7 @@ class WeightSharing:
     """
 
     takes: ClassVar[str] = (
-        "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear with linear=True"
+        "convolutions with a weight of their own (depthwise ones only with depthwise=True), and Linear (unless linear=False)"
     )
 
     rate: Depth = 2
@@ -148,7 +148,7 @@ class WeightSharing:
     trained: bool = False
     groups: Annotated[tuple[tuple[str | Index, ...], ...], WORDS] | None = None
     depthwise: bool = False
-    linear: bool = False
+    linear: bool | None = None
 
     def __post_init__(self) -> None:
         if self.groups is not None and not all(len(group) > 1 for group in self.groups):
@@ -162,25 +162,34 @@ class WeightSharing:
     def accepts(self, module: nn.Module) -> bool:
         if is_convolution(module):
             return self.depthwise or not is_depthwise(module)
-        return self.linear and is_linear(module)
+        return self.linear is not False and is_linear(module)
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
+        convs = [site for site in sites if not isinstance(site.module, nn.Linear)]
         if self.groups is not None:
-            return _named_groups(sites, self.groups)
-        equal = [self._part(layers) for layers in group_by(sites, key=lambda site: signature(site.module))]
-        shareable = [layers for layers in equal if len(layers) >= self.rate]
-        if (shareable and not any(len(layers) % self.rate == 0 for layers in shareable)) or (equal and not shareable):
-            raise self._indivisible(equal)
+            return _named_groups(sites, convs if self.linear is None and convs else sites, self.groups)
+        if self.linear is None and convs and (groups := self._groups(convs)):
+            return groups
+        groups = self._groups(sites)
+        if sites and not groups:
+            raise self._too_large(sites)
+        return groups
+
+    def _groups(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
+        """Layers that share: of each set of equal ones, as many as the rate divides."""
         groups: list[list[Site[Layer]]] = []
-        for layers in shareable:
+        for equal in group_by(sites, key=lambda site: signature(site.module)):
+            layers = self._part(equal)
             depth = len(layers) - len(layers) % self.rate
             slot = dict(zip((site.name for site in layers), shared_index(depth, self.rate, self.mapping, self.seed or 0)))
             groups += group_by(layers[:depth], key=lambda site: slot[site.name])
         return groups
 
     def choices(self, sites: Sequence[Site[Layer]]) -> list[tuple[list[Site[Layer]], list[Technique]]]:
-        """Equal layers, with every rate that divides them."""
-        groups = group_by(sites, key=lambda site: signature(site.module))
+        """Equal layers, with every rate that divides them: convolutions, or linear layers where the config takes those."""
+        convs = [site for site in sites if not isinstance(site.module, nn.Linear)]
+        only = self.linear is None and convs and replace(self, rate=2)._groups(convs)
+        groups = group_by(convs if only else sites, key=lambda site: signature(site.module))
         return [
             (group, [replace(self, rate=rate) for rate in range(2, len(group) + 1) if len(group) % rate == 0])
             for group in groups
@@ -194,14 +203,20 @@ class WeightSharing:
         start = {"front": 0, "middle": (len(layers) - length) // 2, "back": len(layers) - length}[self.distribution]
         return layers[start : start + length]
 
-    def _indivisible(self, equal: list[list[Site[Layer]]]) -> IncompatibleModelError:
-        largest = max(equal, key=len)
-        size = len(largest)
-        rates = [rate for rate in range(2, size + 1) if size % rate == 0]
-        where = f" (from {largest[0].name!r})" if largest else ""
+    def _too_large(self, sites: Sequence[Site[Layer]]) -> IncompatibleModelError:
+        largest = max((self._part(equal) for equal in group_by(sites, key=lambda site: signature(site.module))), key=len)
+        if len(largest) < 2:
+            part = (
+                ""
+                if self.distribution == "uniform"
+                else f" in the part of the depth that distribution={self.distribution!r} takes"
+            )
+            return IncompatibleModelError(
+                f"{len(sites)} layers could share, but no two of them are equal{part}. LowRank() makes each layer small by itself"
+            )
         return IncompatibleModelError(
-            f"rate={self.rate} divides no set of equal layers: the largest{where} has {size}. "
-            f"Expected one of {', '.join(map(str, rates)) or 'none'}; or say which layers share with groups=[...]"
+            f"rate={self.rate} is too large: the largest set of equal layers (from {largest[0].name!r}) has {len(largest)}. "
+            f"Use a rate of at most {len(largest)}"
         )
 
     def build(self, group: Sequence[Site[Layer]]) -> list[Replacement]:
@@ -237,21 +252,23 @@ def shared_index(depth: int, rate: int, mapping: str = "sequential", seed: int =
     return [slots[place] for place in order]
 
 
-def _named_groups(sites: Sequence[Site[Layer]], wanted: Sequence[Sequence[str | int]]) -> list[list[Site[Layer]]]:
-    """Groups by names or indices; each layer is in one group, with layers of its geometry."""
+def _named_groups(
+    sites: Sequence[Site[Layer]], indexed: Sequence[Site[Layer]], wanted: Sequence[Sequence[str | int]]
+) -> list[list[Site[Layer]]]:
+    """Groups by names, or by indices into ``indexed``; each layer is in one group, with layers of its geometry."""
     by_name = {name: site for site in sites for name in site.names}
     groups: list[list[Site[Layer]]] = []
     used: set[str] = set()
     for keys in wanted:
         groups.append([])
         for key in keys:
-            if isinstance(key, int) and not 0 <= key < len(sites):
+            if isinstance(key, int) and not 0 <= key < len(indexed):
                 raise ConfigError(
-                    f"groups names layer {key}, but there are {len(sites)} layers that can share (0 to {len(sites) - 1})"
+                    f"groups names layer {key}, but there are {len(indexed)} layers that can share (0 to {len(indexed) - 1})"
                 )
             if isinstance(key, str) and key not in by_name:
                 raise unknown_name("layer in groups", key, by_name)
-            site = sites[key] if isinstance(key, int) else by_name[key]
+            site = indexed[key] if isinstance(key, int) else by_name[key]
             if site.name in used:
                 raise ConfigError(f"groups names layer {site.name!r} twice: name each layer once")
             first = groups[-1][0] if groups[-1] else site
