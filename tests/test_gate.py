@@ -114,11 +114,16 @@ class Counts(nn.Module):
         return self.head(x.mean((2, 3)).reshape(-1, 8))
 
 
-def test_a_gate_for_a_network_that_cannot_run_narrow_is_refused() -> None:
-    with pytest.raises(tn.IncompatibleModelError, match=r"Counts does not run at width 0\.5 after a front of full width"):
-        tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0), gate="stage"))
-    with pytest.raises(tn.IncompatibleModelError, match=r"does not fit Counts: .* at width 0\.5"):
-        tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0)))
+def test_channels_that_the_code_counts_stay_whole_behind_a_gate() -> None:
+    """A reshape that leaves the number of images open would halve it, silently."""
+    x = torch.randn(3, 3, 8, 8)
+    for model in (
+        tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0), gate="stage")),
+        tn.add_gate(tn.convert(Counts(), tn.Slimmable(widths=(0.5, 1.0))), "stage"),
+    ):
+        set_width(model, 0.5)
+        assert (model.rest(model.stage(model.stem(x))).shape[1], model(x).shape) == (8, (3, 4))
+        assert tn.freeze(model, 0.5).rest.in_channels == 4
 
 
 def test_the_front_is_whole_at_every_width_and_the_rest_narrows() -> None:

@@ -286,8 +286,8 @@ def test_statistics_exist_once_for_each_distinct_width(tiny: nn.Module) -> None:
 def test_bn_sets_of_a_norm() -> None:
     width_spec = WidthSpec(("0", "1", "2", "largest"), (4, 4, 4, 8), (4, 4, 4, 8), (0, 0, 0, 1))
     assert [width_spec.bn_set(index) for index in (0, 2, 3, -1)] == [0, 0, 1, 1]
-    assert width_spec.narrower_bn_sets() == {0: 4}
-    assert WidthSpec((0.5, 1.0), (2, 4), (2, 4)).narrower_bn_sets() == {0: 2}
+    assert width_spec.narrower_bn_sets() == {0: 2}, "the index of a sub-network that uses the set"
+    assert WidthSpec((0.5, 1.0), (2, 4), (2, 4)).narrower_bn_sets() == {0: 0}
 
 
 def test_recalibration_reaches_all_sub_networks(tiny: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -49,10 +49,9 @@ class Composed(Tied, WidthAware):
         inner = () if width_spec is None else self.inner_channels(width_spec)
         for layer in layers:
             ins, outs = layer is layers[0], layer is layers[-1]
-            layer.set_width_spec(
-                width_spec
-                and replace(width_spec, ins=width_spec.ins if ins else inner, outs=width_spec.outs if outs else inner)
-            )
+            changes: dict[str, Any] = {} if ins else {"ins": inner, "in_runs": ()}
+            changes |= {} if outs else {"outs": inner, "out_runs": ()}
+            layer.set_width_spec(width_spec and replace(width_spec, **changes))
 
     def set_width_index(self, index: int) -> None:
         super().set_width_index(index)

@@ -76,10 +76,10 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         weight, bias = self.weight, self.bias
         if self.width_spec is None:
             return weight, bias, self.groups
-        ins, outs = self.active_ins(self.in_channels), self.active_outs(self.out_channels)
-        per_group = self.in_channels // self.groups
-        groups = self.groups if self.groups == 1 else ins // per_group
-        return weight[:outs, : ins // groups], None if bias is None else bias[:outs], groups
+        spec, index = self.width_spec, self.width_index
+        groups = self.groups if self.groups == 1 else spec.ins[index] // (self.in_channels // self.groups)
+        weight = spec.take_outs(weight if self.groups > 1 else spec.take_ins(weight, index, 1), index)
+        return weight, None if bias is None else spec.take_outs(bias, index), groups
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.kind is not None:

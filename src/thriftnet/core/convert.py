@@ -121,7 +121,8 @@ def _prepare(
         pairs = config.build(group)
         _freeze_alike(pairs)
         for old, new in pairs:
-            replaced.append((old, new.train(old.training)))
+            new.train(old.training)  # which may return nothing
+            replaced.append((old, new))
             in_group = number if id(old) in members else None
             error = relative_error(old, new)
             rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
@@ -164,12 +165,14 @@ def _planned_groups(model: nn.Module, planned: Plan) -> tuple[Technique, list[li
             )
         wanted.add(id(modules[name]))
     if requires_all_layers(config):
-        for site in sites(model, lambda _, module: config.accepts(module)):
-            if id(site.module) not in wanted:
-                raise IncompatibleModelError(
-                    f"the plan was made for another network: {format_spec(config)} must take every layer, "
-                    f"but the plan leaves out {site.name!r}. Make a new plan"
-                )
+        groups = config.group(_accepted(model, config, None))
+        missing = [site.name for group in groups for site in group if id(site.module) not in wanted]
+        if missing:
+            raise IncompatibleModelError(
+                f"the plan was made for another network: {format_spec(config)} must take every layer, "
+                f"but the plan leaves out {missing[0]!r}. Make a new plan"
+            )
+        return config, groups
     by_module = {id(site.module): site for site in sites(model, lambda _, module: id(module) in wanted)}
     return config, [[by_module[id(modules[name])] for name in group] for group in planned.groups]
 
@@ -216,7 +219,8 @@ def _check_whole(model: nn.Module, technique: Technique, found: Sequence[Site[nn
     taken = {id(inner) for site in found for inner in site.module.modules()}
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))
-        if owns and id(module) not in taken:
+        inner = any(True for child in module.children() for _ in child.parameters())  # then it is changed with its layers
+        if owns and not inner and id(module) not in taken:
             raise _refusal(technique, name, module)
     for site in found:
         if chosen is not None and not any(chosen(name, site.module) for name in site.names):
@@ -240,11 +244,13 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
     """(name, reason) of each convolution that is not converted."""
     want, ties = selection(model, select), parameter_ties(model)
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
-    left = []
+    left, every = [], requires_all_layers(technique)
     for name, module in model.named_modules():
-        if id(module) in taken or not isinstance(module, Convolution):
+        if id(module) in taken or not isinstance(module, Layer if every else Convolution):
             continue
-        if not want(name, module):
+        if every:
+            reason = technique.why_left(model, name) if hasattr(technique, "why_left") else "in no group of layers"
+        elif not want(name, module):
             reason = "not selected" if select is not None else "the stem or the classifier"
         elif id(module) in ties:
             reason = "{!r} is one parameter with {!r}: new layers would not share it".format(*ties[id(module)])
@@ -278,7 +284,7 @@ def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     if any(parameter.is_meta for parameter in (*old.parameters(), *new.parameters())):
         return None
     folded = new.fold() if is_foldable(new) else new
-    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)):
+    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)) or old.weight.shape != folded.weight.shape:
         return None
     wide = torch.complex128 if old.weight.is_complex() else torch.float64
     if old.weight.shape != folded.weight.shape:

@@ -53,8 +53,11 @@ class GeneratedLinear(Kind, Tied, WidthAware, nn.Linear):
 
     def active(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias at the selected width."""
-        ins, outs, bias = self.active_ins(self.in_features), self.active_outs(self.out_features), self.bias
-        return self.weight[:outs, :ins], None if bias is None else bias[:outs]
+        weight, bias, spec = self.weight, self.bias, self.width_spec
+        if spec is not None:
+            weight = spec.take_outs(spec.take_ins(weight, self.width_index, 1), self.width_index)
+            bias = None if bias is None else spec.take_outs(bias, self.width_index)
+        return weight, bias
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kind is not None and self.width_spec is None:

@@ -44,11 +44,11 @@ class PlainNorm(Tied, WidthAware):
 
     def active(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias at the selected width."""
-        if self.width_spec is None:
+        spec = self.width_spec
+        if spec is None or self.weight is None:
             return self.weight, self.bias
-        channels = self.active_sizes()[-1]
-        weight, bias = self.weight, self.bias
-        return None if weight is None else weight[:channels], None if bias is None else bias[:channels]
+        weight = spec.take_outs(self.weight, self.width_index)
+        return weight, None if self.bias is None else spec.take_outs(self.bias, self.width_index)
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running statistics of the selected width."""
@@ -59,8 +59,9 @@ class PlainNorm(Tied, WidthAware):
         """The plain norm that computes the same, at the selected width."""
         sizes = self.active_sizes()
         norm = self.plain(*sizes, **_options(self))
-        state = {"weight": self.weight, "bias": self.bias, **self.statistics()}
-        norm.load_state_dict({name: _first(value, sizes[-1]) for name, value in state.items() if value is not None})
+        statistics = {name: _first(value, sizes[-1]) for name, value in self.statistics().items()}
+        state = {**dict(zip(("weight", "bias"), self.active(), strict=True)), **statistics}
+        norm.load_state_dict({name: value for name, value in state.items() if value is not None})
         return norm.train(self.training)
 
 
@@ -82,21 +83,13 @@ class PlainBatchNorm2d(PlainNorm, nn.BatchNorm2d):
 
     def set_width_spec(self, width_spec: WidthSpec | None) -> None:
         super().set_width_spec(width_spec)
-        for name in [name for name in self._buffers if name not in STATISTICS]:
-            delattr(self, name)  # statistics of former widths
-        if width_spec is None or self.running_mean is None:
-            return
-        for bn_set, channels in width_spec.narrower_bn_sets().items():
-            for name in STATISTICS:
-                self.register_buffer(f"{name}_{bn_set}", _first(self.get_buffer(name), channels).clone())
+        add_statistics(self, width_spec)
 
     def statistics(self) -> dict[str, Tensor | None]:
         """Running mean, variance and batch count of the selected width."""
         if self.running_mean is None:
             return dict.fromkeys(STATISTICS)
-        spec, suffix = self.width_spec, ""
-        if spec is not None and spec.bn_set(self.width_index) != spec.bn_set(-1):
-            suffix = f"_{spec.bn_set(self.width_index)}"
+        suffix = statistics_suffix(self.width_spec, self.width_index)
         return {name: getattr(self, name + suffix) for name in STATISTICS}
 
     def active_sizes(self) -> tuple[int, ...]:
@@ -152,6 +145,31 @@ class PlainLayerNorm(PlainNorm, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.layer_norm(input, self.active_sizes(), *self.active(), self.eps)
+
+
+@torch.no_grad()
+def add_statistics(norm: nn.modules.batchnorm._BatchNorm, width_spec: WidthSpec | None) -> None:
+    """Give a batch norm statistics for each width that is narrower than the widest, and remove those of former widths."""
+    for name in [name for name in norm._buffers if name not in STATISTICS and name.startswith(STATISTICS)]:
+        delattr(norm, name)
+    if width_spec is None or norm._buffers["running_mean"] is None:
+        return
+    for bn_set, index in width_spec.narrower_bn_sets().items():
+        for name in STATISTICS:
+            values = norm.get_buffer(name)
+            norm.register_buffer(
+                f"{name}_{bn_set}", (width_spec.take_outs(values, index) if values.ndim else values).clone()
+            )
+    if width_spec.out_runs:  # the widest set is updated in place: its values come first, whichever the channels are
+        for name in ("running_mean", "running_var"):
+            taken = width_spec.take_outs(norm.get_buffer(name), -1).clone()
+            norm.get_buffer(name)[: len(taken)] = taken
+
+
+def statistics_suffix(width_spec: WidthSpec | None, index: int) -> str:
+    """Behind the names of a batch norm's statistics for a width; "" for the widest."""
+    narrower = width_spec is not None and width_spec.bn_set(index) != width_spec.bn_set(-1)
+    return f"_{width_spec.bn_set(index)}" if width_spec is not None and narrower else ""
 
 
 def _first(tensor: T, channels: int) -> T:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
@@ -45,7 +46,8 @@ def on_meta(model: nn.Module, others: Iterable[Tensor] = (), memo: dict[int, Any
         memo: Receives each tensor's copy by the id of the tensor.
     """
     memo = {} if memo is None else memo
-    for tensor in (*model.parameters(), *model.buffers(), *others):
+    kept = [leaf for module in model.modules() for leaf in tree_leaves(dict(vars(module))) if isinstance(leaf, Tensor)]
+    for tensor in (*kept, *others):  # parameters, buffers, and what a network remembers beside them
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     ghost = copy.deepcopy(model, memo).eval()

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from thriftnet.arguments import Index, Range, checked
 from thriftnet.core.module import ThriftyModule
 from thriftnet.errors import ConfigError, IncompatibleModelError
 
 Width: TypeAlias = Annotated[Annotated[float, Range(-1e9, 1e9)] | str, "a ratio such as 0.5, or a name such as 'largest'"]
+Runs: TypeAlias = tuple[tuple[int, int], ...]  # start and end of channels that are used
 ENDS = ("smallest", "largest")  # understood by every slimmable network
 
 
@@ -31,6 +33,7 @@ class WidthSpec:
         outs: Output channels of each.
         bn_sets: Index of the batch-norm statistics that each uses, the widest ones last. Default: one set each.
         slot: A common name for layers that must have equally many output channels. Default: the layer's own name.
+        in_runs, out_runs: Start and end of the channels that each uses, where they are not the first ones.
     """
 
     widths: tuple[Width, ...]
@@ -38,16 +41,26 @@ class WidthSpec:
     outs: tuple[int, ...]
     bn_sets: tuple[int, ...] | None = None
     slot: str = field(default="", compare=False)
+    in_runs: tuple[Runs, ...] = ()
+    out_runs: tuple[Runs, ...] = ()
+
+    def take_ins(self, tensor: Tensor, index: int, dim: int) -> Tensor:
+        """The inputs of the sub-network at ``index``, along an axis of a weight."""
+        return take(tensor, dim, self.in_runs[index] if self.in_runs else ((0, self.ins[index]),))
+
+    def take_outs(self, tensor: Tensor, index: int, dim: int = 0) -> Tensor:
+        """The outputs of the sub-network at ``index``, along an axis of a weight."""
+        return take(tensor, dim, self.out_runs[index] if self.out_runs else ((0, self.outs[index]),))
 
     def bn_set(self, index: int) -> int:
         """Index of the batch-norm statistics that the sub-network at ``index`` uses."""
         return range(len(self.widths))[index] if self.bn_sets is None else self.bn_sets[index]
 
     def narrower_bn_sets(self) -> dict[int, int]:
-        """Channels of each set of batch-norm statistics, without the widest."""
-        channels = {self.bn_set(index): outs for index, outs in enumerate(self.outs)}
-        widest = max(channels)
-        return {bn_set: outs for bn_set, outs in sorted(channels.items()) if bn_set != widest}
+        """Index of a sub-network that uses each set of batch-norm statistics, without the widest."""
+        users = {self.bn_set(index): index for index in range(len(self.widths))}
+        widest = max(users)
+        return {bn_set: index for bn_set, index in sorted(users.items()) if bn_set != widest}
 
 
 class WidthAware(ThriftyModule):
@@ -101,7 +114,26 @@ class WidthAware(ThriftyModule):
             expected = "one width" if spec is None else f"{sorted({*spec.ins})} channels"
             raise ConfigError(f"{type(self).__name__} reads {expected}, got {ins}")
         outs = spec.outs[index] if self.chooses_outs else ins * spec.outs[index] // spec.ins[index]
-        return WidthSpec(("own",), (ins,), (outs,)), 0
+        read, made = spec.ins.index(ins), index % len(spec.widths)
+        runs = spec.in_runs[read : read + 1], spec.out_runs[made : made + 1] if outs == spec.outs[made] else ()
+        return WidthSpec(("own",), (ins,), (outs,), in_runs=runs[0], out_runs=runs[1]), 0
+
+
+def take(tensor: Tensor, dim: int, runs: Runs) -> Tensor:
+    """These entries of a tensor along one axis."""
+    parts = [tensor.narrow(dim, start, end - start) for start, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def channels_of(layer: nn.Module) -> tuple[int, int]:
+    """Input and output channels of a layer."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[0], layer.normalized_shape[0]
+    same = [(name, name) for name in ("num_features", "num_channels", "channels")]
+    for ins, outs in (("in_channels", "out_channels"), ("in_features", "out_features"), *same):
+        if hasattr(layer, ins):
+            return getattr(layer, ins), getattr(layer, outs)
+    raise IncompatibleModelError(f"{type(layer).__name__} has no attribute with its number of channels")
 
 
 def slimmable_layers(model: nn.Module) -> Iterator[WidthAware]:

@@ -15,7 +15,6 @@ from thriftnet.core.sites import replace
 from thriftnet.core.width import (
     WidthAware,
     WidthSpec,
-    exact_share,
     format_width,
     require_widths,
     select_width,
@@ -61,21 +60,22 @@ def add_gate(model: nn.Module, after: str | None = None, *, inplace: bool = Fals
     ghost = probe.on_meta(model)  # what fails, fails there
     select_width(ghost, -1)
     front = find_front(ghost, after)
-    _insert(ghost, front, ratios)
+    shares = _channels_after(ghost, front.after)
+    _insert(ghost, front, ratios, shares)
     check_runs(ghost)
     model = copied(model, inplace=inplace)
-    _insert(model, front, ratios)
+    _insert(model, front, ratios, shares)
     select_width(model, selected)
     record(model, {"verb": "add_gate", "after": front.after})
     return model
 
 
-def _insert(model: nn.Module, front: Split, ratios: tuple[float, ...]) -> None:
-    for name, module in model.named_modules(remove_duplicate=False):
+def _insert(model: nn.Module, front: Split, ratios: tuple[float, ...], shares: tuple[int, ...]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, WidthAware) and is_within(name, front.front):
             module.set_width_spec(None)
     body = model.get_submodule(front.after)
-    replace(model, {id(body): split_point(body, front.channels[0], ratios, model)})
+    replace(model, {id(body): split_point(body, front.channels[0], ratios, shares, model)})
 
 
 def find_front(model: nn.Module, after: str | None = None) -> Split:
@@ -95,19 +95,24 @@ def find_front(model: nn.Module, after: str | None = None) -> Split:
     return split
 
 
-def split_point(body: nn.Module, channels: int, ratios: Sequence[float], network: nn.Module) -> SplitPoint:
+def split_point(
+    body: nn.Module, channels: int, ratios: Sequence[float], shares: Sequence[int], network: nn.Module
+) -> SplitPoint:
     """The last module of the front, with that many output channels, and a gate of the network's type and device after it.
 
-    Raises:
-        IncompatibleModelError: A ratio of the channels is not an integer.
+    ``shares`` are the channels that the rest of the network reads at each width.
     """
-    shares = tuple(exact_share(channels, ratio) for ratio in ratios)
-    if 0 in shares:
-        raise IncompatibleModelError(
-            f"width {ratios[shares.index(0)]:g} of the {channels} channels at the end of the front is not an integer. End it elsewhere"
-        )
-    spec = WidthSpec(tuple(ratios), (channels,) * len(shares), shares)
+    spec = WidthSpec(tuple(ratios), (channels,) * len(shares), tuple(shares))
     return SplitPoint(body, SqueezeGate(channels, ratios, next(network.parameters())), spec)
+
+
+def _channels_after(model: nn.Module, after: str) -> tuple[int, ...]:
+    """Output channels of a module at each width; ``model`` is on the meta device."""
+    size, found = probe.input_size(model), []
+    for index in range(len(widths(model))):
+        select_width(model, index)
+        found.append(next(call.output.shape[1] for call in probe.image_calls(model, size) if call.name == after))
+    return tuple(found)
 
 
 def check_runs(ghost: nn.Module) -> None:

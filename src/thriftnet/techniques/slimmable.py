@@ -12,53 +12,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from thriftnet.arguments import PositiveShare, checked
+from thriftnet.arguments import InputSize, PositiveShare, checked
 from thriftnet.core import probe
-from thriftnet.core.conv import PlainConv2d
-from thriftnet.core.linear import PlainLinear
-from thriftnet.core.norm import PlainBatchNorm2d, PlainGroupNorm, PlainLayerNorm
-from thriftnet.core.sites import Replacement, Site, replace
+from thriftnet.core.sites import Replacement, Site
+from thriftnet.core.slim import PLAIN, Narrowing
+from thriftnet.core.spaces import length
+from thriftnet.core.spec import format_spec
 from thriftnet.core.technique import Example
-from thriftnet.core.width import WidthAware, WidthSpec, exact_share
-from thriftnet.dynamic.add_gate import check_runs, find_front, split_point
-from thriftnet.dynamic.split import Split, is_within
+from thriftnet.core.width import WidthAware
+from thriftnet.dynamic.add_gate import find_front, split_point
+from thriftnet.dynamic.split import is_within
 from thriftnet.errors import ConfigError, IncompatibleModelError
-
-PLAIN: dict[type[nn.Module], type[WidthAware]] = {
-    nn.Conv2d: PlainConv2d,
-    nn.BatchNorm2d: PlainBatchNorm2d,
-    nn.Linear: PlainLinear,
-    nn.GroupNorm: PlainGroupNorm,
-    nn.LayerNorm: PlainLayerNorm,
-}
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class Slimmable:
-    """Let a network run at several widths; it takes every layer with parameters.
+    """Let any network run at several widths.
 
-    The first layer reads all channels of the image and the classifier outputs all classes at every width; all other channels are
-    narrowed. Each channel count times each width must be an integer.
+    Which channels are narrowed together is seen by running the network on the meta device, and checked by running it at every width.
+    Channels of the image, those that reach an output, and those whose number the network's code fixes stay whole; the plan
+    lists the layers that do, and why. A width is at least that share of the channels: 3 of 8 at 0.3.
 
     Args:
         widths: Ratios in (0, 1]; kept in ascending order.
         gate: Let a gate choose the width per image: the name of the module that ends the front, or True for the first stage, as
             `add_gate` does for a network that is slimmable already.
+        input_size: Channels, height and width of the images that show how the network is connected. Default: the size it states,
+            or one it runs on.
 
     Example:
         >>> Slimmable(widths=(1.0, 0.5))
-        Slimmable(widths=(0.5, 1.0), gate=False)
+        Slimmable(widths=(0.5, 1.0), gate=False, input_size=None)
 
     Source: Yu et al., section 3; Li et al., section 3.3.
     """
 
-    takes: ClassVar[str] = (
-        "Conv2d, BatchNorm2d, Linear, GroupNorm, LayerNorm over one axis and converted layers, each with one width"
-    )
+    takes: ClassVar[str] = "layers of any class, each with one width"
     every_layer: ClassVar[bool] = True
 
     widths: Annotated[tuple[PositiveShare, ...], "numbers in (0, 1], as widths=(0.25, 0.5, 0.75, 1.0)"] = (
@@ -67,7 +61,8 @@ class Slimmable:
         0.75,
         1.0,
     )
-    gate: bool | str = False
+    gate: Annotated[bool | str, "False, True, or the name of the module that ends the front"] = False
+    input_size: InputSize | None = None
 
     def __post_init__(self) -> None:
         values = self.widths if isinstance(self.widths, list | tuple) else (self.widths,)
@@ -76,108 +71,80 @@ class Slimmable:
         object.__setattr__(self, "widths", tuple(sorted({float(v) for v in values})))
         if self.gate == "":
             raise ConfigError(f"gate={self.gate!r}: expected False, True, or the name of the module that ends the front")
+        if self.input_size is not None:
+            object.__setattr__(self, "input_size", tuple(self.input_size))
         if self.gate and len(self.widths) < 2:
             raise ConfigError(f"a gate has nothing to choose from with widths={self.widths}: give two or more")
 
     def accepts(self, module: nn.Module) -> bool:
-        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-            return False
-        return module.width_spec is None if isinstance(module, WidthAware) else type(module) in PLAIN
+        if isinstance(module, WidthAware):
+            return module.width_spec is None
+        owns = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        inner = any(True for child in module.children() for _ in child.parameters())
+        return type(module) in PLAIN or (owns and not inner)
 
     def group(self, sites: Sequence[Site[nn.Module]]) -> list[list[Site[nn.Module]]]:
         if not sites:
             return []
-        specs = self._width_specs(sites, self._front(sites))
-        for site in sites:
-            if id(site.module) in specs:
-                _check_groups(site, specs[id(site.module)])
-        if self.gate:
-            ghost = probe.on_meta(_network(sites))
-            on_ghost = [Site(site.names, ghost.get_submodule(site.name), site.role, ghost) for site in sites]
-            check_runs(replace(ghost, {id(old): new for old, new in self.build(on_ghost)}))
-        return [list(sites)]
+        network = _network(sites)
+        _found.pop(network, None)
+        narrowing = self._narrowing(network)
+        if not narrowing:
+            raise IncompatibleModelError(
+                f"{format_spec(self)} finds nothing to narrow in {type(network).__name__}: {_blockers(sites, narrowing)}"
+            )
+        return [[site for site in sites if narrowing.narrows(site.name, site.module)]]
 
     def build(self, group: Sequence[Site[nn.Module]]) -> list[Replacement]:
-        front = self._front(group)
-        specs = self._width_specs(group, front)
-        layers: dict[int, Replacement] = {}
-        for site in group:
-            layer = site.module if isinstance(site.module, WidthAware) else PLAIN[type(site.module)](site.module)
-            layer.set_width_spec(specs.get(id(site.module)))
-            layers[id(site.module)] = (site.module, layer)
-        if front is not None:
-            network = _network(group)
-            end = network.get_submodule(front.after)
+        network = _network(group)
+        narrowing = self._narrowing(network)
+        _found.pop(network, None)  # it is about to change
+        layers = {id(old): (old, new) for _, old, new in narrowing.layers(network)}
+        if narrowing.trace.cut is not None:
+            end = network.get_submodule(narrowing.trace.cut)
             _, body = layers.get(id(end), (end, end))
-            layers[id(end)] = (end, split_point(body, front.channels[0], self.widths, network))
+            channels = length(narrowing.trace.cut_axis or ())
+            shares = narrowing.shares(narrowing.trace.cut_axis)
+            layers[id(end)] = (end, split_point(body, channels, self.widths, shares, network))
         return list(layers.values())
 
-    def _front(self, sites: Sequence[Site[nn.Module]]) -> Split | None:
-        """What runs before the gate."""
-        return find_front(_network(sites), self.gate if isinstance(self.gate, str) else None) if self.gate else None
+    def why_left(self, network: nn.Module, name: str) -> str:
+        """Why a layer has all its channels at every width."""
+        return self._narrowing(network).why_whole(name)
 
-    def _width_specs(self, sites: Sequence[Site[nn.Module]], front: Split | None) -> dict[int, WidthSpec]:
-        """Channels of each layer after the front at each width. Norms after the classifier have all channels."""
-        roles = [site.role for site in sites]
-        last = roles.index("classifier") if "classifier" in roles else len(roles)
-        specs = {}
-        for place, site in enumerate(sites):
-            if front is not None and any(is_within(name, front.front) for name in site.names):
-                continue
-            ins, outs = channels(site.module)
-            whole_in = site.role == "stem" or place > last
-            whole_out = place >= last
-            specs[id(site.module)] = WidthSpec(
-                self.widths,
-                (ins,) * len(self.widths) if whole_in else self._shares(site, ins),
-                (outs,) * len(self.widths) if whole_out else self._shares(site, outs),
+    def _narrowing(self, network: nn.Module) -> Narrowing:
+        """Which layers are narrowed, and how; found once for a network that does not change."""
+        if network not in _found:
+            try:
+                front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
+                size = probe.input_size(network, self.input_size)
+            except IncompatibleModelError as error:
+                raise IncompatibleModelError(
+                    f"{error} ({format_spec(self)} runs a network to see how it is connected)"
+                ) from None
+            before = front.front if front else ()
+            _found[network] = Narrowing(
+                network, self.widths, size, lambda name: is_within(name, before), front.after if front else None
             )
-        return specs
+        return _found[network]
 
-    def _shares(self, site: Site[nn.Module], full: int) -> tuple[int, ...]:
-        shares = tuple(exact_share(full, width) for width in self.widths)
-        if 0 in shares:
-            width = self.widths[shares.index(0)]
-            raise _unfit(site, f"width {width:g} of its {full} channels is not an integer", full)
-        return shares
+
+_found: WeakKeyDictionary[nn.Module, Narrowing] = WeakKeyDictionary()
 
 
 def _network(sites: Sequence[Site[nn.Module]]) -> nn.Module:
     network = sites[0].network
     if network is None:
-        raise ConfigError("a gate depends on the whole network: make the sites with core.sites.sites")
+        raise ConfigError("slimming depends on the whole network: make the sites with core.sites.sites")
     return network
 
 
-def channels(module: nn.Module) -> tuple[int, int]:
-    """Input and output channels of a layer."""
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[0], module.normalized_shape[0]
-    same = [(name, name) for name in ("num_features", "num_channels", "channels")]
-    for ins, outs in (("in_channels", "out_channels"), ("in_features", "out_features"), *same):
-        if hasattr(module, ins):
-            return getattr(module, ins), getattr(module, outs)
-    raise IncompatibleModelError(f"{type(module).__name__} has no attribute with its number of channels")
-
-
-def _check_groups(site: Site[nn.Module], width_spec: WidthSpec) -> None:
-    """Raise unless every width of a grouped layer has whole groups."""
-    module = site.module
-    full_in, full_out = channels(module)
-    groups = getattr(module, "groups", getattr(module, "num_groups", 1))
-    if groups == 1:
-        return
-    for width, ins, outs in zip(width_spec.widths, width_spec.ins, width_spec.outs, strict=True):
-        if ins % (full_in // groups) or ins // (full_in // groups) * (full_out // groups) != outs:
-            raise _unfit(site, f"width {width:g} cuts through one of its {groups} groups", groups)
-
-
-def _unfit(site: Site[nn.Module], why: str, parts: int) -> IncompatibleModelError:
-    possible = [part / parts for part in range(1, parts + 1)]
-    shown = ", ".join(f"{p:g}" for p in (possible if parts <= 8 else [*possible[:3], *possible[-3:]]))
-    return IncompatibleModelError(
-        f"layer {site.name!r} cannot be narrowed: {why}. Expected multiples of 1/{parts} ({shown})"
-    )
+def _blockers(sites: Sequence[Site[nn.Module]], narrowing: Narrowing) -> str:
+    """Each reason why layers stay whole, with the layers."""
+    names: dict[str, list[str]] = {}
+    for site in sites:
+        names.setdefault(narrowing.why_whole(site.name), []).append(site.name)
+    return "; ".join(f"{', '.join(held[:4])}{', ...' if len(held) > 4 else ''}: {why}" for why, held in names.items())
 
 
 EXAMPLES = (
