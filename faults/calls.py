@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import thriftnet as tn
-from faults.figure import Figure, Length, ended, forked, names_in
+from faults.figure import Figure, Length, address_space, ended, forked, names_in
 from thriftnet.arguments import shown
 from thriftnet.data.augmentation import Augmentation
 from thriftnet.data.sources import open_data
@@ -78,9 +78,8 @@ def _outcome(function: Callable[..., Any], draw: random.Random, place: Path) -> 
     os.dup2(devnull, 1), os.dup2(devnull, 2)
     arguments = _arguments(function, draw)
     before = names_in(place)
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    most = address_space() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     signal.setitimer(signal.ITIMER_PROF, LONGEST)
     signal.alarm(BACKSTOP)
     parameters = inspect.signature(function).parameters

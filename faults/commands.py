@@ -28,7 +28,7 @@ from unittest.mock import patch
 import torch
 
 import thriftnet as tn
-from faults.figure import Figure, Length, ended
+from faults.figure import Figure, Length, address_space, ended
 from images import class_folders, parquet_files
 from thriftnet.cli import MODULES, VERBS, main
 from thriftnet.cli.common import Parser
@@ -37,7 +37,7 @@ from thriftnet.files import TEMPORARY
 LONGEST = 10  # seconds of processor time until a command line answers, or does what it was asked to do
 STUCK = 90  # seconds of any time
 GLIMPSE = 0.5  # seconds between looks at what a process does
-MEMORY, FILE = 6 << 30, 256 << 20  # most bytes of address space and of a file
+MEMORY, FILE = 4 << 30, 256 << 20  # most bytes of address space that a command line may add, and of a file
 CAPABILITIES = 0x20080522  # the version of Linux's sets of them
 AT_WORK, HANGS = 98, 99  # exit codes of processes that are ended here
 OUTCOMES = {0: "done", AT_WORK: "at work", 1: "stopped by the system", 2: "refused", 130: "interrupted"}
@@ -290,7 +290,8 @@ class Place:
         code = 1
         try:
             os.chdir(self.folder)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            most = address_space() + MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import select
 import signal
 import sys
@@ -115,6 +116,12 @@ def killed_after(work: Callable[[int], None], seconds: float) -> int:
     os.kill(child, signal.SIGKILL)
     os.close(reading)
     return ended(child)
+
+
+def address_space() -> int:
+    """Bytes of address space that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def names_in(folder: Path) -> list[str]:

@@ -353,7 +353,7 @@ def test_unknown_specs_are_refused(spec: str, message: str):
 
 
 def test_an_unknown_treatment_of_corrupt_images_is_refused():
-    with pytest.raises(tn.ConfigError, match="expected 'error' or 'skip'"):
+    with pytest.raises(tn.ConfigError, match="Possible: error, skip"):
         open_data("digits", on_corrupt="ignore")
 
 

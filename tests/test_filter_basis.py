@@ -196,7 +196,7 @@ def test_linear_layers_share_a_basis() -> None:
     assert_close(output(tn.fold(small), x), output(small, x), 1e-12, "fold")
     assert type(tn.fold(small)[2]) is nn.Linear
     assert tn.penalty(small) > 0
-    narrow = tn.convert(small, tn.Slimmable(widths=(0.5, 1.0)))
+    narrow = tn.convert(small, tn.Slimmable(widths=(0.5, 1.0), input_size=(3, 2, 2)))
     tn.set_width(narrow, 0.5)
     assert_close(output(tn.fold(narrow), x), output(narrow, x), 1e-12, "fold at width 0.5")
 

@@ -78,7 +78,16 @@ WRITERS: dict[str, tuple[list[str], list[str], bool]] = {
     ),
     "train": ([], ["--recipe", "digits", "--data", "folder:data", "--max-steps", "1", "--batch-size", "4"], False),
 }
-READERS = {"demo", "models", "count", "plan", "evaluate", "recipes", "bench"}  # verbs that write no network of the user's
+READERS = {
+    "demo",
+    "models",
+    "count",
+    "plan",
+    "suggest",
+    "evaluate",
+    "recipes",
+    "bench",
+}  # verbs that write no network of the user's
 IMPORTS = {"import"}  # facts come from the file's system: tests/test_importer.py
 
 

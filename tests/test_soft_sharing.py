@@ -222,7 +222,8 @@ def test_the_plan_shows_the_error_of_each_layer() -> None:
         plan = tn.plan(model, tn.SoftSharing(templates=templates))
         converted = tn.convert(model, plan)
         for row in plan.rows:
-            old, new = model.get_submodule(row.names[0]).weight, converted.get_submodule(row.names[0]).weight
+            layers = model.get_submodule(row.names[0]), converted.get_submodule(row.names[0])
+            old, new = (torch.cat([layer.weight.flatten(), layer.bias]) for layer in layers)
             assert row.relative_error == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-9, abs=1e-12)
         errors[templates] = sum(row.relative_error**2 for row in plan.rows)
         assert f"{plan.params_before:,} -> {plan.params_after:,}" in str(plan)

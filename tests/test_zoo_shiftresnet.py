@@ -203,7 +203,7 @@ def test_authors_names():
         ("shiftresnet20", {"expnsion": 3}, "did you mean 'expansion'"),
         ("shiftresnet20", {"reduction": 3}, "unknown kwarg"),
         ("shiftresnet21", {}, "did you mean 'shiftresnet"),
-        ("depthwiseresnet20", {"reduction": -1}, "a number > 0"),
+        ("depthwiseresnet20", {"reduction": -1}, "expected a number from"),
         ("depthwiseresnet20", {"reduction": 17}, "at most 16"),
         ("shuffleresnet20", {"reduction": 5}, "at most 4"),
         ("mobileresnet20", {"num_classes": -1}, "num_classes=-1"),

@@ -23,7 +23,7 @@ class Composed(Tied, WidthAware):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.children():
+        for layer in self._modules.values():
             x = layer(x)
         return x
 
@@ -66,10 +66,10 @@ class Composed(Tied, WidthAware):
 
     def fold(self) -> nn.Module:
         """Its layers in a row; those that fold further do so in turn."""
-        return nn.Sequential(*self.children()).train(self.training)
+        return nn.Sequential(*self._modules.values()).train(self.training)
 
     def _layers(self) -> list[WidthAware]:
-        return [layer for layer in self.children() if isinstance(layer, WidthAware)]
+        return [layer for layer in self._modules.values() if isinstance(layer, WidthAware)]
 
 
 class ComposedConv2d(Composed):

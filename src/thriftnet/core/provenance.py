@@ -15,11 +15,8 @@ from thriftnet.errors import ConfigError
 DATA = "thriftnet_data"  # attribute of a network: its `DataFacts`
 
 
-class Normalisation(TypedDict):
-    """Of each channel."""
-
-    mean: Means
-    std: Deviations
+# of each channel; a class would keep its types as text, which is evaluated in each check
+Normalisation = TypedDict("Normalisation", {"mean": Means, "std": Deviations})  # noqa: UP013
 
 
 @checked

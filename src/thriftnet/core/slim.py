@@ -25,7 +25,7 @@ from thriftnet.core.norm import (
 )
 from thriftnet.core.probe import Size, on_meta, run
 from thriftnet.core.sites import replace
-from thriftnet.core.spaces import Axis, count, is_whole, keep_whole, reasons, runs
+from thriftnet.core.spaces import Axis, Space, count, is_whole, keep_whole, reasons, runs
 from thriftnet.core.tied import Tied
 from thriftnet.core.width import Runs, WidthAware, WidthSpec, format_width, select_width, take
 from thriftnet.errors import IncompatibleModelError, first_line
@@ -216,15 +216,19 @@ class Narrowing:
         return WidthSpec(self.widths, lengths[0], lengths[1], in_runs=unordered[0], out_runs=unordered[1])
 
     def _narrow(self, name: str, module: nn.Module) -> nn.Module:
-        counts = self.trace.counts
         layer, ins, outs = PLAIN.get(type(module), (None, "ins", "outs"))
-        if (name, ins) in counts and (name, outs) in counts:
+        axes = [self._counted(name, key, module) for key in (ins, outs)]
+        if all(axes):
             new = module if layer is None else layer(module)
             if isinstance(new, WidthAware):
-                before_gate = self.trace.front(name)
-                new.set_width_spec(None if before_gate else self._spec(counts[name, ins], counts[name, outs]))
+                new.set_width_spec(None if self.trace.front(name) else self._spec(*axes))
                 return new
         return self._slim(name, module)
+
+    def _counted(self, name: str, key: str, module: nn.Module) -> Axis:
+        """The channels that an attribute counts; a single one, as of grey images, is no axis of its own in the trace."""
+        single: Axis = [(Space(1), 1)] if getattr(module, key, None) == 1 else None
+        return self.trace.counts.get((name, key), single)
 
     def _slim(self, name: str, module: nn.Module) -> nn.Module:
         cuts = {

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thriftnet.core.module import ThriftyModule
 from thriftnet.kernels.dispatch import KernelChoice, forced
 from thriftnet.kernels.versions import Version, version
 
@@ -36,7 +37,7 @@ def activation_of(module: nn.Module) -> Activation | None:
     return ("gelu", (), str(module.approximate)) if type(module) is nn.GELU else FUSED.get(type(module))
 
 
-class PackedConv2d(nn.Conv2d):
+class PackedConv2d(ThriftyModule, nn.Conv2d):
     """A convolution and the activation after it. Parameters and state dict are the convolution's own.
 
     Where the fast implementation does not apply - gradients, other devices and types, autocast, graphs, transforms - it runs as
