@@ -41,7 +41,7 @@ def measure(folder: Path, seed: int, length: Length) -> Figure:
     samples = make_samples(folder, quick)
     sound = [bits(sample.open(sample.put(sample.data, folder))) for sample in samples]
     changed = Changed(samples, sound, folder, seed)
-    count, batches, runs = length.pick((240, 1, 0), (20_000, 16, 20_000), (100_000, 16, 200_000))
+    count, batches, runs = length.pick((240, 1, 0), (20_000, 16, 5_000), (100_000, 16, 200_000))
     workers = 1 if quick else os.cpu_count() or 1
     size = 40 if quick else BATCH
     with in_this_process():
