@@ -301,3 +301,14 @@ def test_widths_that_do_not_fit_the_inside_are_refused() -> None:
         tn.IncompatibleModelError, match=r"the 9 channels inside a ShiftConv2d cannot be narrowed to all of \(0\.5"
     ):
         tn.convert(shifted, tn.Slimmable(widths=(0.5, 1.0)))
+
+
+def test_both_pointwise_layers_of_a_block_may_be_one_layer() -> None:
+    block = tn.convert(nn.Sequential(nn.Conv2d(9, 9, 3, padding=1, bias=False)).double(), tn.Shift(), select="0").eval()
+    shared = tn.convert(block, tn.WeightSharing(rate=2), select="0")
+    one = shared[0]
+    assert one.expand is one.project
+    x = torch.randn(2, 9, 6, 6, dtype=torch.float64)
+    expected = one.project(one.shift(one.act(one.norm(one.expand(x)))))
+    assert torch.equal(shared(x), expected)
+    assert torch.allclose(tn.fold(shared)(x), expected)

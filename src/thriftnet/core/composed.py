@@ -23,7 +23,7 @@ class Composed(Tied, WidthAware):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self._modules.values():
+        for layer in self._in_a_row():
             x = layer(x)
         return x
 
@@ -66,10 +66,14 @@ class Composed(Tied, WidthAware):
 
     def fold(self) -> nn.Module:
         """Its layers in a row; those that fold further do so in turn."""
-        return nn.Sequential(*self._modules.values()).train(self.training)
+        return nn.Sequential(*self._in_a_row()).train(self.training)
+
+    def _in_a_row(self) -> list[nn.Module]:
+        """Its layers in the order in which they run; one that two of them share stands there twice, unlike in ``children()``."""
+        return [layer for layer in self._modules.values() if layer is not None]
 
     def _layers(self) -> list[WidthAware]:
-        return [layer for layer in self._modules.values() if isinstance(layer, WidthAware)]
+        return [layer for layer in self._in_a_row() if isinstance(layer, WidthAware)]
 
 
 class ComposedConv2d(Composed):
