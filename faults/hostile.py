@@ -161,6 +161,10 @@ def watched(folder: Path) -> list[dict[str, Any]]:
 
         timm.list_models()
         torchvision.models.list_models()
+    for module in [module for name, module in sys.modules.items() if name.startswith("thriftnet.")]:
+        for value in list(vars(module).values()):
+            if callable(resolve := getattr(value, "checks_arguments", None)):
+                resolve()  # a function evaluates its own annotations once
     watch, found = Watch(), []
     for kind in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         for way, use in ways(kind).items():

@@ -146,7 +146,7 @@ def checked(function: T) -> T:
     call: Callable[..., Any] = function  # type: ignore[assignment]
     signature = inspect.signature(call)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    hints: dict[str, Any] = {}
+    hints = functools.cache(lambda: _hints(call))
 
     @functools.wraps(call)
     def checking(*args: Any, **kwargs: Any) -> Any:
@@ -154,14 +154,12 @@ def checked(function: T) -> T:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return call(*args, **kwargs)  # Python says what is missing or too much
-        if not hints:
-            hints.update({"": None, **_hints(call)})
         for name, value in bound.arguments.items():
-            if name in hints and kinds[name] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                bound.arguments[name] = check(name, value, hints[name])
+            if name in hints() and kinds[name] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                bound.arguments[name] = check(name, value, hints()[name])
         return call(*bound.args, **bound.kwargs)
 
-    checking.checks_arguments = True  # type: ignore[attr-defined]
+    checking.checks_arguments = hints  # type: ignore[attr-defined]
     return checking  # type: ignore[return-value]
 
 

@@ -61,7 +61,8 @@ def classifier(model: nn.Module) -> nn.Module:
 def outputs(model: nn.Module) -> int:
     """Number of classes that a network's classifier tells apart; 0 where none is found."""
     _, head = ends(model)
-    return 0 if head is None or "weight" not in head._parameters else len(head.get_parameter("weight"))
+    weight = None if head is None else head._parameters.get("weight")
+    return 0 if weight is None else len(weight)
 
 
 def note_on(model: nn.Module) -> str:
