@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import thriftnet as tn
 from laws import at_each_width
 from networks import randomise_norms
+from thriftnet.core import head
 from thriftnet.core.spaces import Space, count, mark_made, part, repeated, runs, unify
 
 
@@ -38,6 +39,7 @@ def exact(plain: nn.Module, x: Tensor, tmp_path: Path, widths: tuple[float, ...]
     fresh.load_state_dict({key: value.clone() for key, value in slim.state_dict().items()}, assign=True)
     tn.save(slim, tmp_path / "slim")
     loaded = tn.load(tmp_path / "slim", model=plain).eval()
+    assert head.outputs(loaded) == head.outputs(plain)
     for index in at_each_width(slim):
         got = outputs(slim, x)
         assert [each.shape for each in got] == [each.shape for each in expected]
