@@ -350,8 +350,11 @@ def problem(outcome: Outcome, *, as_json: bool) -> str:
         return f"a traceback, {said[-400:]}"
     if found := CONTROL.search(said):
         return f"the character {found[0]!r} is printed in {said[max(0, found.start() - 60) : found.end() + 20]!r}"
+    *progress, last = outcome.err.splitlines() or [""]  # what is interrupted may have told of epochs before
     if outcome.code in (1, 2, 130) and (
-        outcome.out or outcome.err.count("\n") != 1 or not outcome.err.startswith("thriftnet")
+        outcome.out
+        or not last.startswith("thriftnet")
+        or not all(outcome.code == 130 and line.startswith("epoch ") for line in progress)
     ):
         return f"{outcome.err.count(chr(10))} lines of refusal, {said[-400:]!r}"
     if outcome.code in (1, 2) and outcome.left:
