@@ -135,7 +135,7 @@ def measure(folder: Path, seed: int, length: Length) -> Figure:
     chance = random.Random(seed)
     known = parsers()
     with warmed_up(place):
-        lines = [made_line(chance, known, verb) for verb in VERBS for _ in range(length.pick(2, 42, 142))]
+        lines = [made_line(chance, known, verb) for verb in VERBS for _ in range(length.pick(1, 42, 142))]
         lines += [[verb, *SOUND[verb]] for verb in VERBS]
         counts = {verb: dict.fromkeys(OUTCOMES, 0) for verb in VERBS}
         failed = dict.fromkeys(VERBS, 0)

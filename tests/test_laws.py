@@ -142,7 +142,8 @@ def test_08_copies_keep_ties(config: str) -> None:
     laws.law_copies_keep_ties(converted(network, config), network.image())
 
 
-ON_TWO_NETWORKS = [(config, "chain") for config in CONFIGS] + [(config, "depthwise") for config in FIRST.values()]
+ON_TWO_NETWORKS = [(config, "chain") for config in CONFIGS]
+ON_TWO_NETWORKS += [pytest.param(config, "depthwise", marks=pytest.mark.slow) for config in FIRST.values()]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("config", "network"), ON_TWO_NETWORKS)
