@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from faults.page import write_between
 
 from compat import networks, odd
 from compat.cell import MEANING, VERDICTS, Cell
@@ -84,16 +85,8 @@ def _names(members: Sequence[Cell]) -> str:
 
 
 def write_page(page: Path, done: Mapping[tuple[str, str], Cell], configs: Configs) -> None:
-    """Put the results between the markers of a page, whose other text stays.
-
-    Raises:
-        ValueError: The page lacks the markers.
-    """
-    head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
-    page.write_text(f"{head}{BEGIN}\n\n{_results(done, configs)}\n{END}{tail}", encoding="utf-8")
+    """Put the results between the markers of a page."""
+    write_between(page, BEGIN, _results(done, configs), END)
 
 
 def _results(done: Mapping[tuple[str, str], Cell], configs: Configs) -> str:

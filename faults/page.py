@@ -32,16 +32,21 @@ def facts(seed: int) -> dict[str, Any]:
 
 
 def write_page(page: Path, figures: dict[str, Figure], seed: int, length: Length) -> None:
-    """Put the results between the markers of a page, whose other text stays.
+    """Put the results between the markers of a page."""
+    write_between(page, BEGIN, _results(figures, seed, length), END)
+
+
+def write_between(page: Path, begins: str, text: str, ends: str) -> None:
+    """Put text between two markers of a page, whose other text stays.
 
     Raises:
         ValueError: The page lacks the markers.
     """
-    head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = page.read_text(encoding="utf-8").partition(begins)
+    _, end, tail = rest.partition(ends)
     if not (begin and end):
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
-    page.write_text(f"{head}{BEGIN}\n\n{_results(figures, seed, length)}\n{END}{tail}", encoding="utf-8")
+        raise ValueError(f"{page} lacks the lines {begins!r} and {ends!r}")
+    page.write_text(f"{head}{begins}\n\n{text}\n{ends}{tail}", encoding="utf-8")
 
 
 def _results(figures: dict[str, Figure], seed: int, length: Length) -> str:

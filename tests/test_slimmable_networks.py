@@ -207,3 +207,20 @@ def test_axes_are_equal_piece_by_piece() -> None:
     assert count(odd, 0.5) == 12
     mark_made(odd)
     assert odd[0][0].made
+
+
+@pytest.mark.parametrize("given", [{"input_size": (3, 40, 40)}, {"example": torch.zeros(1, 3, 40, 40)}])
+def test_the_size_of_images_given_to_convert_reaches_a_technique_that_runs_the_network(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 40 * 40, 10)).eval()
+    with pytest.raises(tn.IncompatibleModelError, match="input_size"):
+        tn.convert(plain, "slimmable")
+    planned = tn.plan(plain, "slimmable", **given)
+    for what in ("slimmable", planned):
+        slim = tn.convert(plain, what, **given)
+        tn.save(slim, tmp_path / "slim")
+        loaded = tn.load(tmp_path / "slim", model=plain)
+        x = torch.rand(2, 3, 40, 40)
+        assert torch.equal(loaded(x), slim(x))
+    assert torch.equal(tn.convert(plain, planned)(x), slim(x))  # the plan keeps it

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 BUDGETS = ("--params", "--macs", "--bytes")
 
 
-def add_images(parser: Parser) -> None:
-    """The options of images, none of them required."""
+def planning_parser(verb: str, description: str) -> Parser:
+    """The options of a verb that plans: layers, budgets, and images, none of them required."""
+    parser = Parser(verb, description, "model", "--select", "--exclude", *BUDGETS, "--input-size")
     for name in IMAGE_OPTIONS:
         parser.add_shared(name, **({"required": False} if name == "--data" else {}))
+    return parser
 
 
 def budget_of(options: Namespace) -> dict[str, str | None]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from thriftnet.cli.budgets import BUDGETS, add_images, budget_of, network_and_images, write_plan
-from thriftnet.cli.common import Parser, parse_with_kwargs
+from thriftnet.cli.budgets import budget_of, network_and_images, planning_parser, write_plan
+from thriftnet.cli.common import parse_with_kwargs
 from thriftnet.cli.output import emit
 
 DESCRIPTION = (
@@ -16,8 +16,7 @@ DESCRIPTION = (
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = Parser("plan", DESCRIPTION, "model", "--select", "--exclude", *BUDGETS, "--input-size")
-    add_images(parser)
+    parser = planning_parser("plan", DESCRIPTION)
     parser.add_shared("--technique", required=True)
     output = "also write the plan: FILE.json for thriftnet convert --plan, or FILE.html to read"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from thriftnet.cli.budgets import BUDGETS, add_images, budget_of, network_and_images, write_plan
-from thriftnet.cli.common import Parser, parse_with_kwargs
+from thriftnet.cli.budgets import budget_of, network_and_images, planning_parser, write_plan
+from thriftnet.cli.common import parse_with_kwargs
 from thriftnet.cli.options import svg_file
 from thriftnet.cli.output import emit, write_text
 from thriftnet.text import table
@@ -18,8 +18,7 @@ DESCRIPTION = (
 
 
 def run(arguments: Sequence[str]) -> None:
-    parser = Parser("suggest", DESCRIPTION, "model", "--select", "--exclude", *BUDGETS, "--input-size")
-    add_images(parser)
+    parser = planning_parser("suggest", DESCRIPTION)
     add = parser.add_argument
     again = "only this technique, without pairs; may be given several times"
     add("--technique", action="append", metavar="T", help=again)

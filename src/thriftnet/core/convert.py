@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,9 +99,10 @@ def _prepare(
     if isinstance(technique, Plan):
         if select is not None:
             raise ConfigError("a plan already names the layers: leave select out, or make a new plan with it")
+        technique = dataclasses.replace(technique, technique=_sized(technique.technique, trial))
         config, groups = _planned_groups(model, technique)
     else:
-        config = technique
+        config = _sized(technique, trial)
         groups = config.group(_accepted(model, config, select))
     left = _left_alone(model, config, select, {id(site.module) for group in groups for site in group})
     if not groups:
@@ -140,6 +142,13 @@ def _prepare(
             raise IncompatibleModelError(f"{format_spec(config)} does not fit {model_name}: {error}.{hint}") from error
     counts = before, count_params(converted)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), *counts, not_checked=not_checked)
+
+
+def _sized(config: Any, trial: Trial | None) -> Any:
+    """A config that runs the network itself, with the size that `convert` was given; others, and one that has a size, as they are."""
+    if trial is None or trial.input_size is None or getattr(config, "input_size", trial.input_size) is not None:
+        return config
+    return dataclasses.replace(config, input_size=trial.input_size)
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:

@@ -54,12 +54,17 @@ class Trial:
         input_size: Channels, height and width of its images, if it reads images. Default: what it states, or one it runs on.
         example: What it reads otherwise: a tensor, a tuple of arguments, or a dict of arguments by name.
 
+    Attributes:
+        input_size: Channels, height and width of the images that were given; None if none were.
+        not_checked: Why it could not run, else empty.
+
     Raises:
         ConfigError: It does not run on what is given.
     """
 
     def __init__(self, model: nn.Module, input_size: Sequence[int] | None = None, example: Any = None) -> None:
         self.not_checked = ""
+        self.input_size = _image_size(input_size, example)
         errors = []
         for self.on_meta in (True, False):
             for self.inputs in _inputs_to_try(model, input_size, example):
@@ -186,6 +191,13 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.used.update(self.watched[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.watched)
         return func(*args, **(kwargs or {}))
+
+
+def _image_size(input_size: Sequence[int] | None, example: Any) -> tuple[int, ...] | None:
+    """Channels, height and width of the images that were given, if images were."""
+    if isinstance(example, Tensor) and example.ndim == 4:
+        return tuple(example.shape[1:])
+    return None if input_size is None else tuple(input_size)
 
 
 def _inputs_to_try(model: nn.Module, input_size: Sequence[int] | None, example: Any) -> list[Inputs]:

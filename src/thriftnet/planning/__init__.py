@@ -75,7 +75,7 @@ def plan(
     """
     config, chosen = resolve(technique), without(model, select, exclude)
     before = _counts(model, input_size)
-    whole = {"params": before.params, "macs": before.macs, "bytes": before.size_bytes} if before else {}
+    whole = _whole(before) if before else {}
     asked = {"params": params, "macs": macs, "bytes": bytes}
     if before is None and any(value is not None for value in asked.values()):
         probe.input_size(model, input_size)  # raises, and says why
@@ -172,13 +172,12 @@ def _planned(
     before = _counts(model, common["input_size"])
     if before is None:
         raise IncompatibleModelError(f"{type(model).__name__} cannot be counted on the meta device")
-    whole = {"params": before.params, "macs": before.macs, "bytes": before.size_bytes}
-    budget = read_budget(whole, **asked)
+    whole = _whole(before)
+    ((measure, budget),) = ((name, read_budget(whole, **{name: value})) for name, value in asked.items())
     if budget is None:
         raise ConfigError("a pair needs a budget")
-    total = whole[budget.measure]
-    half: Any = {budget.measure: math.sqrt(budget.limit * total)}
-    whole_way: Any = {budget.measure: budget.limit}
+    half: Any = {measure: math.sqrt(budget.limit * whole[measure])}
+    whole_way: Any = {measure: budget.limit}
     start = plan(model, first, **half, select=select, **common)
     return dataclasses.replace(start, then=plan(convert(model, start), second, **whole_way, **common))
 
@@ -194,6 +193,11 @@ def _with_errors(planned: Plan, model: nn.Module, converted: nn.Module, judge: J
             error = judge.error(site, converted.get_submodule(row.names[0]).eval())
         rows.append(dataclasses.replace(row, output_error=error))
     return dataclasses.replace(planned, rows=tuple(rows))
+
+
+def _whole(report: Report) -> dict[str, int]:
+    """What a network has of each measure that a budget may limit."""
+    return {"params": report.params, "macs": report.macs, "bytes": report.size_bytes}
 
 
 def _counts(model: nn.Module, size: Sequence[int] | None) -> Report | None:

@@ -11,6 +11,7 @@ Accelerating Very Deep Convolutional Networks for Classification and Detection, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, cast
@@ -75,8 +76,9 @@ class LowRankPair(Composed):
         """Weights of both layers, as a share of those of one."""
         return (self.reduce.weight.numel() + self.expand.weight.numel()) / self.weight.numel()
 
+    @abstractmethod
     def _merged(self, reduce: nn.Module, expand: nn.Module) -> nn.Module | None:
-        raise NotImplementedError
+        """The one layer that computes what the folded two do; None if there is none."""
 
 
 @checked
