@@ -20,6 +20,7 @@ from compat.meaning import without_meaning
 from compat.sample import Inputs, Sample
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history
+from thriftnet.core.probe import input_size
 from thriftnet.core.spec import format_spec
 from thriftnet.core.tied import count_params, first_names
 from thriftnet.errors import ThriftnetError, first_line
@@ -233,7 +234,9 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
 
 def _converted(plain: Plain, technique: Any) -> nn.Module:
     options: dict[str, Any] = {}
-    if image_size(plain.inputs) is None and "example" in signature(tn.convert).parameters:
+    if (size := image_size(plain.inputs)) is not None:
+        options["input_size"] = None if attempt(lambda: input_size(plain.model)) else size
+    else:
         args, kwargs = plain.inputs
         names = list(signature(plain.model.forward).parameters)
         options["example"] = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args

@@ -24,7 +24,7 @@ def without_meaning(technique: str, model: nn.Module) -> str | None:
         return None if spatial else "no convolution but the first reads more than one pixel"
     if not weighted:
         return "it has no convolutions or linear layers between the first and the last"
-    if technique == "weight-sharing" and max(Counter(_shape(m) for m in weighted).values()) == 1:
+    if technique in ("weight-sharing", "soft-sharing") and max(Counter(_shape(m) for m in weighted).values()) == 1:
         return "no two of its layers are of one shape"
     return None
 

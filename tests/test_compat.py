@@ -49,6 +49,15 @@ EXACT = [  # what would be lost or computed wrongly without a word, and is kept
     ("DataclassOutput", "weight-sharing"),
     ("fixed_size", "weight-sharing"),
     ("inference_tensors", "weight-sharing"),
+    ("Functional", "filter-basis"),
+    ("StandardisedByHand", "filter-basis"),
+    ("ReadsAttributes", "low-rank"),
+    ("Transformer", "slimmable"),
+    ("scripted_child", "slimmable"),
+    ("Lock", "slimmable"),
+    ("DataclassOutput", "slimmable"),
+    ("dict_input", "slimmable"),
+    ("tokens", "slimmable"),
 ]
 REFUSED = [  # and what is refused, with the layer and what to do
     ("InList", "weight-sharing", "old layer 'blocks.0' goes on running.*nn.ModuleList"),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thriftnet.core.channel_rules import RULES, SIZES_GIVEN, Axes, Call, pointwise, unknown
-from thriftnet.core.probe import IgnoreOuterModes, Size, run
+from thriftnet.core.probe import IgnoreOuterModes, Inputs, feed, hookable, tensors
 from thriftnet.core.spaces import Axis, Space, keep_whole, leaves, length, mark_made, repeated, unify
 from thriftnet.core.width import WidthAware, channels_of
 from thriftnet.errors import IncompatibleModelError, first_line
@@ -74,7 +74,7 @@ class ChannelTrace(TorchDispatchMode):
                     self._owners[id(tensor)].append((name, key))
 
     @torch.no_grad()
-    def run(self, size: Size) -> None:
+    def run(self, inputs: Inputs) -> None:
         """Run the network: in eval mode, and where layers did not run, in training mode as well."""
         layers = {name for name, module in self.ghost.named_modules() if any(True for _ in module.parameters(recurse=False))}
         for training in (False, True):
@@ -84,14 +84,14 @@ class ChannelTrace(TorchDispatchMode):
             self.ghost.train(training)
             try:
                 with running(self.ghost, self._step), self:
-                    run(self.ghost, size)
+                    feed(self.ghost, inputs)
             except Exception as error:
                 if not training:
                     raise
                 idle = next(iter(layers - {step.name for step in self.steps}))
                 raise IncompatibleModelError(
-                    f"{type(self.ghost).__name__} runs on images of {size} in eval mode only, and {idle!r} does not run there: "
-                    f"{first_line(error)}. Give the size it is trained with: input_size=(C, H, W)"
+                    f"{type(self.ghost).__name__} runs on {_sizes(inputs)} in eval mode only, and {idle!r} does not run there: "
+                    f"{first_line(error)}. Give what it is trained with: input_size=(C, H, W), or example=..."
                 ) from None
             for axes in self.steps[-1].shapes:
                 for _, axis in axes:
@@ -110,9 +110,11 @@ class ChannelTrace(TorchDispatchMode):
             axes: Axes = [[(Space(size), 1)] if owners and size > 1 else None for size in tensor.shape]
             for owner in owners:
                 self.params[owner] = axes
-                if self.front(owner[0]):
-                    for axis in axes:
+                for axis in axes:
+                    if self.front(owner[0]):
                         keep_whole(axis, "it runs before the gate")
+                    if isinstance(self.ghost.get_submodule(owner[0]), torch.jit.ScriptModule):
+                        keep_whole(axis, "it is scripted")
             self._known[id(tensor)] = tensor, axes
         return self._known[id(tensor)][1]
 
@@ -208,6 +210,10 @@ class ChannelTrace(TorchDispatchMode):
         return [(out.shape[i] if axis is None else length(axis), axis) for i, axis in enumerate(axes)]
 
 
+def _sizes(inputs: Inputs) -> str:
+    return " and ".join(str(tuple(tensor.shape)) for tensor in tensors(inputs))
+
+
 def heads(module: nn.Module) -> int:
     """Number of attention heads of a module, 0 if it states none."""
     stated = (value for key, value in vars(module).items() if "head" in key and "dim" not in key and type(value) is int)
@@ -223,16 +229,13 @@ def running(ghost: nn.Module, step: OnStep, known: Collection[str] | None = None
     handles = []
     fused = torch.backends.mha.get_fastpath_enabled()
 
-    def tensors(*given: object) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-
-    for name, module in ghost.named_modules():
+    for name, module in hookable(ghost):
         handles += (
             []
             if known is not None and name not in known
             else [
                 module.register_forward_pre_hook(
-                    lambda _, a, k, name=name: step(name, True, tensors(a, k)), with_kwargs=True
+                    lambda _, a, k, name=name: step(name, True, tensors((a, k))), with_kwargs=True
                 ),
                 module.register_forward_hook(lambda _, a, out, name=name: step(name, False, tensors(out))),
             ]

@@ -32,6 +32,11 @@ class Composed(Tied, WidthAware):
         """Of the last layer."""
         return getattr(self._layers()[-1], "bias", None)
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the last layer has one, as the layer that it replaces."""
+        return getattr(self._layers()[-1], "bias", None) is not None
+
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """Channels between its layers at each width; by default, they narrow as the others do."""
         full = self.inner
@@ -98,7 +103,7 @@ class ComposedConv2d(Composed):
     def dense_params(self) -> int:
         """Parameters of the convolution it replaces."""
         kh, kw = self.kernel_size
-        return self.out_channels * (self.in_channels // self.groups * kh * kw + (self.bias is not None))
+        return self.out_channels * (self.in_channels // self.groups * kh * kw + (self.has_bias))
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -121,8 +126,8 @@ class ComposedLinear(Composed):
     @property
     def dense_params(self) -> int:
         """Parameters of the layer it replaces."""
-        return self.out_features * (self.in_features + (self.bias is not None))
+        return self.out_features * (self.in_features + (self.has_bias))
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}"
         return text if self.width_spec is None else f"{text}, widths={self.width_spec.widths}"

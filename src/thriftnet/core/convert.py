@@ -145,10 +145,12 @@ def _prepare(
 
 
 def _sized(config: Any, trial: Trial | None) -> Any:
-    """A config that runs the network itself, with the size that `convert` was given; others, and one that has a size, as they are."""
-    if trial is None or trial.input_size is None or getattr(config, "input_size", trial.input_size) is not None:
+    """A config that runs the network itself, with the inputs that `convert` was given; others, and one that has some, as they are."""
+    names = {field.name for field in dataclasses.fields(config)} & {"input_size", "example"}
+    if trial is None or any(getattr(config, name) is not None for name in names):
         return config
-    return dataclasses.replace(config, input_size=trial.input_size)
+    given = {"input_size": trial.input_size, "example": None if trial.example is None else trial.example.to_text()}
+    return dataclasses.replace(config, **{name: given[name] for name in names})
 
 
 def _freeze_alike(pairs: Sequence[Replacement]) -> None:

@@ -41,6 +41,7 @@ class _Uses(IgnoreOuterModes):
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 
 
+@torch.no_grad()
 def fold_norms(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
     """Fold every batch norm of ``model``, changed in place, that alone reads the output of a convolution that runs once.
 

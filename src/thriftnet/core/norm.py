@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -189,12 +189,16 @@ def _options(norm: nn.Module) -> dict[str, Any]:
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift, each (C,), by which a batch norm in eval mode computes ``x * scale + shift`` at the selected width."""
-    plain = cast(nn.BatchNorm2d, norm.fold()) if isinstance(norm, PlainBatchNorm2d) else norm
-    if plain.running_mean is None or plain.running_var is None:
+    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    if isinstance(norm, PlainBatchNorm2d):
+        (channels,) = norm.active_sizes()
+        mean, var, _ = (_first(value, channels) for value in norm.statistics().values())
+        weight, bias = norm.active()
+    if mean is None or var is None:
         raise IncompatibleModelError(f"{norm} keeps no running statistics, so it cannot be folded into a convolution")
-    scale = (plain.running_var + plain.eps).rsqrt()
-    scale = scale * plain.weight.detach() if plain.affine else scale
-    return scale, (plain.bias.detach() if plain.affine else 0.0) - plain.running_mean * scale
+    scale = (var + norm.eps).rsqrt()
+    scale = scale if weight is None else weight * scale
+    return scale, (0.0 if bias is None else bias) - mean * scale
 
 
 def first_tensor(module: nn.Module) -> Tensor | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
@@ -19,6 +21,59 @@ from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a stated input size
 
 Size: TypeAlias = tuple[int, int, int]  # channels, height and width of an image
+
+
+class Inputs(NamedTuple):
+    """What a network reads: the arguments of its forward."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def on(self, device: torch.device | str) -> Inputs:
+        """The same with all tensors on a device; zeros where one on the meta device has no values."""
+        return tree_map(lambda value: _on(value, device), self)  # type: ignore[no-any-return]
+
+    def to_text(self) -> str:
+        """Types and shapes of the tensors, and everything else, as JSON.
+
+        Raises:
+            ConfigError: It holds something else than tensors, numbers, text, lists and dicts.
+        """
+        try:
+            return json.dumps([list(self.args), dict(self.kwargs)], default=_shape_and_type)
+        except TypeError as error:
+            raise ConfigError(f"the example cannot be kept: {error}. Give tensors, numbers, text, lists and dicts") from None
+
+    @classmethod
+    def from_text(cls, text: str) -> Inputs:
+        """What `to_text` gave, with tensors on the meta device.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        try:
+            args, kwargs = json.loads(text, object_hook=_empty_tensor)
+            return cls(tuple(args), dict(kwargs))
+        except (ValueError, TypeError, AttributeError, RuntimeError):
+            raise ConfigError(f"example={text!r} is no description of inputs: leave it out, convert(example=...) fills it") from None
+
+
+def _on(value: Any, device: torch.device | str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros_like(value, device=device) if value.is_meta else value.detach().to(device)
+
+
+def _shape_and_type(value: object) -> object:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"it holds a {type(value).__name__}")
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _empty_tensor(held: dict[str, Any]) -> Any:
+    if held.keys() != {"shape", "dtype"}:
+        return held
+    return torch.empty(held["shape"], dtype=getattr(torch, held["dtype"]), device="meta")
 
 
 class Call(NamedTuple):
@@ -38,7 +93,7 @@ class IgnoreOuterModes(TorchFunctionMode):
 
 
 def on_meta(model: nn.Module, others: Iterable[Tensor] = (), memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of ``model`` in eval mode on the meta device, without hooks.
+    """A copy of ``model`` in eval mode on the meta device, without hooks; what cannot be copied, such as a lock, is the same object.
 
     Args:
         model: The network.
@@ -50,16 +105,58 @@ def on_meta(model: nn.Module, others: Iterable[Tensor] = (), memo: dict[int, Any
     for tensor in (*kept, *others):  # parameters, buffers, and what a network remembers beside them
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    ghost = copy.deepcopy(model, memo).eval()
+    known = dict(memo)
+    try:
+        ghost = copy.deepcopy(model, memo)
+    except Exception:  # whatever a network holds
+        memo.clear()
+        memo |= known | _not_copied(model, known)
+        ghost = copy.deepcopy(model, memo)
+    ghost.eval()
     for module in ghost.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return ghost
 
 
+def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Attributes of modules that cannot be copied, by their ids."""
+    found: dict[int, Any] = {}
+    for value in (value for module in model.modules() for key, value in vars(module).items() if key != "_modules"):
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception:
+            found[id(value)] = value
+    return found
+
+
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a network without those that are scripted, which take no hooks."""
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
+
+
+def tensors(given: object) -> list[Tensor]:
+    """All tensors that are given to a network or come from it, in lists, dicts and dataclasses as well."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(given):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += tensors(dict(leaf))
+    return found
+
+
 def run(ghost: nn.Module, size: Size) -> None:
     """Run a network on the meta device on two images of this size, of its own type."""
-    ghost(images(ghost, size))
+    feed(ghost, Inputs((images(ghost, size),), {}))
+
+
+def feed(ghost: nn.Module, inputs: Inputs) -> None:
+    """Run a network on the meta device on these inputs."""
+    args, kwargs = inputs.on("meta")
+    ghost(*args, **kwargs)
 
 
 def images(model: nn.Module, size: Size) -> Tensor:

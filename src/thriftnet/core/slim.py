@@ -23,7 +23,7 @@ from thriftnet.core.norm import (
     add_statistics,
     statistics_suffix,
 )
-from thriftnet.core.probe import Size, on_meta, run
+from thriftnet.core.probe import Inputs, feed, on_meta
 from thriftnet.core.sites import replace
 from thriftnet.core.spaces import Axis, Space, count, is_whole, keep_whole, reasons, runs
 from thriftnet.core.tied import Tied
@@ -37,6 +37,8 @@ PLAIN: dict[type[nn.Module], tuple[type[WidthAware], str, str]] = {
     nn.GroupNorm: (PlainGroupNorm, "num_channels", "num_channels"),
     nn.LayerNorm: (PlainLayerNorm, "normalized_shape", "normalized_shape"),
 }
+
+READERS = (nn.TransformerEncoderLayer,)  # their fused forward reads the weights of their layers, which do not run
 
 Cuts = tuple[Runs | None, ...]  # along each axis of a tensor; None where it is whole
 
@@ -146,7 +148,7 @@ class Narrowing:
     Args:
         model: The network, whose layers have one width each.
         widths: Ratios, ascending.
-        size: Channels, height and width of an image.
+        inputs: What it reads.
         front: Tells of a module's name whether it runs before the gate.
         cut: Name of the module that ends the front.
 
@@ -158,13 +160,13 @@ class Narrowing:
         self,
         model: nn.Module,
         widths: Sequence[float],
-        size: Size,
+        inputs: Inputs,
         front: Callable[[str], bool] = lambda _: False,
         cut: str | None = None,
     ) -> None:
-        self.widths, self.size = tuple(widths), size
+        self.widths, self.inputs = tuple(widths), inputs
         self.trace = ChannelTrace(on_meta(model), front, cut)
-        self.trace.run(size)
+        self.trace.run(inputs)
         tried: dict[type[nn.Module], int] = {}
         while (blocker := self._blocker(model)) is not None:
             tried[blocker.kind] = level = tried.get(blocker.kind, 0) + 1
@@ -217,6 +219,8 @@ class Narrowing:
 
     def _narrow(self, name: str, module: nn.Module) -> nn.Module:
         layer, ins, outs = PLAIN.get(type(module), (None, "ins", "outs"))
+        if isinstance(self.trace.ghost.get_submodule(name.rpartition(".")[0]), READERS):
+            return self._slim(name, module)
         axes = [self._counted(name, key, module) for key in (ins, outs)]
         if all(axes):
             new = module if layer is None else layer(module)
@@ -293,7 +297,7 @@ class _Check:
     """Compares a run of a narrowed network with what its trace says of this width."""
 
     def __init__(self, narrowing: Narrowing) -> None:
-        self.trace, self.widths, self.size, self.index = narrowing.trace, narrowing.widths, narrowing.size, 0
+        self.trace, self.widths, self.inputs, self.index = narrowing.trace, narrowing.widths, narrowing.inputs, 0
         self.known = {step.name for step in self.trace.steps}
         first = next(i for i, step in enumerate(self.trace.steps) if step.name == "" and not step.begins) + 1
         self.steps = {False: self.trace.steps[:first], True: self.trace.steps[first:]}
@@ -302,7 +306,7 @@ class _Check:
         self.coming, self.stack = iter(self.steps[training]), [""]
         try:
             with torch.no_grad(), running(ghost, self._step, self.known):
-                run(ghost, self.size)
+                feed(ghost, self.inputs)
         except Exception as error:  # a network's own code may raise anything
             name, width = self.stack[-1], format_width(self.widths[self.index])
             kind = type(self.trace.ghost.get_submodule(name))

@@ -16,8 +16,8 @@ class Technique(Protocol):
     """A frozen, keyword-only dataclass with three methods. The verbs know nothing else of it.
 
     Two class attributes are looked at when present: ``takes``, a phrase for error messages that says which layers it
-    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none. A field
-    ``input_size``, of one that runs the network, is filled with the size that `convert` is given. A method
+    accepts; and ``every_layer``, True for a technique that changes every layer with parameters or none. Fields
+    ``input_size`` and ``example``, of one that runs the network, are filled with what `convert` is given. A method
     ``choices(sites)`` lets budgets choose its settings: see `thriftnet.planning.allocate.Adjustable`.
     """
 

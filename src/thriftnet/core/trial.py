@@ -5,7 +5,6 @@ The runs are on the meta device, where nothing is computed; a network that does 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -15,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from thriftnet.core import probe
+from thriftnet.core.probe import Inputs
 from thriftnet.core.untouched import untouched
 from thriftnet.core.width import format_width, select_width, widths
 from thriftnet.errors import ConfigError, first_line
 
 Replaced = tuple[str, nn.Module, nn.Module]  # the old layer's name, it, and the new one
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments by position, and by name
 
 
 class MismatchError(Exception):
@@ -56,6 +55,7 @@ class Trial:
 
     Attributes:
         input_size: Channels, height and width of the images that were given; None if none were.
+        example: The inputs that were given otherwise; None if none were.
         not_checked: Why it could not run, else empty.
 
     Raises:
@@ -65,12 +65,14 @@ class Trial:
     def __init__(self, model: nn.Module, input_size: Sequence[int] | None = None, example: Any = None) -> None:
         self.not_checked = ""
         self.input_size = _image_size(input_size, example)
+        self.example: Inputs | None = None
         errors = []
         for self.on_meta in (True, False):
             for self.inputs in _inputs_to_try(model, input_size, example):
                 self.before = Observed()
                 try:
                     self._run(model, self.before)
+                    self.example = self.inputs if example is not None and self.input_size is None else None
                     return
                 except Exception as error:  # a network's own code may raise anything, and some cannot be copied
                     errors.append(first_line(error))
@@ -153,18 +155,17 @@ class Trial:
         network = probe.on_meta(model, watched, memo) if self.on_meta else model
         ids = {id(memo.get(id(tensor), tensor)): id(tensor) for tensor in watched}
         like = next((tensor for tensor in _tensors(model) if tensor.is_floating_point()), torch.empty(0))
-        args, kwargs = tree_map(lambda value: _on(value, "meta" if self.on_meta else like.device), self.inputs)
+        args, kwargs = self.inputs.on("meta" if self.on_meta else like.device)
         with ExitStack() as stack:
             stack.enter_context(untouched(network))
             stack.enter_context(probe.IgnoreOuterModes())
-            for name, module in network.named_modules():
-                if not isinstance(module, torch.jit.ScriptModule):  # those take no hooks
-                    stack.callback(module.register_forward_pre_hook(_entering(name, seen)).remove)
-                    stack.callback(module.register_forward_hook(_leaving(name, seen)).remove)
+            for name, module in probe.hookable(network):
+                stack.callback(module.register_forward_pre_hook(_entering(name, seen)).remove)
+                stack.callback(module.register_forward_hook(_leaving(name, seen)).remove)
             if index is not None:
                 select_width(network, index)
             stack.enter_context(_Uses(ids, seen.used) if ids else nullcontext())
-            seen.outputs = list(_shapes(network(*args, **kwargs)))
+            seen.outputs = [(*tensor.shape, tensor.dtype) for tensor in probe.tensors(network(*args, **kwargs))]
 
 
 def _entering(name: str, seen: Observed) -> Any:
@@ -203,36 +204,14 @@ def _image_size(input_size: Sequence[int] | None, example: Any) -> tuple[int, ..
 def _inputs_to_try(model: nn.Module, input_size: Sequence[int] | None, example: Any) -> list[Inputs]:
     """Inputs of a batch of two images, on the meta device; or the example."""
     if example is None:
-        return [((probe.images(model, size),), {}) for size in probe.sizes_to_try(model, input_size)]
+        return [Inputs((probe.images(model, size),), {}) for size in probe.sizes_to_try(model, input_size)]
     if isinstance(example, Tensor):
-        return [((example,), {})]
+        return [Inputs((example,), {})]
     if isinstance(example, Mapping):
-        return [((), example)]
+        return [Inputs((), dict(example))]
     if isinstance(example, tuple | list):
-        return [(tuple(example), {})]
+        return [Inputs(tuple(example), {})]
     raise ConfigError(f"example={example!r}: expected a tensor, a tuple of arguments, or a dict of arguments by name")
-
-
-def _on(value: Any, device: torch.device | str) -> Any:
-    """A tensor on the device; zeros where one on the meta device has no values."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.zeros_like(value, device=device) if value.is_meta else value.detach().to(device)
-
-
-def _shapes(output: Any) -> Iterator[tuple[Any, ...]]:
-    """Shape and type of each tensor in an output."""
-    if isinstance(output, Tensor):
-        yield (*output.shape, output.dtype)
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _shapes(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _shapes(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for each in dataclasses.fields(output):
-            yield from _shapes(getattr(output, each.name))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -48,9 +48,9 @@ class LowRankPair(Composed):
         return self.inner // int(getattr(self.reduce, "groups", 1))
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The product: the weight of the one layer that computes the same."""
-        return product(self.reduce.weight, self.expand.weight, int(getattr(self.reduce, "groups", 1)))
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """Every group keeps its rank at every width."""
@@ -119,6 +119,10 @@ class LowRankConv2d(LowRankPair, ComposedConv2d):
         self.expand = PlainConv2d(plain_conv2d(plain, up, bias, like.groups, **after))
         self.adopt_widths(like)
 
+    @property
+    def weight(self) -> Tensor:
+        return product(self.reduce.weight, self.expand.weight, self.groups)
+
     def _merged(self, reduce: nn.Module, expand: nn.Module) -> nn.Conv2d | None:
         if not (isinstance(reduce, nn.Conv2d) and isinstance(expand, nn.Conv2d)):
             return None
@@ -155,21 +159,23 @@ class LowRankLinear(LowRankPair, ComposedLinear):
         self.expand = PlainLinear(plain_layer(nn.Linear, left.shape[::-1], left, bias))
         self.adopt_widths(like)
 
+    @property
+    def weight(self) -> Tensor:
+        return self.expand.weight @ self.reduce.weight
+
     def _merged(self, reduce: nn.Module, expand: nn.Module) -> nn.Linear | None:
         if not (isinstance(reduce, nn.Linear) and isinstance(expand, nn.Linear)):
             return None
-        weight, bias = product(reduce.weight, expand.weight, 1), cast("Tensor | None", expand.bias)
+        weight, bias = expand.weight @ reduce.weight, cast("Tensor | None", expand.bias)
         if reduce.bias is not None:
             bias = expand.weight @ reduce.bias + (0 if bias is None else bias)
         return plain_layer(nn.Linear, weight.shape[::-1], weight, bias)
 
 
 def product(reduce: Tensor, expand: Tensor, groups: int) -> Tensor:
-    """The weight of one layer that computes what two do: (G * r, I/G, kh, y) and (O, r, 1, x), of which x or y is 1."""
-    if reduce.ndim == 2:
-        return expand @ reduce
-    down = reduce.reshape(groups, -1, *reduce.shape[1:])  # (G, r, I/G, kh, y)
-    up = expand[:, :, 0].reshape(groups, -1, *expand.shape[1:2], expand.shape[3])  # (G, O/G, r, x)
+    """The weight of one convolution that computes what two do: (G * r, I/G, kh, y) and (O, r, 1, x), of which x or y is 1."""
+    down = reduce.unflatten(0, (groups, -1))  # (G, r, I/G, kh, y)
+    up = expand[:, :, 0].unflatten(0, (groups, -1))  # (G, O/G, r, x)
     return torch.einsum("gorx,grihy->goihxy", up, down).flatten(4).flatten(0, 1)
 
 

@@ -44,10 +44,11 @@ class Slimmable:
             `add_gate` does for a network that is slimmable already.
         input_size: Channels, height and width of the images that show how the network is connected. Default: the size it states,
             or one it runs on.
+        example: Types and shapes of what it reads otherwise, as text; filled with the ``example`` that `convert` is given.
 
     Example:
         >>> Slimmable(widths=(1.0, 0.5))
-        Slimmable(widths=(0.5, 1.0), gate=False, input_size=None)
+        Slimmable(widths=(0.5, 1.0), gate=False, input_size=None, example=None)
 
     Source: Yu et al., section 3; Li et al., section 3.3.
     """
@@ -63,6 +64,7 @@ class Slimmable:
     )
     gate: Annotated[bool | str, "False, True, or the name of the module that ends the front"] = False
     input_size: InputSize | None = None
+    example: str | None = None
 
     def __post_init__(self) -> None:
         values = self.widths if isinstance(self.widths, list | tuple) else (self.widths,)
@@ -117,16 +119,22 @@ class Slimmable:
         if network not in _found:
             try:
                 front = find_front(network, self.gate if isinstance(self.gate, str) else None) if self.gate else None
-                size = probe.input_size(network, self.input_size)
+                inputs = self._inputs(network)
             except IncompatibleModelError as error:
                 raise IncompatibleModelError(
                     f"{error} ({format_spec(self)} runs a network to see how it is connected)"
                 ) from None
             before = front.front if front else ()
             _found[network] = Narrowing(
-                network, self.widths, size, lambda name: is_within(name, before), front.after if front else None
+                network, self.widths, inputs, lambda name: is_within(name, before), front.after if front else None
             )
         return _found[network]
+
+    def _inputs(self, network: nn.Module) -> probe.Inputs:
+        """What shows how the network is connected."""
+        if self.example is not None:
+            return probe.Inputs.from_text(self.example)
+        return probe.Inputs((probe.images(network, probe.input_size(network, self.input_size)),), {})
 
 
 _found: WeakKeyDictionary[nn.Module, Narrowing] = WeakKeyDictionary()
