@@ -21,7 +21,10 @@ def without_meaning(technique: str, model: nn.Module) -> str | None:
         return None if weighted else "it has no layers between the first and the last"
     if technique == "shift":
         spatial = [m for m in weighted if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
-        return None if spatial else "no convolution but the first reads more than one pixel"
+        overlapping = [m for m in spatial if m.kernel_size > m.stride]
+        if not spatial:
+            return "no convolution but the first reads more than one pixel"
+        return None if overlapping else "its convolutions only cut the image into patches"
     if not weighted:
         return "it has no convolutions or linear layers between the first and the last"
     if technique in ("weight-sharing", "soft-sharing") and max(Counter(_shape(m) for m in weighted).values()) == 1:

@@ -396,6 +396,22 @@ def test_a_folder_with_a_config_of_others_is_left_alone(tmp_path: Path):
         tn.save(made(["shift"]), tmp_path)
 
 
+def test_a_network_that_other_code_changed(tmp_path: Path):
+    """Before it is converted: it is not what its name builds. Afterwards: converted layers are gone."""
+    plain = tn.create_model("resnet20").eval()
+    plain.layer1[0].conv1 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+    model = tn.convert(plain, "soft-sharing(templates=2)").eval()
+    folder = tn.save(model, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="or was changed by other code: give its plain form"):
+        tn.load(folder)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(tn.load(folder, model=plain)(x), model(x))
+    model.layer1[1] = nn.Conv2d(16, 16, 1)
+    with pytest.raises(CheckpointError, match="'layer1.1.conv1' of .* was converted, and is gone: .*plain network first"):
+        tn.save(model, folder)
+    tn.load(folder, model=plain)
+
+
 # Loading fits nothing and trusts nothing
 
 

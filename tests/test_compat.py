@@ -23,6 +23,7 @@ from compat.sample import Sample  # noqa: E402
 
 import thriftnet as tn  # noqa: E402
 from thriftnet.core.history import history  # noqa: E402
+from thriftnet.core.probe import IgnoreOuterModes, Inputs, on_meta, tensors  # noqa: E402
 from thriftnet.core.spec import parse_spec  # noqa: E402
 from thriftnet.errors import CheckpointError, ConfigError, IncompatibleModelError  # noqa: E402
 from thriftnet.techniques import TECHNIQUES  # noqa: E402
@@ -58,6 +59,7 @@ EXACT = [  # what would be lost or computed wrongly without a word, and is kept
     ("DataclassOutput", "slimmable"),
     ("dict_input", "slimmable"),
     ("tokens", "slimmable"),
+    ("multiplying_depthwise", "shift"),
 ]
 REFUSED = [  # and what is refused, with the layer and what to do
     ("InList", "weight-sharing", "old layer 'blocks.0' goes on running.*nn.ModuleList"),
@@ -138,6 +140,32 @@ def test_a_given_input_must_fit() -> None:
         tn.convert(odd.Body(), "weight-sharing", example=torch.ones(2, 5))
     with pytest.raises(ConfigError, match="example=3: expected a tensor"):
         tn.convert(odd.Body(), "weight-sharing", example=3)
+
+
+def test_an_example_is_kept_in_the_config() -> None:
+    batch = {"image": torch.ones(2, 3, 16, 16), "weight": torch.ones(2), "names": ["a", None, 3]}
+    planned = tn.plan(ODD["dict_input"].build()[0], "slimmable", example=(batch,))
+    again = Inputs.from_text(planned.technique.example)  # type: ignore[union-attr]
+    assert again.args[0].keys() == batch.keys() and again.args[0]["names"] == batch["names"]
+    assert [(t.shape, t.dtype) for t in tensors(again)] == [(t.shape, t.dtype) for t in tensors(batch)]
+    with pytest.raises(ConfigError, match="the example cannot be kept: it holds a Generator"):
+        Inputs((torch.Generator(),), {}).to_text()
+    with pytest.raises(ConfigError, match="'nonsense' is no description of inputs"):
+        tn.convert(odd.Body(), "slimmable(example='nonsense')")
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_on_the_meta_device(kind: str, bidirectional: bool) -> None:
+    """Their shapes are computed without running them."""
+    layer = getattr(nn, kind)(3, 5, num_layers=2, bidirectional=bidirectional, batch_first=True)
+    x = torch.randn(2, 7, 3)
+    with IgnoreOuterModes():
+        found = on_meta(layer)(x.to("meta"))
+    assert [t.shape for t in tensors(found)] == [t.shape for t in tensors(layer(x))]
+    packed = nn.utils.rnn.pack_padded_sequence(x, [7, 4], batch_first=True)
+    with IgnoreOuterModes():
+        assert torch.equal(layer(packed)[0].data, layer(packed)[0].data)
 
 
 @pytest.mark.parametrize("name", ["Counter", "NoMeta", "Lock"])

@@ -483,6 +483,23 @@ def test_timm_networks() -> None:
     assert inspect(timm.create_model("vit_tiny_patch16_224"), (3, 224, 224)).params == 5_717_416
 
 
+class ClassToken(nn.Sequential):
+    """Without gradients, a view of a parameter that needs them."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.token.expand(len(x), -1, -1)) + x.mean()
+
+
+def test_views_of_parameters() -> None:
+    model = ClassToken()
+    assert inspect(model, (3, 8, 8)).params == 4 * 4 + 4 + 4
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_size_is_the_networks_own_or_asked_for() -> None:
     assert inspect(tn.create_model("resnet20", in_chans=1)).input_size == (1, 32, 32)
     assert inspect(tn.convert(tn.create_model("cifar_mobilenetv2"), "weight-sharing")).input_size == (3, 32, 32)

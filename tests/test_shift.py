@@ -221,7 +221,6 @@ def _site(conv: nn.Conv2d) -> object:
         nn.Conv2d(9, 9, 4, padding="same"),
         nn.Conv2d(9, 9, (3, 1), padding=(1, 0)),
         nn.Conv2d(8, 8, 3, groups=8),
-        nn.Conv2d(9, 18, 3, groups=9),
         nn.ConvTranspose2d(9, 9, 3, padding=1),
         nn.Conv1d(9, 9, 3, padding=1),
     ],

@@ -89,7 +89,22 @@ class IgnoreOuterModes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():
+            if getattr(func, "__name__", "") in RECURRENT and args[0].is_meta:
+                return _recurrent(func, args)
             return func(*args, **(kwargs or {}))
+
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _recurrent(func: Any, args: Sequence[Any]) -> Any:
+    """What a recurrent layer gives: on the meta device, torch takes milliseconds for each of its time steps."""
+    x, hidden, weights, *_, bidirectional, _ = args
+    if isinstance(weights, Tensor) or isinstance(hidden, Tensor) is (func.__name__ == "lstm"):
+        return func(*args)  # a packed sequence
+    states = [hidden] if isinstance(hidden, Tensor) else hidden
+    out = x.new_empty(*x.shape[:-1], (1 + bidirectional) * states[0].shape[-1])
+    return (out, *(torch.empty_like(state) for state in states))
 
 
 def on_meta(model: nn.Module, others: Iterable[Tensor] = (), memo: dict[int, Any] | None = None) -> nn.Module:

@@ -99,6 +99,8 @@ def _run(model: nn.Module, size: tuple[int, ...], found: dict[int, LayerCost]) -
             if not isinstance(module, torch.jit.ScriptModule):  # those take no hooks
                 stack.callback(module.register_forward_pre_hook(meter.enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(meter.leave, always_call=True).remove)
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            stack.callback(parameter.requires_grad_(False).requires_grad_)  # torch's counter trips over views of what needs them
         try:
             with uncounted, counter:
                 model(images)

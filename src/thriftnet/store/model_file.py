@@ -68,7 +68,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, metadata: Mapping[
     try:
         model = unwrapped(model)
         tensors = _separate(unique_tensors(model))
-        config = describe(model, metadata or {}, identity_of(model) or _inferred(model))
+        _check_history(model)
+        config = describe(model, metadata or {}, _identity(model))
         data = sealed.encode(config, tensors, MODEL)
         write_together(place, {MODEL: data, CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(config)})
     except OSError as error:
@@ -113,7 +114,7 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     config, stored = read_model(path)
     if model is None and config["model"] is None:
         raise CheckpointError(
-            f"{path} holds a {config['class']} that was not built by name: give its plain form, load(folder, model=...)"
+            f"{path} holds a {config['class']} that was not built by name, or was changed by other code: give its plain form, load(folder, model=...)"
         )
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:
@@ -250,19 +251,39 @@ def _plain(config: Config) -> nn.Module:
     return build(config["model"]["name"], config["model"]["kwargs"], trusted=False)
 
 
-def _inferred(model: nn.Module) -> Config | None:
-    """How timm or torchvision builds the plain form of a network, verified by building it and repeating its history."""
+def _identity(model: nn.Module) -> Config | None:
+    """How the plain form of a network is built: as it remembers, or as timm or torchvision builds it.
+
+    Verified by building it and repeating the history: other code may have changed the network since.
+    """
     wanted = {name: tensor.shape for name, tensor in first_names(model).items()}
-    for identity in candidates(model):
+    known = identity_of(model)
+    for identity in candidates(model) if known is None else [known]:
         config = {"model": identity, "history": history(model)}
         try:
             rebuilt = _skeleton(config, None)
         except Exception:  # another network, on which these steps are impossible
             continue
-        if {name: tensor.shape for name, tensor in first_names(rebuilt).items()} == wanted and repr(rebuilt) == repr(model):
+        if {name: tensor.shape for name, tensor in first_names(rebuilt).items()} != wanted:
+            continue
+        if known is not None or repr(rebuilt) == repr(model):
             setattr(model, IDENTITY, identity)
             return identity
     return None
+
+
+def _check_history(model: nn.Module) -> None:
+    """Refuse a network from which other code has taken converted layers: no plain network becomes it by its history."""
+    first = next((step for step in history(model) if step["verb"] == "convert"), None)
+    if first is None or first["plan"]["technique"].get("gate") or any(step["verb"] == "add_gate" for step in history(model)):
+        return  # a gate gives the layers behind it other names
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    gone = next((name for row in first["plan"]["rows"] for name in row["names"] if name not in names), None)
+    if gone is not None:
+        raise CheckpointError(
+            f"layer {gone!r} of {type(model).__name__} was converted, and is gone: other code changed the network afterwards (as "
+            "timm's reparameterize_model does), so it could not be loaded. Change the plain network first, then convert it"
+        )
 
 
 def check_fit(model: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:

@@ -297,9 +297,7 @@ class Shift:
         padding = padding_of(conv)
         if max(padding) > step * ((side - 1) // 2) or (conv.padding == "same" and side % 2 == 0):
             return False
-        if is_depthwise(conv):
-            return self.depthwise and conv.out_channels == conv.in_channels >= side**2
-        return True
+        return not is_depthwise(conv) or (self.depthwise and (not is_one_shift(conv) or conv.in_channels >= side**2))
 
     def group(self, sites: Sequence[Site[nn.Conv2d]]) -> list[list[Site[nn.Conv2d]]]:
         groups = [[site] for site in sites if self._moves(site.module)]
@@ -314,7 +312,7 @@ class Shift:
     def _moves(self, conv: nn.Conv2d) -> bool:
         """Whether there are enough channels for all offsets; with fewer, all would stay."""
         return (
-            is_depthwise(conv) or inner_channels(conv.out_channels, self.expansion, conv.groups) >= conv.kernel_size[0] ** 2
+            is_one_shift(conv) or inner_channels(conv.out_channels, self.expansion, conv.groups) >= conv.kernel_size[0] ** 2
         )
 
     def choices(self, sites: Sequence[Site[nn.Conv2d]]) -> list[tuple[list[Site[nn.Conv2d]], list[Technique]]]:
@@ -322,7 +320,7 @@ class Shift:
         return [([site], self._expansions(site.module)) for site in sites]
 
     def _expansions(self, conv: nn.Conv2d) -> list[Technique]:
-        if is_depthwise(conv):
+        if is_one_shift(conv):
             return [self]
         configs: list[Shift] = [replace(self, expansion=quarter / 4) for quarter in steps(1, 4 * conv.kernel_size[0] ** 2)]
         return [config for config in configs if config._moves(conv)]
@@ -330,7 +328,7 @@ class Shift:
     def build(self, group: Sequence[Site[nn.Conv2d]]) -> list[Replacement]:
         old = group[0].module
         conv = executed(old) or old
-        if is_depthwise(conv):
+        if is_one_shift(conv):
             return [(old, DepthwiseShift2d(conv))]
         block = ShiftConv2d(
             conv.in_channels,
@@ -350,6 +348,11 @@ class Shift:
                 block.project.bias.copy_(conv.bias)
         block.adopt_widths(conv)
         return [(old, block)]
+
+
+def is_one_shift(conv: Convolution) -> bool:
+    """Whether a shift alone replaces it: one filter per channel."""
+    return is_depthwise(conv) and conv.out_channels == conv.in_channels
 
 
 def padding_of(conv: Convolution) -> tuple[int, int]:
