@@ -213,7 +213,10 @@ def steps(plain: Plain, technique: Any, cell: Cell) -> Iterator[str]:
     if plain.traces:
         yield "torch.fx.symbolic_trace"
         same(
-            run(torch.fx.symbolic_trace(converted), plain.inputs), output, 0.0, "the traced network computes something else"
+            run(torch.fx.symbolic_trace(converted), plain.inputs),
+            output,
+            plain.tolerance,
+            "the traced network computes something else",
         )
 
     if plain.saves:

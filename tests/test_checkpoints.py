@@ -407,7 +407,7 @@ def test_a_network_that_other_code_changed(tmp_path: Path):
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(tn.load(folder, model=plain)(x), model(x))
     model.layer1[1] = nn.Conv2d(16, 16, 1)
-    with pytest.raises(CheckpointError, match="'layer1.1.conv1' of .* was converted, and is gone: .*plain network first"):
+    with pytest.raises(CheckpointError, match=r"'layer1\.1\.conv1' of .* was converted, and is gone: .*plain network first"):
         tn.save(model, folder)
     tn.load(folder, model=plain)
 

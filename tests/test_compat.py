@@ -60,6 +60,10 @@ EXACT = [  # what would be lost or computed wrongly without a word, and is kept
     ("dict_input", "slimmable"),
     ("tokens", "slimmable"),
     ("multiplying_depthwise", "shift"),
+    ("signals", "weight-sharing(fusion='scalar_weighted_mean')"),
+    ("signals", "soft-sharing"),
+    ("volumes", "weight-sharing"),
+    ("volumes", "soft-sharing"),
 ]
 REFUSED = [  # and what is refused, with the layer and what to do
     ("InList", "weight-sharing", "old layer 'blocks.0' goes on running.*nn.ModuleList"),
@@ -146,7 +150,8 @@ def test_an_example_is_kept_in_the_config() -> None:
     batch = {"image": torch.ones(2, 3, 16, 16), "weight": torch.ones(2), "names": ["a", None, 3]}
     planned = tn.plan(ODD["dict_input"].build()[0], "slimmable", example=(batch,))
     again = Inputs.from_text(planned.technique.example)  # type: ignore[union-attr]
-    assert again.args[0].keys() == batch.keys() and again.args[0]["names"] == batch["names"]
+    assert again.args[0].keys() == batch.keys()
+    assert again.args[0]["names"] == batch["names"]
     assert [(t.shape, t.dtype) for t in tensors(again)] == [(t.shape, t.dtype) for t in tensors(batch)]
     with pytest.raises(ConfigError, match="the example cannot be kept: it holds a Generator"):
         Inputs((torch.Generator(),), {}).to_text()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+import math
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thriftnet.core.kinds import Kind, extras, has_own_weight, inherit, kind_of
+from thriftnet.core.kinds import Kind, extras, has_own_weight, inherit, kind_of, torch_class
 from thriftnet.core.tied import Tied, plain_layer
 from thriftnet.core.width import WidthAware, WidthSpec, format_width
 from thriftnet.errors import ConfigError, IncompatibleModelError
@@ -21,24 +22,32 @@ DERIVED = ("_reversed_padding_repeated_twice", "transposed", "output_padding")  
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
-    """A convolution whose weight is computed: subclasses define the property ``weight`` (O, I/groups, kh, kw).
+class GeneratedConv(Kind, Tied, WidthAware):
+    """A convolution of one, two or three dimensions whose weight is computed: subclasses define the property ``weight``.
 
     It may be tied to several users and may run at several widths. If the convolution it replaces is of a class of its own, such
     as one that standardises its weight, it is of that class, too, and runs as it does.
 
-    Shape: (N, I, H, W) -> (N, O, H', W') as `nn.Conv2d`; at a narrower width I and O shrink.
+    Shape: (N, I, ...) -> (N, O, ...) as the layer it replaces; at a narrower width I and O shrink.
 
     Args:
         like: The convolution to replace: geometry and bias are copied from it.
     """
 
-    padding: str | tuple[int, int]
-    padding_mode: str  # type: ignore[assignment]
-    weight: Tensor  # at full width, (O, I/groups, kh, kw): a property, or a parameter in PlainConv2d
+    convolve: ClassVar[Callable[..., Tensor]]  # of its dimensions
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    padding_mode: Any  # torch allows some words only
+    dilation: tuple[int, ...]
+    groups: int
+    _reversed_padding_repeated_twice: list[int]
+    weight: Tensor  # at full width, (O, I/groups, ...): a property, or a parameter of those that have their own
     bias: Tensor | None
 
-    def __init__(self, like: Convolution) -> None:
+    def __init__(self, like: AnyConvolution) -> None:
         nn.Module.__init__(self)
         for name in (*GEOMETRY, *DERIVED):
             setattr(self, name, getattr(like, name))
@@ -46,7 +55,7 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         self._adopt_bias(like)
         self.adopt_widths(like)
 
-    def _adopt_bias(self, like: Convolution) -> None:
+    def _adopt_bias(self, like: AnyConvolution) -> None:
         self.register_parameter("bias", None if like.bias is None else nn.Parameter(like.bias.detach().clone()))
 
     @property
@@ -57,8 +66,8 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
     @property
     def dense_params(self) -> int:
         """Parameters of the plain convolution it replaces."""
-        kh, kw = self.kernel_size
-        return self.out_channels * (self.in_channels // self.groups * kh * kw + (self.bias is not None))
+        entries = self.in_channels // self.groups * math.prod(self.kernel_size)
+        return self.out_channels * (entries + (self.bias is not None))
 
     @property
     def chooses_outs(self) -> bool:
@@ -85,13 +94,13 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         if self.kind is not None:
             return self.kind.forward(self, input, *args, **kwargs)  # type: ignore[no-any-return]
         (weight, bias, groups), x = self.active(), input
-        padding: str | int | tuple[int, int] = self.padding
+        padding: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         try:
-            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+            return type(self).convolve(x, weight, bias, self.stride, padding, self.dilation, groups)
         except RuntimeError:
-            if x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+            if x.ndim not in (weight.ndim - 1, weight.ndim) or x.shape[self.channel_axis] != weight.shape[1] * groups:
                 raise ConfigError(self._misfit(x, weight.shape[1] * groups)) from None
             raise
 
@@ -100,13 +109,15 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         hint = "Give images with the channels the network was made for"
         if self.width_spec is not None and self.width_index != -1:
             hint = "The network fixes numbers of channels outside its layers, and cannot be narrowed"
-        return f"{type(self).__name__}({self.extra_repr()}) reads (N, {ins}, H, W){where}, got {tuple(x.shape)}. {hint}"
+        sides = ("L",) if self.channel_axis == -2 else ("D", "H", "W")[self.channel_axis + 1 :]
+        shape = ", ".join(("N", str(ins), *sides))
+        return f"{type(self).__name__}({self.extra_repr()}) reads ({shape}){where}, got {tuple(x.shape)}. {hint}"
 
     @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
+    def fold(self) -> nn.Module:
         """The plain convolution that computes the same, at the selected width."""
         weight, bias, groups = self.active()
-        return plain_conv2d(self, weight, bias, groups)
+        return plain_conv(cast(AnyConvolution, self), weight, bias, groups)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -115,22 +126,66 @@ class GeneratedConv2d(Kind, Tied, WidthAware, nn.Conv2d):
         return text + ("" if self.width_spec is None else f", widths={self.width_spec.widths}")
 
 
-class PlainConv2d(GeneratedConv2d):
-    """A convolution with a weight of its own, as `nn.Conv2d`; in addition it may be tied and have several widths."""
+class GeneratedConv2d(GeneratedConv, nn.Conv2d):
+    """A convolution whose weight is computed: (O, I/groups, kh, kw).
+
+    Shape: (N, I, H, W) -> (N, O, H', W') as `nn.Conv2d`; at a narrower width I and O shrink.
+    """
+
+    convolve = F.conv2d
+
+    def fold(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, super().fold())
+
+
+class GeneratedConv1d(GeneratedConv, nn.Conv1d):
+    """A one-dimensional convolution whose weight is computed: (O, I/groups, k)."""
+
+    convolve = F.conv1d
+    channel_axis: ClassVar[int] = -2
+
+
+class GeneratedConv3d(GeneratedConv, nn.Conv3d):
+    """A three-dimensional convolution whose weight is computed: (O, I/groups, kd, kh, kw)."""
+
+    convolve = F.conv3d
+    channel_axis: ClassVar[int] = -4
+
+
+class OwnWeight(GeneratedConv):
+    """A convolution with a weight of its own; in addition it may be tied and have several widths."""
 
     standalone: ClassVar[bool] = True
     replaceable: ClassVar[bool] = True
 
-    def __init__(self, like: Convolution) -> None:
+    def __init__(self, like: AnyConvolution) -> None:
         super().__init__(like)
         self.weight = nn.Parameter(like.weight.detach().clone(memory_format=torch.contiguous_format))
+
+
+class PlainConv2d(OwnWeight, GeneratedConv2d):
+    """A convolution with a weight of its own, as `nn.Conv2d`; in addition it may be tied and have several widths."""
 
 
 class SharedConv2d(PlainConv2d):
     """A convolution that several layers of the original network share."""
 
 
+class SharedConv1d(OwnWeight, GeneratedConv1d):
+    """A one-dimensional convolution that several layers of the original network share."""
+
+
+class SharedConv3d(OwnWeight, GeneratedConv3d):
+    """A three-dimensional convolution that several layers of the original network share."""
+
+
 Convolution: TypeAlias = nn.Conv2d | GeneratedConv2d
+AnyConvolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def is_any_convolution(module: nn.Module) -> TypeIs[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """As `is_convolution`, of one, two or three dimensions."""
+    return isinstance(module, AnyConvolution) and has_own_weight(module)
 
 
 def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
@@ -141,12 +196,12 @@ def is_convolution(module: nn.Module) -> TypeIs[nn.Conv2d | PlainConv2d]:
     return isinstance(module, nn.Conv2d) and has_own_weight(module)
 
 
-def geometry(layer: Convolution | nn.Linear) -> tuple[object, ...]:
+def geometry(layer: AnyConvolution | nn.Linear) -> tuple[object, ...]:
     """What two layers must have in common to use one weight: its shape, type and device, and groups."""
     return layer.weight.shape, getattr(layer, "groups", None), layer.weight.dtype, layer.weight.device
 
 
-def signature(layer: Convolution | nn.Linear) -> tuple[object, ...]:
+def signature(layer: AnyConvolution | nn.Linear) -> tuple[object, ...]:
     """What layers must have in common to become one module."""
     like, names = next(layer.parameters()), (*GEOMETRY, "in_features", "out_features", "width_spec")
     added = [(name, value) for name in extras(layer) if isinstance(value := getattr(layer, name), Hashable)]
@@ -155,20 +210,25 @@ def signature(layer: Convolution | nn.Linear) -> tuple[object, ...]:
     return (*(getattr(layer, name, None) for name in names), layer.bias is None, like.dtype, like.device, kind)
 
 
-def is_depthwise(conv: Convolution) -> bool:
+def is_depthwise(conv: AnyConvolution) -> bool:
     """One filter per input channel."""
     return conv.groups == conv.in_channels > 1
 
 
-def is_pointwise(conv: Convolution) -> bool:
+def is_pointwise(conv: AnyConvolution) -> bool:
     """A 1 x 1 kernel."""
-    return conv.kernel_size == (1, 1)
+    return all(side == 1 for side in conv.kernel_size)
 
 
-def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int, **geometry: Any) -> nn.Conv2d:
+def plain_conv(like: AnyConvolution, weight: Tensor, bias: Tensor | None, groups: int, **geometry: Any) -> nn.Module:
     """A convolution that holds copies of ``weight`` and ``bias``, of the class and geometry of ``like`` except as given."""
     sizes = (weight.shape[1] * groups, weight.shape[0], weight.shape[2:])
     options = {name: getattr(like, name) for name in ("stride", "padding", "dilation", "padding_mode")} | geometry
-    conv = plain_layer(nn.Conv2d, sizes, weight, bias, groups=groups, **options).train(like.training)
+    conv = plain_layer(torch_class(like), sizes, weight, bias, groups=groups, **options).train(like.training)
     inherit(conv, like)
     return conv
+
+
+def plain_conv2d(like: Convolution, weight: Tensor, bias: Tensor | None, groups: int, **geometry: Any) -> nn.Conv2d:
+    """`plain_conv` of two dimensions."""
+    return cast(nn.Conv2d, plain_conv(like, weight, bias, groups, **geometry))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thriftnet.core.conv import Convolution
+from thriftnet.core.conv import AnyConvolution
 from thriftnet.core.copied import copied
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
@@ -257,7 +257,7 @@ def _left_alone(model: nn.Module, technique: Technique, select: Select | None, g
     taken = {id(inner) for module in model.modules() if id(module) in grouped for inner in module.modules()}
     left, every = [], requires_all_layers(technique)
     for name, module in model.named_modules():
-        if id(module) in taken or not isinstance(module, Layer if every else Convolution):
+        if id(module) in taken or not isinstance(module, Layer if every else AnyConvolution):
             continue
         if every:
             reason = technique.why_left(model, name) if hasattr(technique, "why_left") else "in no group of layers"
@@ -295,7 +295,7 @@ def relative_error(old: nn.Module, new: nn.Module) -> float | None:
     if any(parameter.is_meta for parameter in (*old.parameters(), *new.parameters())):
         return None
     folded = new.fold() if is_foldable(new) else new
-    if not (isinstance(old, Layer) and isinstance(folded, nn.Conv2d | nn.Linear)) or old.weight.shape != folded.weight.shape:
+    if not (isinstance(old, Layer) and isinstance(folded, Layer)) or old.weight.shape != folded.weight.shape:
         return None
     wide = torch.complex128 if old.weight.is_complex() else torch.float64
     if old.weight.shape != folded.weight.shape:

@@ -20,6 +20,9 @@ OWN = ("weight", "bias")
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
+TORCH: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class Kind(nn.Module):
     """A layer that runs as the class of the layer it replaces does, and keeps the attributes that were added to it."""
 
@@ -59,7 +62,12 @@ def kind_of(layer: nn.Module) -> type[nn.Module] | None:
     """The class whose forward the layer runs, or None for those of `torch.nn`."""
     if isinstance(layer, Kind):
         return layer.kind
-    return None if type(layer) in (nn.Conv2d, nn.Linear) else type(layer)
+    return None if type(layer) in TORCH else type(layer)
+
+
+def torch_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of `torch.nn` that a layer is of."""
+    return next(each for each in TORCH if isinstance(layer, each))
 
 
 def extras(layer: nn.Module) -> tuple[str, ...]:
@@ -70,7 +78,7 @@ def extras(layer: nn.Module) -> tuple[str, ...]:
         name
         for held in (vars(layer), layer._parameters, layer._buffers)
         for name in held
-        if name not in OWN and name not in _usual(nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+        if name not in OWN and name not in _usual(torch_class(layer))  # type: ignore[arg-type]  # a class is hashable
     )
 
 
@@ -156,7 +164,7 @@ class _Calls(TorchFunctionMode):
 @functools.cache
 def _usual(plain: type[nn.Module]) -> frozenset[str]:
     """Attributes that every layer of this class has."""
-    return frozenset(vars(plain(1, 1, 1, device="meta") if plain is nn.Conv2d else plain(1, 1, device="meta")))
+    return frozenset(vars(plain(1, 1, device="meta") if plain is nn.Linear else plain(1, 1, 1, device="meta")))
 
 
 @functools.cache

@@ -189,7 +189,9 @@ def _options(norm: nn.Module) -> dict[str, Any]:
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift, each (C,), by which a batch norm in eval mode computes ``x * scale + shift`` at the selected width."""
-    mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    mean, var = norm.running_mean, norm.running_var
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
     if isinstance(norm, PlainBatchNorm2d):
         (channels,) = norm.active_sizes()
         mean, var, _ = (_first(value, channels) for value in norm.statistics().values())

@@ -55,7 +55,9 @@ class Inputs(NamedTuple):
             args, kwargs = json.loads(text, object_hook=_empty_tensor)
             return cls(tuple(args), dict(kwargs))
         except (ValueError, TypeError, AttributeError, RuntimeError):
-            raise ConfigError(f"example={text!r} is no description of inputs: leave it out, convert(example=...) fills it") from None
+            raise ConfigError(
+                f"example={text!r} is no description of inputs: leave it out, convert(example=...) fills it"
+            ) from None
 
 
 def _on(value: Any, device: torch.device | str) -> Any:

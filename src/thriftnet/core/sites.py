@@ -8,7 +8,7 @@ from typing import Annotated, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
-from thriftnet.core.conv import Convolution
+from thriftnet.core.conv import AnyConvolution
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.patterns import matcher
 from thriftnet.errors import ConfigError, unknown_name
@@ -21,7 +21,7 @@ Select: TypeAlias = Annotated[
     "a regular expression, a list of names, or (name, module) -> bool",
 ]
 Replacement: TypeAlias = tuple[nn.Module, nn.Module]
-Layer: TypeAlias = Convolution | nn.Linear | GeneratedLinear
+Layer: TypeAlias = AnyConvolution | nn.Linear | GeneratedLinear
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if linears:
         return stem, linears[-1] if linears[-1] is not stem else None
     last = weighted[-1] if len(weighted) > 1 else None
-    is_head = last is not None and tuple(last.kernel_size) == (1, 1) and not norm_follows  # type: ignore[arg-type]
+    is_head = last is not None and all(side == 1 for side in last.kernel_size) and not norm_follows  # type: ignore[union-attr]
     return stem, last if is_head else None
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from thriftnet.arguments import InputSize, checked
-from thriftnet.core.conv import GeneratedConv2d
+from thriftnet.core.conv import GeneratedConv
 from thriftnet.core.linear import GeneratedLinear
 from thriftnet.core.module import ThriftyModule
 from thriftnet.core.provenance import input_size_of
@@ -100,7 +100,9 @@ def _run(model: nn.Module, size: tuple[int, ...], found: dict[int, LayerCost]) -
                 stack.callback(module.register_forward_pre_hook(meter.enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(meter.leave, always_call=True).remove)
         for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-            stack.callback(parameter.requires_grad_(False).requires_grad_)  # torch's counter trips over views of what needs them
+            stack.callback(
+                parameter.requires_grad_(False).requires_grad_
+            )  # torch's counter trips over views of what needs them
         try:
             with uncounted, counter:
                 model(images)
@@ -153,7 +155,7 @@ class _Meter:
         """After a module ran, or failed (an error that the network may handle itself); then ``output`` is None."""
         self.settle()
         cost, _ = self.running.pop()
-        if isinstance(module, GeneratedConv2d | GeneratedLinear):
+        if isinstance(module, GeneratedConv | GeneratedLinear):
             cost.generation_macs += module.generation_macs
         if _purpose(module) == "shift" and output is not None:
             cost.shift_bytes += module.moved_bytes(output)  # type: ignore[operator]
@@ -168,7 +170,7 @@ def _purpose(module: nn.Module) -> Purpose:
         return "shift"  # some implementations are depthwise convolutions, but multiply nothing
     if isinstance(module, ParametrizationList):
         return "weight"
-    return "generated layer" if isinstance(module, GeneratedConv2d) else "execution"
+    return "generated layer" if isinstance(module, GeneratedConv) else "execution"
 
 
 class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -114,7 +114,8 @@ def load(source: str | os.PathLike[str], *, model: nn.Module | None = None) -> n
     config, stored = read_model(path)
     if model is None and config["model"] is None:
         raise CheckpointError(
-            f"{path} holds a {config['class']} that was not built by name, or was changed by other code: give its plain form, load(folder, model=...)"
+            f"{path} holds a {config['class']} that was not built by name, or was changed by other code: give its plain form, "
+            "load(folder, model=...)"
         )
     check_sizes(config, sum(tensor.numel() for tensor in stored.values()), path)
     try:

@@ -190,8 +190,9 @@ class BasisConv2d(ComposedConv2d):
     def bias(self) -> Tensor:
         """The bias of that convolution: the norm between has a shift."""
         _, shift = scale_and_shift(self.norm)
-        own = super().bias
-        return self.coefficients.weight.flatten(1) @ shift + (0 if own is None else own)
+        return self.coefficients.weight.flatten(1) @ shift + (
+            0 if self.coefficients.bias is None else self.coefficients.bias
+        )
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         return (self.rank,) * len(width_spec.widths)  # the basis keeps its rank at every width

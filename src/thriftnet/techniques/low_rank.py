@@ -174,8 +174,8 @@ class LowRankLinear(LowRankPair, ComposedLinear):
 
 def product(reduce: Tensor, expand: Tensor, groups: int) -> Tensor:
     """The weight of one convolution that computes what two do: (G * r, I/G, kh, y) and (O, r, 1, x), of which x or y is 1."""
-    down = reduce.unflatten(0, (groups, -1))  # (G, r, I/G, kh, y)
-    up = expand[:, :, 0].unflatten(0, (groups, -1))  # (G, O/G, r, x)
+    down = reduce.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]  # (G, r, I/G, kh, y)
+    up = expand[:, :, 0].unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]  # (G, O/G, r, x)
     return torch.einsum("gorx,grihy->goihxy", up, down).flatten(4).flatten(0, 1)
 
 

@@ -20,9 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.arguments import Channels, KernelSide, Padding, PositiveShare, Steps, Templates, checked
-from thriftnet.core.conv import Convolution, GeneratedConv2d, geometry, is_convolution, is_pointwise, signature
+from thriftnet.core.conv import (
+    AnyConvolution,
+    GeneratedConv1d,
+    GeneratedConv2d,
+    GeneratedConv3d,
+    geometry,
+    is_any_convolution,
+    is_pointwise,
+    signature,
+)
 from thriftnet.core.convert import tie
-from thriftnet.core.kinds import Kind
+from thriftnet.core.kinds import Kind, torch_class
 from thriftnet.core.linear import GeneratedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.technique import Example, Technique, steps
@@ -35,7 +44,7 @@ from thriftnet.memory import needs
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Layer: TypeAlias = Convolution | nn.Linear
+Layer: TypeAlias = AnyConvolution | nn.Linear
 AnySides: TypeAlias = Annotated[KernelSide | tuple[KernelSide, ...], "an integer from 1 to 1,024, or some"]
 
 
@@ -165,6 +174,32 @@ class SConv2d(Mixed, GeneratedConv2d):  # type: ignore[override]
             self.bias = nn.Parameter(bank.templates.new_zeros(outs))
 
 
+class SConv1d(Mixed, GeneratedConv1d):  # type: ignore[override]
+    """A one-dimensional convolution whose filters are mixed from a bank.
+
+    Shape: as `nn.Conv1d`.
+
+    State dict: as of `SConv2d`.
+    """
+
+
+class SConv3d(Mixed, GeneratedConv3d):  # type: ignore[override]
+    """A three-dimensional convolution whose filters are mixed from a bank.
+
+    Shape: as `nn.Conv3d`.
+
+    State dict: as of `SConv2d`.
+    """
+
+
+MIXED: dict[type[nn.Module], type[Mixed]] = {
+    nn.Conv1d: SConv1d,
+    nn.Conv2d: SConv2d,
+    nn.Conv3d: SConv3d,
+    nn.Linear: SLinear,
+}
+
+
 @checked
 @dataclass(frozen=True, kw_only=True)
 class SoftSharing:
@@ -198,7 +233,7 @@ class SoftSharing:
     def accepts(self, module: nn.Module) -> bool:
         if is_linear(module):
             return self.linear
-        return is_convolution(module) and (self.pointwise or not is_pointwise(module))
+        return is_any_convolution(module) and (self.pointwise or not is_pointwise(module))
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         groups = group_by(sites, key=lambda site: geometry(site.module))
@@ -242,7 +277,7 @@ class SoftSharing:
             bank.templates.data.copy_(fitted)
         else:
             coefficients = nn.init.orthogonal_(torch.empty(len(group), templates)).to(weights)
-        kind = SLinear if isinstance(group[0].module, nn.Linear) else SConv2d
+        kind = MIXED[torch_class(group[0].module)]
         rows = zip(group, coefficients, strict=True)
         return [(site.module, kind.replacing(site.module, bank, row.clone())) for site, row in rows]
 

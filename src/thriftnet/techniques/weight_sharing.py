@@ -19,7 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.arguments import Depth, Index, PositiveShare, Seed, checked
-from thriftnet.core.conv import Convolution, GeneratedConv2d, SharedConv2d, is_convolution, is_depthwise, signature
+from thriftnet.core.conv import (
+    AnyConvolution,
+    GeneratedConv1d,
+    GeneratedConv2d,
+    GeneratedConv3d,
+    SharedConv1d,
+    SharedConv2d,
+    SharedConv3d,
+    is_any_convolution,
+    is_depthwise,
+    signature,
+)
+from thriftnet.core.kinds import torch_class
 from thriftnet.core.linear import GeneratedLinear, SharedLinear, is_linear
 from thriftnet.core.sites import Replacement, Site, group_by
 from thriftnet.core.technique import Example, Technique
@@ -28,7 +40,7 @@ from thriftnet.errors import ConfigError, IncompatibleModelError, unknown_name
 from thriftnet.kernels.dispatch import KernelChoice
 from thriftnet.kernels.fusion import Fuser, choose, fuse
 
-Layer: TypeAlias = Convolution | nn.Linear
+Layer: TypeAlias = AnyConvolution | nn.Linear
 
 WORDS = "lists of at least two layer names or indices"
 Mapping = Literal["sequential", "strided", "random"]
@@ -61,7 +73,7 @@ class Fused(Tied):
         scales = self.members.new_ones(len(group), columns[fusion]) if fusion in columns else None
         self.scales = None if scales is None else nn.Parameter(scales)
 
-    def _adopt_bias(self, like: Convolution) -> None:
+    def _adopt_bias(self, like: AnyConvolution) -> None:
         """The bias is computed."""
 
     @cached_property
@@ -101,8 +113,30 @@ class FusedConv2d(Fused, GeneratedConv2d):  # type: ignore[override]
     """A convolution with the fused weight of several."""
 
 
+class FusedConv1d(Fused, GeneratedConv1d):  # type: ignore[override]
+    """A one-dimensional convolution with the fused weight of several."""
+
+
+class FusedConv3d(Fused, GeneratedConv3d):  # type: ignore[override]
+    """A three-dimensional convolution with the fused weight of several."""
+
+
 class FusedLinear(Fused, GeneratedLinear):  # type: ignore[override, misc]
     """A linear layer with the fused weight of several."""
+
+
+SHARED: dict[type[nn.Module], type[nn.Module]] = {  # what several layers become
+    nn.Conv1d: SharedConv1d,
+    nn.Conv2d: SharedConv2d,
+    nn.Conv3d: SharedConv3d,
+    nn.Linear: SharedLinear,
+}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: FusedConv1d,
+    nn.Conv2d: FusedConv2d,
+    nn.Conv3d: FusedConv3d,
+    nn.Linear: FusedLinear,
+}
 
 
 @checked
@@ -160,7 +194,7 @@ class WeightSharing:
         return self.trained or self.fusion.endswith("weighted_mean")
 
     def accepts(self, module: nn.Module) -> bool:
-        if is_convolution(module):
+        if is_any_convolution(module):
             return self.depthwise or not is_depthwise(module)
         return self.linear is not False and is_linear(module)
 
@@ -224,9 +258,9 @@ class WeightSharing:
         first = layers[0]
         shared: nn.Module
         if self.keeps_members:
-            shared = (FusedLinear if isinstance(first, nn.Linear) else FusedConv2d)(layers, self.fusion)
+            shared = FUSED[torch_class(first)](layers, self.fusion)
         else:
-            shared = SharedLinear(first) if isinstance(first, nn.Linear) else SharedConv2d(first)
+            shared = SHARED[torch_class(first)](first)
             if self.fusion == "mean":
                 set_to_mean(shared, layers)
         return [(layer, shared) for layer in layers]
