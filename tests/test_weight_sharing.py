@@ -93,7 +93,7 @@ def test_rate_that_divides_nothing_shares_what_it_can() -> None:
 
 def test_linear_layers_share_by_default_where_no_convolutions_can() -> None:
     blocks = [nn.Linear(8, 8) for _ in range(4)]
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.Conv1d(8, 8, 1), *blocks, nn.Linear(8, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(2), nn.ConvTranspose1d(8, 8, 1), *blocks, nn.Linear(8, 2))
     assert {row.layer.partition("(")[0] for row in tn.plan(model, tn.WeightSharing()).rows} == {"Linear"}
     mixed = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(3)), *blocks, nn.Linear(8, 2))
     assert {row.layer.partition("(")[0] for row in tn.plan(mixed, tn.WeightSharing()).rows} == {"Conv2d"}
