@@ -137,6 +137,31 @@ def test_a_plan_says_what_was_not_checked() -> None:
     assert type(planned).from_json(planned.to_json()).not_checked == planned.not_checked
 
 
+class ReadsPlainWeights(nn.Module):
+    """Attention of torch reads a weight without running its layer; and so do we, of plain layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.attention = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for each in self.attention:
+            x = x + each(x, x, x)[0]
+        for each in self.mix:
+            x = x + (x @ each.weight if type(each) is nn.Linear else x)
+        return self.head(x.mean(1))
+
+
+def test_weights_that_are_read_without_running_the_layer() -> None:
+    model = ReadsPlainWeights()
+    assert not tn.plan(model, "low-rank", select="attention").not_checked
+    with pytest.raises(IncompatibleModelError, match=r"new layer 'mix\.0' is not read, as the old one was"):
+        tn.convert(model, "low-rank")
+
+
 def test_a_given_input_must_fit() -> None:
     with pytest.raises(ConfigError, match=r"Body does not run on input_size=\(7, 8, 8\)"):
         tn.convert(odd.Body(), "weight-sharing", input_size=(7, 8, 8))

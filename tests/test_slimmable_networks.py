@@ -224,3 +224,23 @@ def test_the_size_of_images_given_to_convert_reaches_a_technique_that_runs_the_n
         x = torch.rand(2, 3, 40, 40)
         assert torch.equal(loaded(x), slim(x))
     assert torch.equal(tn.convert(plain, planned)(x), slim(x))  # the plan keeps it
+
+
+class LargerInTraining(nn.Module):
+    """A head that only training runs, and only on larger images than the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.auxiliary, self.head = nn.Conv2d(8, 4, 20), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.stem(x)).relu()
+        out = self.head(x.mean((2, 3)))
+        return out + self.auxiliary(x).mean() if self.training else out
+
+
+def test_a_size_for_training_is_found() -> None:
+    model = tn.convert(LargerInTraining(), "slimmable(widths=(0.5, 1.0))").train()
+    tn.set_width(model, 0.5)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)

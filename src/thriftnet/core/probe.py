@@ -18,7 +18,7 @@ from thriftnet.core.provenance import input_size_of, stated_input_size
 from thriftnet.core.sites import ends
 from thriftnet.errors import ConfigError, IncompatibleModelError, first_line
 
-SIDES = (32, 224, 64, 28, 96, 8)  # image sizes to try for networks without a stated input size
+SIDES = (32, 224, 64, 28, 96, 8, 320)  # image sizes to try for networks without a stated input size
 
 Size: TypeAlias = tuple[int, int, int]  # channels, height and width of an image
 
@@ -213,6 +213,13 @@ def input_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
         f"{type(model).__name__} runs on none of the image sizes tried: {first_line(tried[0])}. "
         "Give the size it was made for: input_size=(C, H, W)"
     )
+
+
+def training_size(model: nn.Module, given: Sequence[int] | None = None) -> Size:
+    """`input_size`; where that runs in eval mode only, as with heads that only training runs, one that runs in training mode, too."""
+    size = input_size(model, given)
+    ghost = on_meta(model).train()
+    return next((each for each in (size, *sizes_to_try(model, given)) if failure(ghost, each) is None), size)
 
 
 @torch.no_grad()

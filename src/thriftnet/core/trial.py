@@ -71,7 +71,7 @@ class Trial:
             for self.inputs in _inputs_to_try(model, input_size, example):
                 self.before = Observed()
                 try:
-                    self._run(model, self.before)
+                    self._run(model, self.before, watched=list(model.parameters()))
                     self.example = self.inputs if example is not None and self.input_size is None else None
                     return
                 except Exception as error:  # a network's own code may raise anything, and some cannot be copied
@@ -104,12 +104,15 @@ class Trial:
             for tensor in _tensors(layer)
             if id(tensor) not in registered
         }
+        idle = [(name, new) for name, layer, new in replaced if not self.before.runs[name]]
+        read = {name for name, layer, _ in replaced if any(id(tensor) in self.before.used for tensor in layer.parameters())}
+        watched = [*(tensor for tensor, _ in old.values()), *(tensor for _, new in idle for tensor in new.parameters())]
         available = widths(model)
         for index in reversed(range(max(1, len(available)))):  # the widest first: only there all has its full size
             where = f" at width {format_width(available[index])}" if available else ""
             after = Observed()
             try:
-                self._run(model, after, index if available else None, [tensor for tensor, _ in old.values()])
+                self._run(model, after, index if available else None, watched)
             except Exception as error:
                 inside = f" in {after.running[-1]!r}" if after.running and after.running[-1] else ""
                 raise MismatchError(
@@ -121,10 +124,13 @@ class Trial:
                     "(in a list, a dict, a bound method), where no state dict has it. Use nn.ModuleList or nn.ModuleDict",
                     name,
                 )
+            for name, new in idle:
+                if name in read and not any(id(tensor) in after.used for tensor in new.parameters()):
+                    raise MismatchError(f"the new layer {name!r} is not read{where}, as the old one was", name)
             self._check_runs(model, replaced, after, where)
             self._check_outputs(after, where)
-        idle = [name for name, *_ in replaced if not self.before.runs[name]]
-        return f"layers that do not run in eval mode: {', '.join(map(repr, idle))}" if idle else ""
+        unused = [name for name, _ in idle if name not in read]
+        return f"layers that do not run in eval mode: {', '.join(map(repr, unused))}" if unused else ""
 
     def _check_runs(self, model: nn.Module, replaced: Sequence[Replaced], after: Observed, where: str) -> None:
         first = {id(module): name for name, module in model.named_modules()}

@@ -134,7 +134,7 @@ class Slimmable:
         """What shows how the network is connected."""
         if self.example is not None:
             return probe.Inputs.from_text(self.example)
-        return probe.Inputs((probe.images(network, probe.input_size(network, self.input_size)),), {})
+        return probe.Inputs((probe.images(network, probe.training_size(network, self.input_size)),), {})
 
 
 _found: WeakKeyDictionary[nn.Module, Narrowing] = WeakKeyDictionary()
