@@ -267,7 +267,9 @@ def _identity(model: nn.Module) -> Config | None:
             continue
         if {name: tensor.shape for name, tensor in first_names(rebuilt).items()} != wanted:
             continue
-        if known is not None or repr(rebuilt) == repr(model):
+        if known is not None:
+            return known
+        if repr(rebuilt) == repr(model):
             setattr(model, IDENTITY, identity)
             return identity
     return None
