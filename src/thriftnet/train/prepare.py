@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from thriftnet.core.fold import is_foldable
 from thriftnet.core.head import note_on
 from thriftnet.core.probe import Size
 from thriftnet.core.provenance import data_facts
@@ -47,8 +49,12 @@ def augmentation_for(model: nn.Module, recipe: Recipe, source: DataSource) -> Au
     return fields.for_source(source)
 
 
-def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = None) -> nn.Module:
+def prepare_model(
+    recipe: Recipe, source: DataSource, model: nn.Module | None = None, note: Callable[[str], object] = lambda text: None
+) -> nn.Module:
     """The recipe's network (or yours) for the classes and channels of the data, converted by the recipe's techniques.
+
+    A network that is converted already stays as it is, unless the recipe says ``convert_again``; ``note`` is called with that.
 
     Raises:
         ConfigError: No such network, or one that does not fit the data.
@@ -66,6 +72,12 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
             kwargs.setdefault("in_chans", size[0])
         model = open_model(name, **kwargs)
     check_classes(model, source, size, recipe.model)
+    if recipe.technique and not recipe.convert_again and any(is_foldable(module) for module in model.modules()):
+        techniques = ", ".join(recipe.technique)
+        note(
+            f"the network is converted already: the recipe's {techniques} is not applied on top. --technique '{techniques}' does"
+        )
+        return model
     for text in recipe.technique:
         technique: Any = resolve(text)
         if getattr(technique, "seed", 0) is None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
 from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
-from thriftnet.data.split import train_validation
+from thriftnet.data.split import limited, train_validation
 from thriftnet.dynamic.network import DynamicNetwork
 from thriftnet.errors import ConfigError
 from thriftnet.resolve import open_model
@@ -46,6 +47,8 @@ from thriftnet.train.recipe import Recipe, RunFields
 from thriftnet.train.run_folder import RunFolder
 from thriftnet.train.stages import GateStage, make_stage
 
+TIMED_BATCHES = 8  # of an evaluation, to plan a training that has a time budget
+PLANNED_SHARE = 0.95  # of the time; the rest is for checkpoints, and for what differs from the measurement
 CALIBRATION = 2048  # training images on which a stage may calibrate what it needs for evaluation
 
 
@@ -127,6 +130,10 @@ def train(
         parts = [(recipe.for_stage(entry), entry) for entry in recipe.stages] or [
             (recipe, {"stage.name": recipe.stage.name})
         ]
+        if recipe.stages and recipe.run.minutes is not None:
+            raise ConfigError(
+                f"minutes={recipe.run.minutes:g} is for one stage, and the recipe has {len(parts)}: say which, as --stages.1.minutes"
+            )
         distributed = Distributed(device, parts[0][0].run.precision)
         with failing_together():
             source = open_data(data, on_corrupt=recipe.data.on_corrupt) if isinstance(data, str) else data
@@ -140,10 +147,11 @@ def train(
         if isinstance(teacher, str):
             teacher = open_model(teacher)
         seed_everything(recipe.seed)
-        network = prepare_model(recipe, source, model)
+        notes: list[str] = []
+        network = prepare_model(recipe, source, model, notes.append)
         check_stages(parts, network, source)
         results: list[TrainResult] = []
-        notes = notes_on(recipe, network, given=model is not None)
+        notes += notes_on(recipe, network, given=model is not None)
         with RunFolder(Path(output), is_main=distributed.is_main).locked():
             for number, (part, entry) in enumerate(parts, 1):
                 name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
@@ -185,6 +193,7 @@ class Trainer:
     """One stage of a training: trains ``model`` in place, which gets to know the data."""
 
     def __init__(self, recipe: Recipe, source: DataSource, model: nn.Module, folder: Path, distributed: Distributed) -> None:
+        source = replace(source, splits={**source.splits, "train": limited(source.split("train"), recipe.data.limit)})
         self.recipe, self.source, self.distributed = recipe, source, distributed
         self.folder = RunFolder(folder, is_main=distributed.is_main)
         self.augmentation = augmentation_for(model, recipe, source)
@@ -231,12 +240,16 @@ class Trainer:
             on_progress=on_progress,
         )
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
+        if recipe.run.minutes is not None and not self.loop.state.planned:
+            self.loop.plan(self.loop.state.step + self._steps_within(60 * recipe.run.minutes, start))
         interrupts.describe = self._position
         versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
         description |= {"device": distributed.device.type, "versions": versions}
         self.folder.write(description)
         self._start_trackers()
         with interrupts.waiting():
+            if self.loop.state.planned and not resumed_from:
+                self.loop.checkpoint()  # a training that is resumed keeps the plan
             while not self.loop.finished:
                 self._end_epoch(self.loop.train_epoch(interrupts), interrupts)
                 if distributed.any(interrupts.seen):
@@ -255,7 +268,9 @@ class Trainer:
             self.folder.load_kept(self.model)
             note = f"{name}: loaded from {self.folder.path}"
         else:
-            loader = self.train_loader(self.source.split("train"), 1, drop_last=True)  # every batch counts alike
+            loader = self.train_loader(
+                self.source.split("train"), 1, drop_last=True
+            )  # a last batch of few images has poor variances
             recalibrate(self.model, loader, **options)
             self.folder.keep(self.model, {"data": self.source.spec})
             note = f"{name}: statistics recomputed on the training images"
@@ -316,6 +331,38 @@ class Trainer:
         self.folder.resume_metrics(state.step - state.epoch_ends)
         return None if resumed_from is None else str(resumed_from)
 
+    def _steps_within(self, seconds: float, start: float) -> int:
+        """Steps that fit into the time from ``start`` on, evaluations and those at the end included, by what some take now.
+
+        Raises:
+            ConfigError: Not a single one.
+        """
+        loop, run = self.loop, self.recipe.run
+        test = len(self.source.split("test"))
+        with loop.rehearsal():
+            step = loop.time_step(0.02 * seconds)
+            begin = time.perf_counter()
+            network = self.stage.measured(loop.result, self.calibration)
+            calibration = time.perf_counter() - begin
+            begin = time.perf_counter()
+            seen = evaluate(network, islice(self.held_out, TIMED_BATCHES)).images
+            per_image = (time.perf_counter() - begin) / seen
+            evaluation = calibration + per_image * len(self.held_out.dataset)
+            final = calibration + per_image * test
+            if loop.criterion.teacher is not None:
+                begin = time.perf_counter()
+                evaluate(loop.criterion.teacher, islice(self.held_out, TIMED_BATCHES))
+                final += (time.perf_counter() - begin) / seen * test
+        step, evaluation, final = map(self.distributed.largest, (step, evaluation, final))
+        spent = self.distributed.largest(time.perf_counter() - start) + evaluation + final
+        fitting = (PLANNED_SHARE * seconds - spent) / (step + evaluation / (loop.steps_per_epoch * run.evaluate_every))
+        if fitting < 1:
+            least = math.ceil(100 * (spent + 2 * step) / PLANNED_SHARE / 60) / 100
+            raise ConfigError(
+                f"minutes={run.minutes:g} is too short: a step takes {step:.2g} s, and all else {spent:.2g} s. Give at least {least:g}"
+            )
+        return int(fitting)
+
     def _position(self) -> str:
         """Where the training is, and what is kept."""
         loop = self.loop
@@ -344,8 +391,9 @@ class Trainer:
                 network = self.stage.measured(loop.result, self.calibration)
             found = evaluate(network, self.held_out, on_batch=lambda seen: self._stop_if_asked(interrupts))
             row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
+            loop.state.stale += 1
             if fields.select_on == "last" or found.top1 > loop.state.best:
-                loop.state.best = found.top1
+                loop.state.best, loop.state.stale = found.top1, 0
                 metrics = {name: value for name, value in row.items() if isinstance(value, int | float)}
                 self.folder.keep(self.stage.saved(loop.result), {"data": self.source.spec, "metrics": metrics})
         self.folder.add_metrics(row)
@@ -362,6 +410,15 @@ class Trainer:
         """Measure the network that was kept, which the caller's becomes."""
         loop, stage = self.loop, self.stage
         digest = weights_hash(stage.saved(loop.result))
+        if loop.state.planned:
+            epochs = loop.steps / loop.steps_per_epoch
+            self.notes.append(
+                f"{loop.steps:,} steps, {epochs:.1f} epochs, were planned for {self.recipe.run.minutes:g} minutes"
+            )
+        if loop.stopped_early:
+            self.notes.append(
+                f"stopped after step {loop.state.step} of {loop.steps}: {loop.state.stale} evaluations without a better accuracy"
+            )
         if loop.state.skipped:
             self.notes.append(f"{loop.state.skipped} of {loop.state.step} steps were skipped: their loss was not finite")
         self.distributed.accelerator.wait_for_everyone()
