@@ -191,7 +191,8 @@ class Bar:
         self.step = progress.step
         self.seen += progress.images
         if row:
-            accuracy = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
+            names = {"top1": "top-1", "agreement": "agreement"}
+            accuracy = "".join(f", {text} {row[name]:.2f} %" for name, text in names.items() if name in row)
             self.note = f"train loss {row['train_loss']:.3f}{accuracy}, lr {row['lr']:.3g}"
         rate = self.seen / max(now - self.since, 1e-9)
         self.bars.update(self.task, completed=progress.step, epochs=progress.epochs, rate=rate, note=self.note)
@@ -208,8 +209,8 @@ def describe(result: TrainResult) -> str:
     if result.resumed_from:
         lines.append(f"resumed from {result.resumed_from}")
     lines += [
-        f"test top-1 {result.top1:.2f} %, loss {result.loss:.4f}; {result.params:,} stored parameters",
-        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.facts.items()),
+        f"test {result.facts.get('top1_is', 'top-1')} {result.top1:.2f} %, loss {result.loss:.4f}; {result.params:,} stored parameters",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.facts.items() if name != "top1_is"),
         f"{result.steps:,} steps, {result.seconds:.1f} s, {result.world_size} process{'es' if result.world_size > 1 else ''}",
         f"run: {result.run}    (thriftnet evaluate {result.run} --data ...)",
     ]

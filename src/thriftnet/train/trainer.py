@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -22,7 +22,7 @@ from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.recalibrate import recalibrate
 from thriftnet.core.tied import count_params
 from thriftnet.data.dataset import DataSource, ImageDataset, Subset
-from thriftnet.data.loaders import Loader, make_loader
+from thriftnet.data.loaders import Batch, Loader, make_loader
 from thriftnet.data.sources import open_data
 from thriftnet.data.split import limited, train_validation
 from thriftnet.dynamic.network import DynamicNetwork
@@ -42,6 +42,7 @@ from thriftnet.train.prepare import (
     prepare_model,
     seed_everything,
     weights_hash,
+    with_classes_of,
 )
 from thriftnet.train.recipe import Recipe, RunFields
 from thriftnet.train.run_folder import RunFolder
@@ -52,13 +53,28 @@ PLANNED_SHARE = 0.95  # of the time; the rest is for checkpoints, and for what d
 CALIBRATION = 2048  # training images on which a stage may calibrate what it needs for evaluation
 
 
+AGREEMENT = "agreement with the teacher's top-1"  # what accuracy is for images without labels
+
+
+@dataclass(frozen=True)
+class TeacherLabels:
+    """The batches of a loader, with a network's best class of each image for its label."""
+
+    loader: Loader
+    teacher: nn.Module
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, _ in self.loader:
+            yield images, self.teacher(images).argmax(1)
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """The result of a training.
 
     Args:
         run: The run's folder; ``model`` in it is the network.
-        top1: Test accuracy of the network that was kept, in percent.
+        top1: Test accuracy of the network that was kept, in percent; on images without labels its agreement with the teacher.
         top5: Its top-5 accuracy; None with five classes or fewer.
         loss: Mean cross entropy on the test images.
         params: Stored parameters, shared ones once.
@@ -146,6 +162,7 @@ def train(
         }
         if isinstance(teacher, str):
             teacher = open_model(teacher)
+        source = with_classes_of(teacher, source, [part for part, _ in parts])
         seed_everything(recipe.seed)
         notes: list[str] = []
         network = prepare_model(recipe, source, model, notes.append)
@@ -225,7 +242,8 @@ class Trainer:
             raise ConfigError(f"{self.folder.path} holds a training already: give another --output, or --resume auto")
         training, held_out = self._splits()
         few = torch.linspace(0, len(training) - 1, min(len(training), CALIBRATION)).long()
-        self.calibration, self.held_out = self.eval_loader(Subset(training, few), shared=False), self.eval_loader(held_out)
+        self.calibration = self.eval_loader(Subset(training, few), shared=False)
+        self.held_out = self._labelled(self.eval_loader(held_out), teacher)
         self.stage = make_stage(recipe.stage.name, self.model, recipe.stage.options, self.input_size)
         drop_last = recipe.data.drop_last or bool(recipe.loss.mixup or recipe.loss.cutmix)
         self.loop = TrainLoop(
@@ -241,7 +259,7 @@ class Trainer:
         )
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
         if recipe.run.minutes is not None and not self.loop.state.planned:
-            self.loop.plan(self.loop.state.step + self._steps_within(60 * recipe.run.minutes, start))
+            self.loop.plan(self.loop.state.step + self._steps_within(60 * recipe.run.minutes, start, len(held_out)))
         interrupts.describe = self._position
         versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
         description |= {"device": distributed.device.type, "versions": versions}
@@ -311,6 +329,10 @@ class Trainer:
         with failing_together():  # a process may not be able to read what it keeps
             return make_loader(images, size, **{**common, **options})
 
+    def _labelled(self, loader: Loader, teacher: nn.Module | None) -> Loader | TeacherLabels:
+        """The loader, or where the data has no labels, its images with those that the teacher gives."""
+        return loader if teacher is None or self.source.labelled else TeacherLabels(loader, teacher)
+
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """Images to train on, and those by which the network is selected."""
         fields = self.recipe.run
@@ -331,7 +353,7 @@ class Trainer:
         self.folder.resume_metrics(state.step - state.epoch_ends)
         return None if resumed_from is None else str(resumed_from)
 
-    def _steps_within(self, seconds: float, start: float) -> int:
+    def _steps_within(self, seconds: float, start: float, held_out: int) -> int:
         """Steps that fit into the time from ``start`` on, evaluations and those at the end included, by what some take now.
 
         Raises:
@@ -347,7 +369,7 @@ class Trainer:
             begin = time.perf_counter()
             seen = evaluate(network, islice(self.held_out, TIMED_BATCHES)).images
             per_image = (time.perf_counter() - begin) / seen
-            evaluation = calibration + per_image * len(self.held_out.dataset)
+            evaluation = calibration + per_image * held_out
             final = calibration + per_image * test
             if loop.criterion.teacher is not None:
                 begin = time.perf_counter()
@@ -390,7 +412,8 @@ class Trainer:
             with failing_together():
                 network = self.stage.measured(loop.result, self.calibration)
             found = evaluate(network, self.held_out, on_batch=lambda seen: self._stop_if_asked(interrupts))
-            row |= {"top1": found.top1, "loss": found.loss, **self.stage.facts(network)}
+            accuracy = "top1" if self.source.labelled else "agreement"
+            row |= {accuracy: found.top1, "loss": found.loss, **self.stage.facts(network)}
             loop.state.stale += 1
             if fields.select_on == "last" or found.top1 > loop.state.best:
                 loop.state.best, loop.state.stale = found.top1, 0
@@ -425,12 +448,14 @@ class Trainer:
         self.folder.load_kept(stage.saved(loop.plain))
         with failing_together():
             network = stage.measured(loop.plain, self.calibration)
-        test = self.eval_loader(self.source.split("test"))
+        test = self._labelled(self.eval_loader(self.source.split("test")), loop.criterion.teacher)
         found = evaluate(network, test)
         facts = stage.facts(network)
         if not math.isfinite(found.loss):
             self.notes.append("its loss on the test images is not finite: a lower learning rate, or more steps, may help")
-        if loop.criterion.teacher is not None:
+        if not self.source.labelled:
+            facts["top1_is"] = AGREEMENT
+        elif loop.criterion.teacher is not None:
             facts["teacher_top1"] = evaluate(loop.criterion.teacher, test).top1
         return TrainResult(
             run=str(self.folder.path),
