@@ -180,7 +180,8 @@ def train(
                     notes.append(trainer.recalibrate(entry["recalibrate"]))
                     results = [trainer.evaluated(result) for result in results[-1:]]
                 else:
-                    results.append(trainer.run(described, teacher, resume, on_progress, interrupts))
+                    begun = start if len(parts) == 1 else time.perf_counter()
+                    results.append(trainer.run(described, teacher, resume, on_progress, interrupts, begun))
                     notes += results[-1].notes
     return replace(results[-1], notes=tuple(dict.fromkeys(notes)), seconds=round(time.perf_counter() - start, 3))
 
@@ -229,9 +230,10 @@ class Trainer:
         resume: str,
         on_progress: Callable[[Progress], None],
         interrupts: Interrupts,
+        start: float,
     ) -> TrainResult:
-        """Train, keep the best network, and measure it."""
-        start, recipe, distributed = time.perf_counter(), self.recipe, self.distributed
+        """Train, keep the best network, and measure it; a time budget counts from ``start``."""
+        recipe, distributed = self.recipe, self.distributed
         seed_everything(recipe.seed)
         if teacher is not None:
             teacher = teacher.to(distributed.device).eval().requires_grad_(False)
@@ -275,7 +277,7 @@ class Trainer:
         self.folder.write_curves()
         self.folder.write({**description, FINISHED: True})
         self.loop.release()
-        return self._result(resumed_from, time.perf_counter() - start)
+        return self._result(resumed_from)
 
     def recalibrate(self, options: dict[str, Any]) -> str:
         """Recompute the network's norm statistics, or load those of an earlier start; says so."""
@@ -369,7 +371,8 @@ class Trainer:
             begin = time.perf_counter()
             seen = evaluate(network, islice(self.held_out, TIMED_BATCHES)).images
             per_image = (time.perf_counter() - begin) / seen
-            evaluation = calibration + per_image * held_out
+            saving = 2 * loop.time_checkpoint()  # and the network
+            evaluation = calibration + per_image * held_out + saving
             final = calibration + per_image * test
             if loop.criterion.teacher is not None:
                 begin = time.perf_counter()
@@ -429,7 +432,7 @@ class Trainer:
             self.loop.checkpoint()
             interrupts.stop()
 
-    def _result(self, resumed_from: str | None, seconds: float) -> TrainResult:
+    def _result(self, resumed_from: str | None) -> TrainResult:
         """Measure the network that was kept, which the caller's becomes."""
         loop, stage = self.loop, self.stage
         digest = weights_hash(stage.saved(loop.result))
@@ -466,7 +469,7 @@ class Trainer:
             world_size=self.distributed.world_size,
             steps=loop.state.step,
             weights_sha256=digest,
-            seconds=round(seconds, 3),
+            seconds=0.0,  # of the whole call, which knows
             resumed_from=resumed_from,
             notes=tuple(self.notes),
             facts=facts,
