@@ -214,9 +214,12 @@ def test_a_converted_folder_recovers(tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     options = ["--recipe", "convert-and-recover", "--model", small, "--teacher", plain, *SHORT, "--max-steps", "1"]
     options += ["--limit", "200", "--precision", "fp32"]
-    result = train(capsys, *options, "--output", str(tmp_path / "run"))
+    assert main(["train", *options, "--output", str(tmp_path / "run"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: the network is converted already"), "before the first step"
+    result = json.loads(captured.out)
     assert result["params"] == tn.inspect(tn.load(small), (1, 8, 8)).params
-    assert any("is not applied on top. --technique" in str(note) for note in result["notes"])  # type: ignore[union-attr]
+    assert any("is not applied on top. --technique" in str(note) for note in result["notes"])
     result = train(capsys, *options, "--output", str(tmp_path / "again"), "--technique", "none")
     assert not any("on top" in str(note) for note in result["notes"])  # type: ignore[union-attr]
 

@@ -635,7 +635,7 @@ def test_a_time_budget_sets_the_steps_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Trainer, "_steps_within", planned(12))
     whole = run(tmp_path / "whole", how, seeded_net(0.3))
     assert whole.steps == 12
-    assert "12 steps, 2.4 epochs, were planned for 1 minutes" in whole.notes
+    assert "12 steps, 2.4 epochs, are planned for 1 minutes" in whole.notes
     assert [row["lr"] for row in metrics(tmp_path / "whole")] == pytest.approx([0.05, 0.005, 0.005])
     assert in_children(lambda rank: run(tmp_path / "cut", how, seeded_net(0.3), on_progress=kill_at(4))) == [-signal.SIGKILL]
     monkeypatch.setattr(Trainer, "_steps_within", planned(99))

@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
     use_machine(options, recipe.data.batch_size)
     with Bar() as bar:
         how: Any = {"teacher": options.teacher, "device": options.device, "resume": options.resume}
-        result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress)
+        result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress, on_note=bar.on_note)
     emit(describe(result), result.to_dict(), as_json=options.json)
 
 
@@ -178,6 +178,11 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+
+    def on_note(self, note: str) -> None:
+        """Show what the user may not expect, before the first step."""
+        if is_main_process():
+            say(f"note: {note}")
 
     def on_progress(self, progress: Progress) -> None:
         """Show one step."""

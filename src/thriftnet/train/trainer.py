@@ -116,6 +116,7 @@ def train(
     device: str | None = None,
     resume: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_note: Callable[[str], object] = lambda note: None,
 ) -> TrainResult:
     """Train a network by a recipe; call it in each of the processes that ``torchrun`` starts.
 
@@ -128,6 +129,7 @@ def train(
         device: ``cpu`` or ``cuda``; by default a GPU if there is one.
         resume: ``auto`` resumes what the folder holds, ``none`` refuses to, otherwise the path of a checkpoint.
         on_progress: Called after each step.
+        on_note: Called before the first step with what the user may not expect, which is among the result's notes, too.
 
     Returns:
         The result of the last stage.
@@ -169,13 +171,15 @@ def train(
         check_stages(parts, network, source)
         results: list[TrainResult] = []
         notes += notes_on(recipe, network, given=model is not None)
+        for note in notes:
+            on_note(note)
         with RunFolder(Path(output), is_main=distributed.is_main).locked():
             for number, (part, entry) in enumerate(parts, 1):
                 name = f"{number}-{entry.get('stage.name', 'recalibrate')}" if recipe.stages else ""
                 interrupts.describe = lambda name=name: f"before the first step{name and ' of '}{name}"  # type: ignore[misc]
                 if number > 1:
                     distributed = Distributed(device, part.run.precision)
-                trainer = Trainer(part, source, network, Path(output) / name, distributed)
+                trainer = Trainer(part, source, network, Path(output) / name, distributed, on_note)
                 if "recalibrate" in entry:
                     notes.append(trainer.recalibrate(entry["recalibrate"]))
                     results = [trainer.evaluated(result) for result in results[-1:]]
@@ -210,7 +214,16 @@ def check_stages(parts: list[tuple[Recipe, dict[str, Any]]], model: nn.Module, s
 class Trainer:
     """One stage of a training: trains ``model`` in place, which gets to know the data."""
 
-    def __init__(self, recipe: Recipe, source: DataSource, model: nn.Module, folder: Path, distributed: Distributed) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: DataSource,
+        model: nn.Module,
+        folder: Path,
+        distributed: Distributed,
+        on_note: Callable[[str], object] = lambda note: None,
+    ) -> None:
+        self.on_note = on_note
         source = replace(source, splits={**source.splits, "train": limited(source.split("train"), recipe.data.limit)})
         self.recipe, self.source, self.distributed = recipe, source, distributed
         self.folder = RunFolder(folder, is_main=distributed.is_main)
@@ -262,6 +275,12 @@ class Trainer:
         resumed_from = self._resume(None if resume in ("auto", "none") else Path(resume))
         if recipe.run.minutes is not None and not self.loop.state.planned:
             self.loop.plan(self.loop.state.step + self._steps_within(60 * recipe.run.minutes, start, len(held_out)))
+        if self.loop.state.planned:
+            epochs = self.loop.steps / self.loop.steps_per_epoch
+            self.notes.append(
+                f"{self.loop.steps:,} steps, {epochs:.1f} epochs, are planned for {recipe.run.minutes:g} minutes"
+            )
+            self.on_note(self.notes[-1])
         interrupts.describe = self._position
         versions = {"thriftnet": __version__, "torch": torch.__version__, "accelerate": version("accelerate")}
         description |= {"device": distributed.device.type, "versions": versions}
@@ -436,11 +455,6 @@ class Trainer:
         """Measure the network that was kept, which the caller's becomes."""
         loop, stage = self.loop, self.stage
         digest = weights_hash(stage.saved(loop.result))
-        if loop.state.planned:
-            epochs = loop.steps / loop.steps_per_epoch
-            self.notes.append(
-                f"{loop.steps:,} steps, {epochs:.1f} epochs, were planned for {self.recipe.run.minutes:g} minutes"
-            )
         if loop.stopped_early:
             self.notes.append(
                 f"stopped after step {loop.state.step} of {loop.steps}: {loop.state.stale} evaluations without a better accuracy"
