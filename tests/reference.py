@@ -112,10 +112,11 @@ def shared_index(depth: int, rate: int, mapping: str) -> list[int]:
 
 
 def running_average(batches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased variance per channel of each batch (N, C, H, W), averaged over the batches with equal weight."""
+    """Mean and unbiased variance per channel of each batch (N, C, H, W), averaged over the batches by their images."""
     means, variances = [], []
     for batch in batches:
         per_channel = batch.transpose(1, 0, 2, 3).reshape(batch.shape[1], -1)
         means.append(per_channel.mean(1))
         variances.append(per_channel.var(1, ddof=1))
-    return np.mean(means, 0), np.mean(variances, 0)
+    images = [len(batch) for batch in batches]
+    return np.average(means, 0, images), np.average(variances, 0, images)

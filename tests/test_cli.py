@@ -149,6 +149,34 @@ def test_plan_convert_fold_round_trip(capsys: pytest.CaptureFixture[str], tmp_pa
     torch.testing.assert_close(thriftnet.load(plain)(images), thriftnet.load(small)(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("technique", "prefer", "grows", "hint"),
+    [
+        ("soft-sharing(templates=2)", "", True, ""),
+        ("filter-basis(shared_rank=8,unique_rank=4)", "", True, "; or give --prefer size, which stores 78,586 parameters"),
+        ("filter-basis(shared_rank=8,unique_rank=4)", "size", True, ""),
+        ("low-rank", "", True, "; or give --prefer size, which stores"),
+        ("low-rank", "speed", False, ""),
+        ("weight-sharing", "", False, ""),
+    ],
+)
+def test_fold_says_that_a_network_grew(
+    technique: str, prefer: str, grows: bool, hint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    converted = thriftnet.convert(thriftnet.create_model("resnet20"), technique)
+    thriftnet.save(converted, small)
+    command = ["fold", str(small), "--output", str(plain), *(["--prefer", prefer] if prefer else [])]
+    printed, done = run(capsys, *command), json.loads(run(capsys, *command, "--json"))
+    assert (done["bytes"] > done["bytes_before"]) == grows
+    assert done["params"] == sum(p.numel() for p in thriftnet.fold(converted.eval(), prefer=prefer).parameters())
+    assert abs(done["bytes"] - (plain / "model.safetensors").stat().st_size) < 20_000
+    grown = f"note: it grew from {done['params_before']:,} to {done['params']:,} parameters"
+    assert (grown in printed) == grows
+    assert (f"to stay small, keep the converted network, {small}{hint}" in printed) == grows
+    assert ("or give --prefer size" in printed) == bool(hint)
+
+
 def test_fold_at_a_width(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     run(capsys, "convert", "resnet20", "--technique", "slimmable(widths=(0.5, 1.0))", "--output", str(tmp_path / "slim"))
     done = json.loads(
@@ -156,6 +184,11 @@ def test_fold_at_a_width(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     )
     assert done["params"] < 80000
     assert done["max_relative_error"] < 1e-5
+    run(capsys, "convert", str(tmp_path / "slim"), "--technique", "low-rank", "--output", str(tmp_path / "both"))
+    thin = run(
+        capsys, "fold", str(tmp_path / "both"), "--width", "0.5", "--prefer", "size", "--output", str(tmp_path / "thin")
+    )
+    assert json.loads(run(capsys, "count", str(tmp_path / "thin"), "--json"))["params"] < done["params"], thin
     assert "0.5, 1" in refused(capsys, "fold", str(tmp_path / "slim"), "--width", "0.3", "--output", str(tmp_path / "other"))
 
 
@@ -191,6 +224,12 @@ def test_a_timm_network_is_converted_saved_and_loaded(capsys: pytest.CaptureFixt
         (["count", "resnet20", "--plot", "x.svg"], "--plot draws what --sweep counts"),
         (["count", "resnet20", "--sweep", "num_classes=3", "--against", "resnet32"], "give one of them"),
         (["count", "resnet20", "--jsn"], "did you mean '--json'"),
+        (["evaluate", "resnet20", "--dta", "digits"], "unknown option '--dta': did you mean '--data'"),
+        (["plan", "resnet20", "-technique", "shift"], "unknown option '-technique': did you mean '--technique'"),
+        (["train", "--data", "digits", "--outptu", "x"], "unknown option '--outptu': did you mean '--output'"),
+        (["train", "--epoch", "3"], "unknown option '--epoch': did you mean '--epochs'"),
+        (["import", "--outptu", "x"], "unknown option '--outptu': did you mean '--output'"),
+        (["evaluate", "training:Net", "--data", "digits", "--limt", "3"], "argument 'limt'. Did you mean --limit"),
         (["plan", "resnet20", "--technique", "shift", "--select", "("], "not a regular expression"),
         (["plan", "resnet20", "--technique", "shift", "--select", "layer9"], "matches no layer"),
         (["convert", "resnet20", "--output", "x"], "either --technique or --plan"),

@@ -97,7 +97,7 @@ def test_several_processes_started_by_torchrun(tmp_path: Path):
     assert sum("left" in line for line in done.stderr.splitlines() if line.startswith("epoch ")) == 1, "the main process's"
 
 
-EPOCH = r"epoch {}: train loss \d+\.\d{{3}}, top-1 \d+\.\d\d %, [\d,]+ images/s, \d:\d\d:\d\d left"
+EPOCH = r"epoch {}: train loss \d+\.\d{{3}}, top-1 \d+\.\d\d %, lr [\d.e-]+, [\d,]+ images/s, \d:\d\d:\d\d left"
 
 
 def test_each_epoch_is_a_line_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,7 +129,7 @@ class Terminal(io.StringIO):
 
 STEPS = (
     Progress(1, 2, 0.5, 64),
-    Progress(2, 2, 1.0, 64, {"train_loss": 0.25, "seconds": 1.0, "images_per_second": 128.0}),
+    Progress(2, 2, 1.0, 64, {"train_loss": 0.25, "lr": 0.05, "seconds": 1.0, "images_per_second": 128.0}),
 )
 
 
@@ -159,7 +159,7 @@ def test_lines_of_a_named_training_and_without_accuracy(capsys: pytest.CaptureFi
         bar.start("shift")
         for progress in STEPS:
             bar.on_progress(progress)
-    assert capsys.readouterr().err == "shift            epoch 1/1: train loss 0.250, 128 images/s, 0:00:00 left\n"
+    assert capsys.readouterr().err == "shift            epoch 1/1: train loss 0.250, lr 0.05, 128 images/s, 0:00:00 left\n"
 
 
 MISTAKES = {
@@ -175,6 +175,20 @@ MISTAKES = {
     "slimmable stage without widths": (["--stage", "widths"], r"slimmable"),
     "unknown augmentation": (["--augmentation.flop", "true"], r"flop.*flip"),
     "both lengths": (["--epochs", "1", "--max-steps", "1"], r"either --epochs or --max-steps"),
+    "steps and minutes": (["--minutes", "1", "--max-steps", "1"], r"either --max-steps or --minutes"),
+    "no minutes": (["--minutes", "0"], r"minutes=0.*: expected a number > 0"),
+    "patience for nothing": (
+        ["--patience", "1", "--select-on", "last"],
+        r"patience=1 counts evaluations on held-out images",
+    ),
+    "mistyped option": (["--epoch", "3"], r"unknown option '--epoch': did you mean '--epochs'"),
+    "mistyped option of a foreign network": (
+        ["--model", "training:Net", "--epoch", "3"],
+        r"got an unexpected keyword argument 'epoch'. Did you mean --epochs",
+    ),
+    "mistyped group": (["--optimzer.lr", "3"], r"unknown recipe field 'optimzer.lr': did you mean 'optimizer.lr'"),
+    "mistyped field": (["--optimizer.lrr", "3"], r"unknown field of optimizer 'lrr': did you mean 'lr'"),
+    "one technique too many": (["--technique", "none", "--technique", "shift"], r"unknown technique 'none'"),
     "class count": (["--num-classes", "7"], r"10 classes.*num_classes=10"),
     "unknown device": (["--device", "tpu"], r"tpu.*cpu or cuda"),
     "missing teacher": (["--teacher", "nowhere/at/all"], r"nowhere/at/all"),
@@ -190,6 +204,24 @@ def test_a_mistake_gives_one_clear_line(name: str, tmp_path: Path, capsys: pytes
     line = refused(capsys, *SHORT, "--model", "resnet20", "--output", str(tmp_path / "run"), *options)
     assert re.search(wanted, line), line
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_converted_folder_recovers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """From the documents: the recipe's own technique would share a second time, where there is nothing left to share."""
+    plain, small = str(tmp_path / "plain"), str(tmp_path / "small")
+    tn.save(tn.create_model("resnet20", num_classes=10, in_chans=1), plain)
+    assert main(["convert", plain, "--technique", "soft-sharing(templates=1)", "--output", small]) == 0
+    capsys.readouterr()
+    options = ["--recipe", "convert-and-recover", "--model", small, "--teacher", plain, *SHORT, "--max-steps", "1"]
+    options += ["--limit", "200", "--precision", "fp32"]
+    assert main(["train", *options, "--output", str(tmp_path / "run"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: the network is converted already"), "before the first step"
+    result = json.loads(captured.out)
+    assert result["params"] == tn.inspect(tn.load(small), (1, 8, 8)).params
+    assert any("is not applied on top. --technique" in str(note) for note in result["notes"])
+    result = train(capsys, *options, "--output", str(tmp_path / "again"), "--technique", "none")
+    assert not any("on top" in str(note) for note in result["notes"])  # type: ignore[union-attr]
 
 
 def test_another_training_in_the_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -149,6 +149,18 @@ def test_recalibrate_changes_statistics_only(gated: str, tmp_path: Path, capsys:
     assert not any(name.endswith(("mean_0", "mean_2")) for name in changed), "0.25 and 0.75 keep theirs"
 
 
+def test_recalibrate_uses_as_many_images_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Their order does not matter: the first norm sees the mean of all of them."""
+    place = tn.save(tn.create_model("resnet20", in_chans=1, reduction=4), tmp_path / "plain")
+    means = []
+    for batch, seed, batches in (("256", "0", 4), ("1000", "1", 1)):
+        options = ["--limit", "1000", "--batch-size", batch, "--seed", seed, "--output", str(tmp_path / batch)]
+        found = result(capsys, "recalibrate", str(place), "--data", "digits", *options)
+        assert (found["images"], found["batches"]) == (1000, batches)
+        means.append(tn.load(tmp_path / batch).state_dict()["bn1.running_mean"])
+    torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
+
+
 def test_search_finds_a_plain_network_within_the_budget(gated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     place = str(tmp_path / "found")
     options = ["--macs", "400K", "--output", place, "--population", "3", "--generations", "1", "--recalibration", "1"]

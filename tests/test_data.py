@@ -367,6 +367,39 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path):
         open_data(f"parquet:{tmp_path}")
 
 
+def test_a_folder_of_images_has_no_labels(tmp_path: Path):
+    for place, count in (("", 10), ("train", 6), ("val", 4)):
+        (tmp_path / "split" / place if place else tmp_path / "flat").mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / ("split" if place else "flat") / place / f"{i}.png").write_bytes(png(i))
+    for name, sizes in (("flat", {"train": 8, "test": 2}), ("split", {"train": 6, "val": 4})):
+        found = open_data(f"folder:{tmp_path / name}")
+        assert {split: len(images) for split, images in found.splits.items()} == sizes
+        assert (found.labelled, found.classes, found.split("train").labels.unique().tolist()) == (False, (), [0])
+        assert found.split("train").image(0).size == (12, 12)
+    with pytest.raises(tn.DataError, match=r"split has no labels, and evaluate needs them: a folder for each class"):
+        found.require_labels("evaluate")
+    class_folders(tmp_path / "split" / "val" / "more")
+    with pytest.raises(tn.DataError, match=r"val has a folder 'more', and the training images have no classes"):
+        open_data(f"folder:{tmp_path / 'split'}")
+
+
+def test_tables_without_labels(tmp_path: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for split, count in (("train", 5), ("test", 3)):
+        table = pyarrow.table({"image": [{"bytes": png(i), "path": None} for i in range(count)]})
+        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    found = open_data(f"parquet:{tmp_path}")
+    assert not found.labelled
+    assert [len(images) for images in found.splits.values()] == [5, 3]
+    assert torch.equal(torch.from_numpy(np.array(found.split("test").image(2))), numbered(2))
+    parquet_files(tmp_path, {"train": 5})
+    with pytest.raises(tn.DataError, match=r"in \('image', ''\)|has no column of labels named label"):
+        open_data(f"parquet:{tmp_path}")
+
+
 def test_one_class_is_refused(tmp_path: Path):
     with pytest.raises(tn.DataError, match="one class folder, 'cat'"):
         open_data(f"folder:{class_folders(tmp_path / 'a', names=('cat',))}")

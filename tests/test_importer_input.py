@@ -156,6 +156,10 @@ def test_a_folder_of_ours_is_named_as_such(tmp_path: Path) -> None:
         ({"activation": "tanh"}, "tanh"),
         ({"model": "resnet99"}, "unknown model"),
         ({"model": "resnet20"}, "missing: .*unexpected: "),
+        (
+            {"model": "ws_convmixer", "rate": 3},
+            r"rate=3 does not divide the depth 32.*depth=32 is ws_convmixer's default: give",
+        ),
         ({"ema": "yes"}, "True or False"),
     ],
 )

@@ -31,6 +31,7 @@ from thriftnet.techniques import convert
 from thriftnet.train import train
 from thriftnet.train.distributed import Distributed
 from thriftnet.train.optim import decay_groups
+from thriftnet.train.prepare import prepare_model
 from thriftnet.train.recipe import GROUPS, Recipe, field_names, full_name, list_recipes, load_recipe, recipe_from
 from thriftnet.train.stages import STAGES
 from thriftnet.train.trainer import Trainer
@@ -300,6 +301,37 @@ def test_a_network_is_converted_and_recovers_from_its_teacher(tmp_path: Path):
     outcome = train(recipe, data, tmp_path / "second", teacher=folder, device="cpu")
     assert outcome.params < first.params
     assert json.loads((Path(outcome.run) / "run.json").read_text())["teacher"] == folder
+
+
+CONVERTED = "the network is converted already: the recipe's soft-sharing(templates=2) is not applied on top"
+
+
+@pytest.mark.parametrize(
+    ("fields", "note", "rank"),
+    [
+        ({}, CONVERTED, True),
+        ({"technique": "none"}, "", True),
+        ({"technique": "low-rank(rank=1)"}, "", False),
+        ({"convert_again": True, "technique": []}, "", True),
+    ],
+)
+def test_a_converted_network_is_not_converted_again_without_being_told(fields: dict[str, Any], note: str, rank: bool):
+    """Which a technique of one's own does."""
+    plain = tn.create_model("resnet20", num_classes=3)
+    converted = tn.convert(plain, "soft-sharing(templates=1)")
+    recipe, notes = load_recipe("convert-and-recover", **fields), list[str]()
+    found = prepare_model(recipe, source(32, classes=3), converted, notes.append)
+    assert (found is converted) == rank
+    assert [each.partition(". --technique")[0] for each in notes] == ([note] if note else [])
+    folded = tn.fold(converted.eval())  # is plain: conversion as usual
+    assert (prepare_model(recipe, source(32, classes=3), folded, notes.append) is folded) == (not recipe.technique)
+
+
+def test_a_recipe_says_none_for_no_technique(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("technique: none\n")
+    for stated in (load_recipe(str(tmp_path / "r.yaml")), load_recipe("convert-and-recover", technique=["none"])):
+        assert stated.technique == ()
+        assert not stated.convert_again
 
 
 # --- the rest of what the papers state

@@ -22,15 +22,16 @@ from torch import nn
 import thriftnet as tn
 from images import class_folders
 from thriftnet.core.provenance import add_data_facts, data_facts
-from thriftnet.data.dataset import ArrayImages, ImageDataset
+from thriftnet.data.dataset import ArrayImages, DataSource, ImageDataset
 from thriftnet.errors import CheckpointError
 from thriftnet.report.plots import run_curves
 from thriftnet.store.sealed import sealed_json
 from thriftnet.train import TrainResult, run_folder, train
 from thriftnet.train.checkpoints import encode, is_intact, read
 from thriftnet.train.interrupts import Interrupted
-from thriftnet.train.loop import DivergedError, Progress
+from thriftnet.train.loop import DivergedError, Progress, TrainLoop
 from thriftnet.train.recipe import Recipe
+from thriftnet.train.trainer import Trainer
 from training import Net, in_children, kill_at, metrics, source
 
 FAST = {"batch_size": 16, "trackers": (), "validation": 0.25, "lr": 0.05}
@@ -604,6 +605,102 @@ def test_the_penalty_is_added_once_and_scaled(tmp_path: Path):
         ends[factor] = dict(net.named_parameters())[name].detach()
     (gradient,) = torch.autograd.grad(tn.penalty(start), dict(start.named_parameters())[name])
     torch.testing.assert_close(ends[0.0] - ends[1.0], 0.01 * gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_patience_ends_a_training_that_no_longer_improves(ranks: int, tmp_path: Path):
+    """Without learning the first network is the best; a kill between does not change that, and more patience goes on."""
+    how = recipe(epochs=10, lr=1e-9, momentum=0.0, patience=2)
+
+    def among(how: Recipe, **kwargs: object) -> list[int]:
+        return in_children(lambda rank: run_among(tmp_path, how, rank, seeded_net(), **kwargs), ranks=ranks)
+
+    killed, done = [-signal.SIGKILL] * ranks, [0] * ranks
+    assert [among(how, on_progress=kill_at(12)), among(how), among(how)] == [killed, done, done]
+    outcome = outcome_of(tmp_path, ranks - 1)
+    assert outcome["steps"] == 3 * 5
+    assert "stopped after step 15 of 50: 2 evaluations without a better accuracy" in outcome["notes"]
+    assert among(how.replace(patience=4)) == done
+    assert outcome_of(tmp_path)["steps"] == 5 * 5
+
+
+def test_a_time_budget_sets_the_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The measuring leaves no trace, the schedule of 6 epochs spans the 12 steps, and a resumed run keeps both."""
+    how = recipe(epochs=6, minutes=1.0, schedule="multistep", milestones={3: 0.1}, ema_decay=0.5, crop_padding=1)
+    measured = Trainer._steps_within
+
+    def planned(steps: int) -> Callable[..., int]:
+        return lambda *arguments: steps if measured(*arguments) else 0
+
+    monkeypatch.setattr(Trainer, "_steps_within", planned(12))
+    whole = run(tmp_path / "whole", how, seeded_net(0.3))
+    assert whole.steps == 12
+    assert "12 steps, 2.4 epochs, are planned for 1 minutes" in whole.notes
+    assert [row["lr"] for row in metrics(tmp_path / "whole")] == pytest.approx([0.05, 0.005, 0.005])
+    assert in_children(lambda rank: run(tmp_path / "cut", how, seeded_net(0.3), on_progress=kill_at(4))) == [-signal.SIGKILL]
+    monkeypatch.setattr(Trainer, "_steps_within", planned(99))
+    resumed = run(tmp_path / "cut", how, seeded_net(0.3))
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    monkeypatch.setattr(Trainer, "_steps_within", lambda *_: 12)
+    assert run(tmp_path / "unmeasured", how, seeded_net(0.3)).weights_sha256 == whole.weights_sha256
+
+
+def test_two_processes_plan_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TrainLoop, "time_step", lambda loop, seconds: (1 + loop.distributed.rank) * 3.0)
+    how = recipe(minutes=1.0)
+    assert in_children(lambda rank: run_among(tmp_path, how, rank, seeded_net()), ranks=2) == [0, 0]
+    assert outcome_of(tmp_path, 0)["steps"] == outcome_of(tmp_path, 1)["steps"] <= 0.95 * 60 / 6
+
+
+def test_a_time_in_which_no_step_fits_is_refused(tmp_path: Path):
+    with pytest.raises(tn.ConfigError, match=r"minutes=1e-06 is too short: a step takes .* Give at least 0.0"):
+        run(tmp_path, recipe(minutes=1e-6))
+    assert not (tmp_path / "run.json").exists()
+    with pytest.raises(tn.ConfigError, match=r"minutes=1 is for one stage, .* as --stages.1.minutes"):
+        run(tmp_path, recipe(minutes=1.0, stages=[{"stage": "standard"}, {"recalibrate": {}}]))
+
+
+def test_a_limit_is_of_the_training_images(tmp_path: Path):
+    outcome = run(tmp_path, recipe(limit=40, epochs=1))  # a quarter of which is held out
+    assert outcome.steps == 2
+    with pytest.raises(tn.ConfigError, match="limit was 40, is 50"):
+        run(tmp_path, recipe(limit=50, epochs=1))
+
+
+def unlabelled() -> DataSource:
+    data = source()
+    splits: Any = {name: ArrayImages(images.images, 0 * images.labels) for name, images in data.splits.items()}  # type: ignore[attr-defined]
+    return replace(data, classes=(), splits=splits, labelled=False)
+
+
+@pytest.mark.parametrize("name", ["", "slimmable(widths=(0.5, 1.0))"])
+def test_images_without_labels_are_enough_to_imitate_a_teacher(name: str, tmp_path: Path):
+    teacher = Net()
+    taught = train(recipe(epochs=8, lr=0.1), source(), tmp_path / "teacher", model=teacher, device="cpu")
+    assert taught.top1 > 90
+    net = tn.convert(seeded_net(), name) if name else seeded_net()
+    how = recipe(epochs=12, lr=0.1, distill_weight=1.0)
+    outcome = train(how, unlabelled(), tmp_path / "run", model=net, teacher=teacher, device="cpu")
+    assert outcome.top1 > 90
+    assert outcome.facts["top1_is"] == "agreement with the teacher's top-1"
+    assert {"agreement", "loss"} <= {*metrics(tmp_path / "run")[-1]} - {"top1"}
+    assert data_facts(net).class_names == ("class0", "class1", "class2")
+    again = train(how, source(), tmp_path / "labelled", model=seeded_net(), teacher=teacher, device="cpu")
+    assert again.facts["teacher_top1"] == taught.top1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fields", "needing"),
+    [
+        (False, {}, "a training without a teacher"),
+        (True, {}, "the loss at distill_weight=0.5"),
+        (True, {"distill_weight": 1.0, "stage": "gate"}, "a training of gates"),
+    ],
+)
+def test_labels_are_missed_where_something_needs_them(teacher: bool, fields: dict[str, Any], needing: str, tmp_path: Path):
+    with pytest.raises(tn.DataError, match=f"^tiny has no labels, and {needing}.* needs them: a folder for each class"):
+        train(recipe(**fields), unlabelled(), tmp_path, model=Net(), teacher=Net() if teacher else None, device="cpu")
 
 
 def tied_net() -> nn.Module:

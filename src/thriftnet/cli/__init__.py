@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except ThriftnetError as error:
-        say(f"{name}: {error}")
+        from thriftnet.cli.common import did_you_mean
+
+        say(f"{name}: {error}{did_you_mean(error)}")
         return REFUSED
     except KeyboardInterrupt as interrupt:
         say(f"{name}: {one_line(str(interrupt)) or stopped(arguments)}")

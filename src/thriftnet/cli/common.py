@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from thriftnet.arguments import as_path
 from thriftnet.cli.coming_from import hint
@@ -32,10 +33,17 @@ class _Help(HelpFormatter):
         return f"{action.help} (default: %(default)s)" if stated else action.help or ""
 
 
+ALIKE = 0.8  # of two words, from which one is taken for the other with a letter wrong
+
+
 class Parser(ArgumentParser):
-    """The options of one verb; ``names`` are those of `OPTIONS` that it takes."""
+    """The options of one verb; ``names`` are those of `OPTIONS` that it takes, ``further`` those that others parse."""
+
+    latest: ClassVar[Parser | None] = None  # of the command line that this process runs
+    further: Callable[[], Iterable[str]] = staticmethod(tuple)
 
     def __init__(self, verb: str, description: str, *names: str) -> None:
+        Parser.latest = self
         self.takes_model = "model" in names
         epilog = KWARGS_HELP if self.takes_model else None
         super().__init__(f"thriftnet {verb}", description=description, epilog=epilog, formatter_class=_Help)
@@ -62,6 +70,16 @@ class Parser(ArgumentParser):
     def known(self) -> set[str]:
         """Its options."""
         return set(self._option_string_actions)
+
+    def misspelt(self, name: str) -> bool:
+        """Whether an option is not known, and looks much like one that is; or has another project's name."""
+        option = name if name.startswith("-") else _option(name)
+        return option not in self.possible and bool(hint(option) or get_close_matches(option, self.possible, 1, ALIKE))
+
+    @property
+    def possible(self) -> set[str]:
+        """Its options, and the further ones."""
+        return {*self.known, *map(_option, self.further())}
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> Namespace:
@@ -100,9 +118,9 @@ def parse_with_kwargs(
         kwargs[key[2:].replace("-", "_")] = literal(value) if literals else value
     try:
         options = parser.parse_args(own)
-    except ConfigError:  # what is missing may be there under another project's name
-        for name in filter(lambda each: hint(_option(each)), kwargs):
-            raise unknown_option(name, parser.known) from None
+    except ConfigError:  # what is missing may be there, misspelt or under another project's name
+        for name in filter(parser.misspelt, (*kwargs, *(word for word in own if word.startswith("-")))):
+            raise unknown_option(name, parser.possible) from None
         raise
     for name, value in vars(options).items():
         if value == "":
@@ -120,6 +138,13 @@ def _check_kwargs(source: str, kwargs: Mapping[str, Any], options: set[str]) -> 
     for name in kwargs:
         if accepted is not None and name not in accepted:
             raise unknown_option(name, options, accepted)
+
+
+def did_you_mean(error: Exception) -> str:
+    """What to add to an error of code of others, which was given an option that is none of thriftnet's: similar ones of these."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    close = get_close_matches(_option(found[1]), Parser.latest.possible, 3, ALIKE) if found and Parser.latest else ()
+    return f". Did you mean {' or '.join(close)}?" if close else ""
 
 
 def accepted_kwargs(source: str) -> set[str] | None:

@@ -130,7 +130,8 @@ def _results(
     folder = save(model.eval(), output / "models" / name, metadata={"metrics": {"top1": rows[-1]["top1"]}})
     for width in widths(model) or (None,):
         label = name if width is None else f"{name} at {width:g}"
-        folded, difference = checked_fold(model, size, TOLERANCE, **({} if width is None else {"width": width}))
+        chosen: dict[str, Any] = {} if width is None else {"width": width}
+        folded, difference = checked_fold(model, size, TOLERANCE, **chosen)
         error = difference if technique else None
         place = save(folded, output / "models" / f"{label.replace(' ', '-')}-folded")
         predicted = load(place)(next(iter(test))[0][:PREDICTED]).argmax(1).tolist()

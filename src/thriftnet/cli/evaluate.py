@@ -42,6 +42,8 @@ def run(arguments: Sequence[str]) -> None:
         rank, world_size = joined()
         with failing_together():
             model, source, loader_of = open_inputs(options, kwargs, options.split, device)
+        with failing_together():
+            source.require_labels("evaluate")
         classes = len(source.classes)
         if options.topk is None:
             options.topk = (1, 5) if classes > 5 else (1,)

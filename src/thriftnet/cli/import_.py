@@ -15,9 +15,17 @@ HINTS_HELP = (
 )
 
 
+def known_hints() -> set[str]:
+    """Hints of all systems."""
+    from thriftnet.importing.systems import known_hints
+
+    return set(known_hints())
+
+
 def run(arguments: Sequence[str]) -> None:
     parser = Parser("import", "Import a checkpoint of one of the five original projects, or a plain ResNet's.")
     parser.epilog = HINTS_HELP
+    parser.further = known_hints
     parser.add_argument(
         "file", metavar="FILE", help="a file of torch.save, old or new, or safetensors; its name does not matter"
     )
@@ -27,7 +35,6 @@ def run(arguments: Sequence[str]) -> None:
 
     from thriftnet.core.tied import count_params
     from thriftnet.importing.importer import folder_facts, import_checkpoint
-    from thriftnet.importing.systems import known_hints
     from thriftnet.models.table import IDENTITY
     from thriftnet.store.model_file import save
 

@@ -27,6 +27,7 @@ def open_inputs(
     from thriftnet.core.provenance import add_data_facts
     from thriftnet.data.loaders import make_loader
     from thriftnet.data.sources import open_data
+    from thriftnet.data.split import limited
 
     use_machine(options, options.batch_size)
     model = open_network(options.model, kwargs, options.plain)
@@ -70,14 +71,3 @@ def augmentation_of(options: Namespace, source: DataSource, images: ImageDataset
     how: dict[str, Any] = {name: value for name, value in of_network.items() if value is not None}
     how |= {name: value for name, value in given.items() if value is not None}
     return Augmentation(mean=mean, std=std, image_size=side, **how)
-
-
-def limited(images: ImageDataset, limit: int | None) -> ImageDataset:
-    """At most ``limit`` images, evenly spread: class folders are sorted by class."""
-    if limit is None or limit >= len(images):
-        return images
-    import torch
-
-    from thriftnet.data.dataset import Subset
-
-    return Subset(images, torch.arange(limit) * len(images) // limit)

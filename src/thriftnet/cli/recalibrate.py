@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from thriftnet.arguments import Count, Index, PositiveShare, Seed
@@ -47,18 +48,22 @@ def run(arguments: Sequence[str]) -> None:
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, options.split, device)
         images = source.split(options.split)
-        full = min(len(images), options.limit or len(images)) > options.batch_size  # all batches have the same weight
-        loader = loader_of(images, options.limit, shuffle=True, drop_last=full, seed=options.seed)
+        used = min(len(images), options.limit or len(images))
+        options.batch_size = math.ceil(
+            used / math.ceil(used / options.batch_size)
+        )  # a last batch of few images has poor variances
+        loader = loader_of(images, options.limit, shuffle=True, seed=options.seed)
         recalibrate(model, loader, chosen, indices=indices, momentum=options.momentum, batches=options.batches)
     folder = save(model.cpu(), options.output)
     available = widths(model)
     done = available if chosen is None and indices is None else [*(chosen or ()), *(available[i] for i in indices or ())]
     names = [format_width(width) for width in done]
     batches = min(len(loader), options.batches or len(loader))
-    result = {"model": options.model, "output": str(folder), "widths": names, "batches": batches}
+    seen = min(used, batches * options.batch_size)
+    result = {"model": options.model, "output": str(folder), "widths": names, "images": seen, "batches": batches}
     at = f" at widths {', '.join(names)}" if names else ""
     emit(
-        f"{folder}: statistics of {batches} {'batch' if batches == 1 else 'batches'} of at most {options.batch_size} images{at}",
+        f"{folder}: statistics of {seen:,} images in {batches} {'batch' if batches == 1 else 'batches'}{at}",
         result,
         as_json=options.json,
     )

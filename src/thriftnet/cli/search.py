@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     check_place(options.output)
     with process_group(options.device) as device:
         model, source, loader_of = open_inputs(options, kwargs, "train", device)
+        source.require_labels("search")
         training, held_out = train_validation(source.split("train"), options.validation, options.seed)
         scored = loader_of(held_out, options.limit)
         batches = loader_of(training, None, shuffle=True, seed=options.seed)

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 # options that are named like a field of recipes
 FIELDS = {
     "model": ("MODEL", OPTIONS["model"]["help"]),
-    "technique": ("T", "applied before training, as 'soft-sharing(templates=2)'; may be given several times"),
+    "technique": (
+        "T",
+        "applied before training, as 'soft-sharing(templates=2)', also to a network that is converted already; may be given several "
+        "times; none: convert nothing",
+    ),
     "stage": ("NAME", "of a recipe with several stages: train this one only; else what a step does, as widths"),
     "epochs": ("N", "passes over the training images"),
     "max_steps": ("N", "instead: optimizer steps"),
+    "minutes": ("M", "instead: as many steps as fit into so many minutes, by what the first ones take"),
+    "patience": ("N", "stop after so many evaluations without a better accuracy"),
+    "limit": ("N", "only N training images, evenly spread over the split, those held out among them"),
     "batch_size": ("N", "images per optimizer step, over all processes"),
     "lr": ("LR", "learning rate"),
     "seed": ("N", "of weights, order and augmentation"),
@@ -37,6 +44,7 @@ FIELDS = {
 def run(arguments: Sequence[str]) -> None:
     description = "Train a network; on several processes: torchrun --nproc-per-node N -m thriftnet train ..."
     parser = Parser("train", description, "--data")
+    parser.further = last_names
     parser.epilog = (
         "Each field of a recipe is an option, too: --weight-decay 0.0001 (or --optimizer.weight-decay), --flip true "
         f"(docs/training.md lists them). {KWARGS_HELP}"
@@ -69,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
     use_machine(options, recipe.data.batch_size)
     with Bar() as bar:
         how: Any = {"teacher": options.teacher, "device": options.device, "resume": options.resume}
-        result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress)
+        result = train(recipe, options.data, options.output, **how, on_progress=bar.on_progress, on_note=bar.on_note)
     emit(describe(result), result.to_dict(), as_json=options.json)
 
 
@@ -82,8 +90,9 @@ def make_recipe(name: str | None, texts: Mapping[str, Any]) -> Recipe:
     from thriftnet.train.recipe import Recipe, full_name, read_recipe, recipe_from
 
     stated = read_recipe(name) if name else {}
-    if "max_steps" in texts and "epochs" in texts:
-        raise ConfigError("say how long to train with either --epochs or --max-steps")
+    lengths = [f"--{key.replace('_', '-')}" for key in ("epochs", "max_steps", "minutes") if key in texts]
+    if len(lengths) > 1:
+        raise ConfigError(f"say how long to train with either {' or '.join(lengths)}")
     fields = {}
     for key, text in texts.items():
         if full_name(key) is None and "." not in key:
@@ -125,11 +134,16 @@ def with_budget(recipe: Recipe, budget: float) -> Recipe:
 
 def _check_kwarg(model: str, key: str) -> None:
     """Refuse a name that neither recipes nor this network have."""
-    from thriftnet.train.recipe import last_names
-
     accepted = accepted_kwargs(model)
     if accepted is not None and key not in accepted:
         raise unknown_option(key, {f"--{name.replace('_', '-')}" for name in last_names()}, accepted)
+
+
+def last_names() -> set[str]:
+    """Fields of recipes, which are options, too."""
+    from thriftnet.train.recipe import last_names
+
+    return last_names()
 
 
 class Bar:
@@ -165,6 +179,11 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
+    def on_note(self, note: str) -> None:
+        """Show what the user may not expect, before the first step."""
+        if is_main_process():
+            say(f"note: {note}")
+
     def on_progress(self, progress: Progress) -> None:
         """Show one step."""
         if not is_main_process():
@@ -177,8 +196,9 @@ class Bar:
         self.step = progress.step
         self.seen += progress.images
         if row:
-            accuracy = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
-            self.note = f"train loss {row['train_loss']:.3f}{accuracy}"
+            names = {"top1": "top-1", "agreement": "agreement"}
+            accuracy = "".join(f", {text} {row[name]:.2f} %" for name, text in names.items() if name in row)
+            self.note = f"train loss {row['train_loss']:.3f}{accuracy}, lr {row['lr']:.3g}"
         rate = self.seen / max(now - self.since, 1e-9)
         self.bars.update(self.task, completed=progress.step, epochs=progress.epochs, rate=rate, note=self.note)
         if row and self.bars.disable:
@@ -194,8 +214,8 @@ def describe(result: TrainResult) -> str:
     if result.resumed_from:
         lines.append(f"resumed from {result.resumed_from}")
     lines += [
-        f"test top-1 {result.top1:.2f} %, loss {result.loss:.4f}; {result.params:,} stored parameters",
-        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.facts.items()),
+        f"test {result.facts.get('top1_is', 'top-1')} {result.top1:.2f} %, loss {result.loss:.4f}; {result.params:,} stored parameters",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.facts.items() if name != "top1_is"),
         f"{result.steps:,} steps, {result.seconds:.1f} s, {result.world_size} process{'es' if result.world_size > 1 else ''}",
         f"run: {result.run}    (thriftnet evaluate {result.run} --data ...)",
     ]

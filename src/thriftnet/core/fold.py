@@ -90,6 +90,7 @@ def freeze(
     index: IndexChoice | None = None,
     fold_norms: bool = False,
     input_size: InputSize | None = None,
+    prefer: Preference = "",
 ) -> nn.Module:
     """A plain network, in eval mode, that equals ``model`` at one of its widths. Its weights are copies.
 
@@ -102,6 +103,7 @@ def freeze(
         fold_norms: Fold batch norms into the convolutions before them, where nothing else reads those.
         input_size: Channels, height and width of an image, used to find which layers need the same width. Default: the size the
             network states, or one it runs on.
+        prefer: As in `fold`.
 
     Raises:
         IncompatibleModelError: The network has one width only, or a layer cannot have a width of its own.
@@ -118,10 +120,16 @@ def freeze(
         select_width(model, chosen)
     else:
         assign(model, chosen, cast(probe.Size, size))
-    frozen = fold(model, inplace=True)
+    frozen = fold(model, inplace=True, prefer=prefer)
     if fold_norms:
         frozen = fold_norms_of(frozen, lambda ghost: probe.run(ghost, cast(probe.Size, size)))
-    options = {"width": width, "index": index, "fold_norms": fold_norms or None, "input_size": input_size}
+    options = {
+        "width": width,
+        "index": index,
+        "fold_norms": fold_norms or None,
+        "input_size": input_size,
+        "prefer": prefer or None,
+    }
     given = {name: _plain(value) for name, value in options.items() if value is not None}
     setattr(frozen, HISTORY, [*history(frozen)[:-1], {"verb": "freeze", **given}])
     return frozen

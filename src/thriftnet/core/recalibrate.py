@@ -32,7 +32,7 @@ def recalibrate(
 ) -> None:
     """Set the running statistics of every batch norm to the exact average over the batches of ``loader``.
 
-    It is the cumulative average of `torch.nn.BatchNorm2d`, in which every batch counts equally: give batches of equal size.
+    It is the cumulative average of `torch.nn.BatchNorm2d`, except that every image counts equally, also in a smaller last batch.
     Only statistics change; weights, modes, the selected width and the random state do not. If the loader fails, the old statistics
     are restored. Under `torch.distributed` statistics are averaged over all processes, each of which reads its own loader.
 
@@ -65,7 +65,7 @@ def recalibrate(
                 mean, var, count = (value for value in _statistics(norm).values() if value is not None)
                 mean.zero_(), var.fill_(1), count.zero_()
         with failing_together():
-            if not _pass(model, itertools.islice(loader, batches), chosen, like):
+            if not _pass(model, itertools.islice(loader, batches), chosen, like, () if momentum else norms):
                 raise DataError("recalibrate got a loader without images: statistics are unchanged. Give it training data")
         _average_over_processes(model, norms, chosen)
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers(recurse=False)):
@@ -85,17 +85,25 @@ def _selected(model: nn.Module, widths: Sequence[Width] | Width | None, indices:
     return [*by_width, *(width_index(available, index=each) for each in numbered)]
 
 
-def _pass(model: nn.Module, loader: Iterable[Any], chosen: Sequence[int], like: Tensor) -> int:
-    """Run every batch at every width; returns the number of images."""
+def _pass(
+    model: nn.Module,
+    loader: Iterable[Any],
+    chosen: Sequence[int],
+    like: Tensor,
+    averaging: Sequence[nn.modules.batchnorm._BatchNorm],
+) -> int:
+    """Run every batch at every width, where some norms weigh it by its images; returns their number."""
     seen = 0
     for batch in loader:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         if not isinstance(images, Tensor):
             raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
+        seen += len(images)
+        for norm in averaging if len(images) else ():
+            norm.momentum = len(images) / seen
         for each in chosen if len(images) else ():
             select_width(model, each)
             model(images.to(like))
-        seen += len(images)
     return seen
 
 
@@ -129,7 +137,7 @@ def _only_norms_train(
     with eval_mode(model):
         for norm in norms:
             norm.train()
-            norm.momentum = momentum  # None is a plain average over all batches
+            norm.momentum = momentum
         try:
             yield
         finally:

@@ -89,6 +89,7 @@ class DataSource:
         mean: Of each channel, in [0, 1], with which inputs of this data are usually normalised.
         std: Of each channel, likewise.
         skipped: One line for each image that was skipped because it cannot be decoded.
+        labelled: Whether the labels mean anything; otherwise they are 0, and there are no classes.
 
     Raises:
         DataError: No images, labels that are not the number of a class, or classes whose names cannot be told apart.
@@ -100,18 +101,31 @@ class DataSource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         check_names(self.classes, self.spec)
         if not self.splits:
             raise DataError(f"{self.spec} has no splits: expected train and test")
         for split, images in self.splits.items():
-            _check_labels(images, len(self.classes), f"{self.spec}, {split} split")
+            _check_labels(images, len(self.classes) if self.labelled else 1, f"{self.spec}, {split} split")
 
     @property
     def input_size(self) -> Size | None:
         """Size of the training images; None if they differ in size, or are too many to check."""
         return next(iter(self.splits.values())).input_size
+
+    def require_labels(self, user: str) -> None:
+        """Refuse images without labels for who needs them.
+
+        Raises:
+            DataError: It has none.
+        """
+        if not self.labelled:
+            raise DataError(
+                f"{self.spec} has no labels, and {user} needs them: a folder for each class, or an integer column named label. Without, "
+                "`plan`, `recalibrate` and `train --teacher F --distill-weight 1` work"
+            )
 
     def split(self, name: str) -> ImageDataset:
         """The images of one split; ``test`` is ``val`` where the data has no test split.

@@ -38,6 +38,7 @@ def open_folder(folder: Path) -> DataSource:
 
     ``train``, ``val`` and ``test`` folders are splits. Without any, the folders are classes, and a seeded fifth of each
     class is the test split. The classes are those of ``train``, sorted by name. What is hidden (its name begins with a dot) is left out.
+    Where images lie in place of class folders, they have no labels.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}. folder:DIR needs class folders in DIR/train and DIR/val, or in DIR")
@@ -54,14 +55,19 @@ def open_folder(folder: Path) -> DataSource:
         splits = {split: _split(places[split], classes) for split in ("train", "val", "test") if split in places}
     else:
         splits = dict(zip(("train", "test"), train_validation(_split(folder, classes), TEST_FRACTION), strict=True))
-    return DataSource(f"folder:{folder}", classes, splits, IMAGENET_MEAN, IMAGENET_STD)
+    return DataSource(f"folder:{folder}", classes, splits, IMAGENET_MEAN, IMAGENET_STD, labelled=bool(classes))
 
 
 def _classes(place: Path) -> tuple[str, ...]:
     names = tuple(_subfolders(place))
+    if not names and _images_in(place):
+        return ()
     if len(names) < 2:
         found = f"one class folder, {names[0]!r}" if names else "no class folders"
-        raise DataError(f"{place} has {found}: classification needs a folder of images for each of two classes or more")
+        raise DataError(
+            f"{place} has {found}: classification needs a folder of images for each of two classes or more; images without labels "
+            "lie in no subfolder"
+        )
     empty = [name for name in names if next(_files(place, name), None) is None]
     if empty:
         others = f", nor have {len(empty) - 1} other classes" if empty[1:] else ""
@@ -70,6 +76,8 @@ def _classes(place: Path) -> tuple[str, ...]:
 
 
 def _split(place: Path, classes: tuple[str, ...]) -> FolderImages:
+    if not classes:
+        return _unlabelled(place)
     unknown = [name for name in _subfolders(place) if name not in classes]
     if unknown:
         raise DataError(f"{place} has class {unknown[0]!r}, which is not among the {len(classes)} training classes")
@@ -86,6 +94,23 @@ def _split(place: Path, classes: tuple[str, ...]) -> FolderImages:
     if not files:
         raise DataError(f"{place} has no images in its class folders: looked for {', '.join(SUFFIXES)}")
     return FolderImages(place, files, labels)
+
+
+def _unlabelled(place: Path) -> FolderImages:
+    files, folders = _images_in(place), _subfolders(place)
+    if folders or not files:
+        found = f"a folder {folders[0]!r}" if folders else "no images"
+        raise DataError(f"{place} has {found}, and the training images have no classes: expected images beside each other")
+    return FolderImages(place, files, [0] * len(files))
+
+
+def _images_in(place: Path) -> list[str]:
+    """Names of the images that lie in a folder itself."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(place) if entry.is_file())
+    except OSError as error:
+        raise _unreadable(error) from None
+    return [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
 
 
 def _subfolders(place: Path) -> list[str]:

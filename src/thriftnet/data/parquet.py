@@ -32,7 +32,7 @@ CACHE_BYTES = 1 << 30  # of encoded images, in each process
 class ParquetImages(EncodedImages):
     """Rows of parquet files; a row group is read when one of its rows is asked for, and kept up to `CACHE_BYTES`.
 
-    ``image`` names the column of images, a struct with ``bytes``, ``label`` that of labels.
+    ``image`` names the column of images, a struct with ``bytes``, ``label`` that of labels; "": there are none.
     """
 
     def __init__(self, files: list[Path], image: str, label: str) -> None:
@@ -49,7 +49,10 @@ class ParquetImages(EncodedImages):
                     self.groups.append((number, group))
                     starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
                 self.first_rows.append(starts[-1])
-                labels.append(_labels(file.read([label], use_threads=False).column(0), f"column {label!r}"))
+                if label:
+                    labels.append(_labels(file.read([label], use_threads=False).column(0), f"column {label!r}"))
+                else:
+                    labels.append(np.zeros(starts[-1] - self.first_rows[-2], dtype=np.int64))
                 if len(labels[-1]) != starts[-1] - self.first_rows[-2]:
                     raise ValueError(f"it has {len(labels[-1])} labels, and states {starts[-1] - self.first_rows[-2]} rows")
                 self.versions.append(version)
@@ -171,6 +174,11 @@ def read_parquet(spec: str, files: dict[str, list[Path]]) -> DataSource:
         splits[split] = ParquetImages(paths, *first[:2])
         if not len(splits[split]):
             raise DataError(f"{paths[0]} has no rows, and no other file of the {split} split has: remove or repair it")
+    unlabelled = [path for path, (_, label, _) in columns.items() if not label]
+    if 0 < len(unlabelled) < len(columns):
+        raise DataError(f"{unlabelled[0]} has no column of labels named {' or '.join(LABELS)}, and other files have one")
+    if unlabelled:
+        return DataSource(spec, (), dict(splits), IMAGENET_MEAN, IMAGENET_STD, labelled=False)
     stated = {names: path for path, (*_, names) in columns.items() if names is not None}
     if len(stated) > 1:
         one, other = list(stated.values())[:2]
@@ -210,19 +218,19 @@ def _check_files(paths: list[Path]) -> None:
 
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """Names of the image column, of the label column and, if stated, of the classes."""
+    """Names of the image column, of the label column ("": there is none) and, if stated, of the classes."""
     from pyarrow import types
 
     with table_in(path) as (file, _):
         schema = file.schema_arrow
         images = [field.name for field in schema if types.is_struct(field.type) and _holds_bytes(field.type)]
         labels = [name for name in LABELS if schema.names.count(name) == 1 and types.is_integer(schema.field(name).type)]
-        if not images or not labels:
+        if not images or (not labels and any(name in LABELS for name in schema.names)):
             raise DataError(
                 f"{path} has the columns {schema.names}: expected images, a struct with `bytes`, and an integer column "
                 f"named {' or '.join(LABELS)}"
             )
-        return images[0], labels[0], _class_names(schema.metadata or {}, labels[0])
+        return (images[0], labels[0], _class_names(schema.metadata or {}, labels[0])) if labels else (images[0], "", None)
 
 
 def _holds_bytes(kind: Any) -> bool:

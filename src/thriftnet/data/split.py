@@ -1,10 +1,10 @@
-"""Validation images held out of the training images."""
+"""Parts of a data set: images held out for validation, and a limited number of images."""
 
 from __future__ import annotations
 
 import torch
 
-from thriftnet.arguments import OpenShare, Seed, checked
+from thriftnet.arguments import Count, OpenShare, Seed, checked
 from thriftnet.data.dataset import ImageDataset, Subset
 from thriftnet.errors import DataError
 
@@ -37,3 +37,11 @@ def train_validation(source: ImageDataset, fraction: OpenShare = 0.1, seed: Seed
     if not held_out.any():
         raise DataError(f"none of the {len(labels)} images can be held out: no class has two. Give more images")
     return Subset(source, (~held_out).nonzero().squeeze(1)), Subset(source, held_out.nonzero().squeeze(1))
+
+
+@checked
+def limited(images: ImageDataset, limit: Count | None) -> ImageDataset:
+    """At most ``limit`` images, evenly spread, since class folders are sorted by class; None for all."""
+    if limit is None or limit >= len(images):
+        return images
+    return Subset(images, torch.arange(limit) * len(images) // limit)

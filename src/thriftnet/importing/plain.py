@@ -6,6 +6,7 @@ CIFAR ResNets with option-A shortcuts and a head ``linear`` (as in akamaster/pyt
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -58,8 +59,19 @@ def recognise_own(evidence: Evidence) -> Recognised | None:
         raise ConfigError(f"model={name!r}: expected a name of the zoo, see thriftnet models")
     arguments = model_kwargs(name)
     given = {key: value for key, value in evidence.hints.items() if key not in ("model", "system")}
-    with torch.device("meta"):
-        model = create_model(name, **given)
+    try:
+        with torch.device("meta"):
+            model = create_model(name, **given)
+    except ConfigError as error:
+        assumed = {
+            key: value for key, value in arguments.items() if key not in given and re.search(rf"\b{key}\b", str(error))
+        }
+        if not assumed:
+            raise
+        stated = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
+        raise ConfigError(
+            f"{error}. {stated} is {name}'s default: give what the file has, as {next(iter(assumed))}=..."
+        ) from None
     default_cfg: Any = getattr(model, "default_cfg", {})
     for argument, layer, dim in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
         weight = evidence.tensors.get(f"{default_cfg.get(layer)}.weight")

@@ -107,11 +107,11 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """Loss, accuracy and learning rate of one training.
 
     Args:
-        rows: One for each epoch, with ``epoch`` and some of ``train_loss``, ``loss``, ``top1`` (percent) and ``lr``.
+        rows: One for each epoch, with ``epoch`` and some of ``train_loss``, ``loss``, ``top1`` or ``agreement`` (percent) and ``lr``.
     """
     panels = (
         ("loss", (("training", "train_loss"), ("held out", "loss"))),
-        ("top-1 accuracy, %", (("held out", "top1"),)),
+        ("top-1 accuracy, %", (("held out", "top1"), ("with the teacher", "agreement"))),
         ("learning rate", (("", "lr"),)),
     )
     with figure(7.2, 6.0) as drawn:
@@ -122,7 +122,7 @@ def run_curves(rows: Sequence[Mapping[str, Any]]) -> str:
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[i + 1], label=label)
             axes.set_ylabel(title)
-            if len(lines) > 1:
+            if len(axes.lines) > 1:
                 axes.legend(frameon=False)
         stacked[-1].set_xlabel("epoch")
         return svg(drawn)

@@ -40,7 +40,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "tie": {"groups": tuple[tuple[str, ...], ...]},
     "pack": {"input_size": InputSize},
 }
-FREEZE = {"verb", "width", "index", "fold_norms", "input_size"}
+FREEZE = {"verb", "width", "index", "fold_norms", "input_size", "prefer"}
 
 
 def _is_history(value: list[dict[str, Any]]) -> bool:

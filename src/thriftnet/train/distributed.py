@@ -104,6 +104,10 @@ class Distributed:
         """Whether it is true on any process."""
         return value if self.world_size == 1 else bool(largest(torch.tensor(float(value), device=self.device)))
 
+    def largest(self, value: float) -> float:
+        """The largest of all processes."""
+        return value if self.world_size == 1 else float(largest(torch.tensor(value, device=self.device)))
+
     def share_buffers(self, model: nn.Module) -> None:
         """Copy the buffers (running statistics) of the main process to all others."""
         if self.world_size > 1:

@@ -19,15 +19,16 @@ from thriftnet.core.processes import failing_together
 from thriftnet.core.tied import unique_tensors
 from thriftnet.data.transforms import seed_random_state
 from thriftnet.errors import CheckpointError, ConfigError, ThriftnetError
-from thriftnet.train.checkpoints import Checkpoints
+from thriftnet.train.checkpoints import Checkpoints, encode
 from thriftnet.train.distributed import Distributed
 from thriftnet.train.interrupts import Interrupts
 from thriftnet.train.loss import Criterion, make_mixup
-from thriftnet.train.optim import average_of, make_optimizer, make_schedule
+from thriftnet.train.optim import average_of, lr_factor, make_optimizer, make_schedule
 from thriftnet.train.recipe import Recipe
 from thriftnet.train.stages import Stage, Step
 
 CHECK_EVERY = 10  # steps between checks that synchronise with the device or the other processes
+TIMED_STEPS = 20  # at most, to plan a training that has a time budget
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -57,6 +58,8 @@ class TrainState:
     loss_sum: float = 0.0  # over the steps of this epoch
     loss_count: int = 0  # steps of this epoch
     skipped: int = 0  # steps skipped because of their loss
+    stale: int = 0  # evaluations since the best one
+    planned: int = 0  # steps of the training where a time budget set them
     best: float = -1.0  # best accuracy so far on the images that the network is selected on, in percent; -1 for none
 
     def restore(self, stored: Mapping[str, Any], steps_per_epoch: int) -> None:
@@ -124,12 +127,55 @@ class TrainLoop:
         """Resume from a checkpoint, as `Checkpoints.load`."""
         return self.checkpoints.load(place, self._restore)
 
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Whatever steps and evaluations do within the block, the training then goes on as if it had not been."""
+        before = copy.deepcopy(self._content())
+        try:
+            yield
+        finally:
+            self._restore(before)
+
+    def time_step(self, seconds: float) -> float:
+        """Seconds that a step takes, the mean of some, for at most about so long; call it within `rehearsal`.
+
+        The first one is not counted: it compiles, allocates and fills caches.
+        """
+        self.stage.train_mode(self.plain)
+        batches, times = iter(self.loader), [time.perf_counter()]
+        for _ in range(min(TIMED_STEPS + 1, self.steps_per_epoch - self.state.step % self.steps_per_epoch)):
+            self.step(batches)
+            float(self.last_loss)  # waits for the device
+            times.append(time.perf_counter())
+            if len(times) > 2 and self.distributed.any(times[-1] - times[0] > seconds):
+                break
+        first = min(1, len(times) - 2)
+        return (times[-1] - times[first]) / (len(times) - 1 - first)
+
+    def time_checkpoint(self) -> float:
+        """Seconds that a checkpoint takes, without the disk."""
+        start = time.perf_counter()
+        encode(self._content())
+        return time.perf_counter() - start
+
+    def plan(self, steps: int) -> None:
+        """Train for so many steps; the schedule of the recipe's epochs is stretched or compressed to them."""
+        self.steps = self.state.planned = steps
+        scheduler = self.schedule.scheduler
+        factor = lr_factor(self.recipe, steps / self.recipe.epochs, self.recipe.epochs)
+        scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
+        self._set_learning_rates()
+
     def checkpoint(self) -> None:
         """Write a checkpoint of the present state."""
         self._check()
         self.state.loss_sum = float(self.loss_sum)
+        self.checkpoints.save(self.state.step, self._content())
+
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
         scaler = self.accelerator.scaler
-        content = {
+        return {
             "state": asdict(self.state),
             "data": self.loader.state_dict(),
             "weights": unique_tensors(self.plain),
@@ -137,12 +183,13 @@ class TrainLoop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.checkpoints.save(self.state.step, content)
 
     def _restore(self, content: Any) -> None:
         """Take the content of a checkpoint; raises anything if it does not fit."""
         state, scaler = self.state, self.accelerator.scaler
         state.restore(content["state"], self.steps_per_epoch)
+        if state.planned:
+            self.plan(state.planned)
         self.loss_sum.fill_(state.loss_sum)
         batches = (state.step - state.epoch * self.steps_per_epoch) * self.recipe.optimizer.accumulate
         self.loader.load_state_dict({**content["data"], "epoch": state.epoch, "step": batches})
@@ -173,6 +220,10 @@ class TrainLoop:
             for name, value in entry.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:  # in the same memory format, too
                     entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self._set_learning_rates()
+
+    def _set_learning_rates(self) -> None:
+        """Those of the state's step."""
         schedule, step = self.schedule.scheduler, self.state.step
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -181,8 +232,13 @@ class TrainLoop:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are taken and the last epoch is evaluated."""
-        return self.state.step >= self.steps and not self.state.epoch_ends
+        """Whether all steps are taken, or patience is at its end, and the last epoch is evaluated."""
+        return (self.state.step >= self.steps or self.stopped_early) and not self.state.epoch_ends
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether as many evaluations as the recipe's patience brought no better accuracy, with steps left."""
+        return 0 < self.recipe.run.patience <= self.state.stale and self.state.step < self.steps
 
     @property
     def result(self) -> nn.Module:

@@ -25,15 +25,20 @@ class Criterion:
         Shape: logits (N, classes); labels (N,), or probabilities (N, classes) that are smoothed already.
         """
         outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        soft = None if self.teacher is None or not self.share else self._distance(self.teacher, outputs, images)
+        if soft is not None and self.share == 1.0:  # labels are not looked at: there may be none
+            return soft
         smoothing = self.smoothing if targets.ndim == 1 else 0.0
         loss = F.cross_entropy(
             outputs, targets.to(outputs.dtype) if targets.ndim == 2 else targets, label_smoothing=smoothing
         )
-        if self.teacher is None or not self.share:
-            return loss
+        return loss if soft is None else (1.0 - self.share) * loss + self.share * soft
+
+    def _distance(self, teacher: nn.Module, outputs: Tensor, images: Tensor) -> Tensor:
+        """From the teacher's outputs."""
         with torch.no_grad():
-            wanted = self.teacher(images).to(outputs.dtype)
-        return (1.0 - self.share) * loss + self.share * distillation(outputs, wanted, self.temperature)
+            wanted = teacher(images).to(outputs.dtype)
+        return distillation(outputs, wanted, self.temperature)
 
 
 def distillation(outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -63,12 +63,17 @@ def decay_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str])
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, epochs: float) -> LambdaLR:
     """torch's scheduler over a number of epochs, to be stepped after each optimizer step."""
+    return LambdaLR(optimizer, lr_factor(recipe, steps_per_epoch, epochs))
+
+
+def lr_factor(recipe: Recipe, steps_per_epoch: float, epochs: float) -> Callable[[int], float]:
+    """The factor on the learning rate by steps taken; the schedule's epochs need not be those of the data."""
     shape = SHAPES[recipe.schedule.name](recipe, epochs)
 
     def factor(step: int) -> float:
         return shape(float(step // steps_per_epoch) if recipe.schedule.per == "epoch" else step / steps_per_epoch)
 
-    return LambdaLR(optimizer, factor)
+    return factor
 
 
 def _multistep(recipe: Recipe, epochs: float) -> Shape:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from thriftnet.core.head import note_on
+from thriftnet.core.fold import is_foldable
+from thriftnet.core.head import note_on, outputs
 from thriftnet.core.probe import Size
 from thriftnet.core.provenance import data_facts
 from thriftnet.core.tied import unique_tensors
@@ -47,8 +49,12 @@ def augmentation_for(model: nn.Module, recipe: Recipe, source: DataSource) -> Au
     return fields.for_source(source)
 
 
-def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = None) -> nn.Module:
+def prepare_model(
+    recipe: Recipe, source: DataSource, model: nn.Module | None = None, note: Callable[[str], object] = lambda text: None
+) -> nn.Module:
     """The recipe's network (or yours) for the classes and channels of the data, converted by the recipe's techniques.
+
+    A network that is converted already stays as it is, unless the recipe says ``convert_again``; ``note`` is called with that.
 
     Raises:
         ConfigError: No such network, or one that does not fit the data.
@@ -66,6 +72,12 @@ def prepare_model(recipe: Recipe, source: DataSource, model: nn.Module | None = 
             kwargs.setdefault("in_chans", size[0])
         model = open_model(name, **kwargs)
     check_classes(model, source, size, recipe.model)
+    if recipe.technique and not recipe.convert_again and any(is_foldable(module) for module in model.modules()):
+        techniques = ", ".join(recipe.technique)
+        note(
+            f"the network is converted already: the recipe's {techniques} is not applied on top. --technique '{techniques}' does"
+        )
+        return model
     for text in recipe.technique:
         technique: Any = resolve(text)
         if getattr(technique, "seed", 0) is None:
@@ -83,18 +95,36 @@ def notes_on(recipe: Recipe, model: nn.Module, *, given: bool) -> list[str]:
     return notes
 
 
+def with_classes_of(teacher: nn.Module | None, source: DataSource, parts: Sequence[Recipe]) -> DataSource:
+    """The data, where it has no labels with the classes of the teacher: whatever looks at labels is refused.
+
+    Raises:
+        DataError: Images without labels, for something that needs them.
+    """
+    if source.labelled:
+        return source
+    if teacher is None:
+        source.require_labels("a training without a teacher")
+    elif len(parts) > 1 or parts[0].stage.name == "gate":
+        source.require_labels("a training of gates, or of several stages,")
+    elif parts[0].loss.distill_weight < 1:
+        source.require_labels(f"the loss at distill_weight={parts[0].loss.distill_weight:g}")
+    names = data_facts(cast(nn.Module, teacher)).class_names
+    return dataclasses.replace(source, classes=tuple(names or map(str, range(outputs(cast(nn.Module, teacher))))))
+
+
 @torch.no_grad()
 def check_classes(model: nn.Module, source: DataSource, size: Size, name: str) -> None:
     """Run the network on one image; refuse one that does not take it, or has other classes than the data."""
     like = next(model.parameters(), torch.zeros(()))
     try:
         with eval_mode(model):
-            outputs = model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+            logits = model(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name} does not take images of {size[0]} x {size[1]} x {size[2]}: {problem}") from None
-    if not isinstance(outputs, torch.Tensor) or outputs.shape != (1, len(source.classes)):
-        found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, len(source.classes)):
+        found = tuple(logits.shape[1:]) if isinstance(logits, torch.Tensor) else type(logits).__name__
         count = len(source.classes)
         raise ConfigError(
             f"{name} gives {found} outputs, {source.spec} has {count} classes: give num_classes={count} (--num-classes {count})"

@@ -46,9 +46,11 @@ RESUMABLE_FIELDS = (
     "run.keep_checkpoints",
     "run.on_nan",
     "run.trackers",
+    "run.patience",
 )
 MAPPINGS = ("model_kwargs", "about", "stage.options")  # of values of any type
 LISTS = ("technique", "needs", "optimizer.no_decay", "run.trackers")  # one entry may be written without brackets
+NO_TECHNIQUE = "none"  # as the technique: convert nothing
 SHIPPED = Path(__file__).parent / "recipes"
 RECALIBRATION = ("widths", "indices", "momentum", "batches")
 
@@ -71,6 +73,7 @@ class DataFields:
     """How images are read."""
 
     batch_size: BatchSize = 128  # images per optimizer step, over all processes and accumulated batches
+    limit: Count | None = None  # only so many images of the training split, evenly spread, held-out ones among them
     drop_last: bool = False  # whether to drop a last, smaller batch; mixup always does
     workers: Workers = 2  # processes that decode images, for data not held in memory
     resident: bool | None = None  # whether all images are held on the device; default: if small and of equal size
@@ -151,6 +154,8 @@ class RunFields:
     select_on: Literal["val", "test", "last"] = "val"  # keep the best on val, on test (flattering) or the last
     validation: ProperShare = 0.1  # share of the training images held out for select_on: val
     evaluate_every: Epochs = 1  # epochs between evaluations
+    patience: Natural = 0  # evaluations without a better accuracy after which the training stops; 0: never
+    minutes: PositiveWeight | None = None  # train as many steps as fit; the schedule of the recipe's epochs spans them
     checkpoint_every: Natural = 0  # optimizer steps between checkpoints; 0: at the end of each epoch only
     keep_checkpoints: Count = 2  # how many of the newest are kept
     on_nan: Literal["stop", "skip"] = "stop"  # whether a loss that is not finite stops the training or skips the step
@@ -160,6 +165,11 @@ class RunFields:
         if self.select_on == "val" and not self.validation:
             raise ConfigError(
                 "select_on='val' needs a share of the training images in validation; otherwise set select_on='last'"
+            )
+        if self.select_on == "last" and self.patience:
+            raise ConfigError(
+                f"patience={self.patience} counts evaluations on held-out images, and select_on='last' looks at none: "
+                "set select_on='val', or patience=0"
             )
 
 
@@ -171,7 +181,8 @@ class Recipe:
     Args:
         model: The network: any name that ``--model`` takes.
         model_kwargs: For the function that builds it; classes and channels follow from the data.
-        technique: Applied before training, as ``soft-sharing(templates=2)``; several are applied in this order.
+        technique: Applied before training, as ``soft-sharing(templates=2)``; several are applied in this order. None: ``none``.
+        convert_again: Apply them to a network that is converted already, too; techniques given instead of a recipe's are.
         select: Regular expression on the layers that the techniques may convert.
         epochs: Passes over the training images.
         max_steps: Instead: optimizer steps; the schedule spans them.
@@ -187,6 +198,7 @@ class Recipe:
     model: str = "resnet20"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     technique: tuple[str, ...] = ()
+    convert_again: bool = False
     select: str | None = None
     epochs: Epochs = 10
     max_steps: Count | None = None
@@ -340,11 +352,14 @@ def _flat(stated: Mapping[str, Any]) -> dict[str, Any]:
             head, _, leaf = name.partition(".")
             if head in GROUPS:
                 raise unknown_name(f"field of {head}", leaf, _names(GROUPS[head]))
-            raise unknown_name("recipe field", name, {*last_names(), *GROUPS})
+            known = field_names() if leaf else {*last_names(), *GROUPS}
+            raise unknown_name("recipe field", name, known)
         if path in MAPPINGS and not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r}: expected a mapping")
         if path == "stages":
             flat[path] = [_flat_stage(entry) for entry in (value if isinstance(value, list | tuple) else [value])]
+        elif path == "technique" and value in (NO_TECHNIQUE, [NO_TECHNIQUE], (NO_TECHNIQUE,)):
+            flat[path] = []
         elif path in LISTS and isinstance(value, str) and not value.startswith("["):
             flat[path] = [value]
         elif path == "schedule.points" and isinstance(value, Mapping):
@@ -389,9 +404,12 @@ def _flat_stage(entry: Any) -> dict[str, Any]:
 def _replaced(stated: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """With fields replaced, in all stages; ``stages.2.lr`` is that of the second only.
 
-    Another ``model`` does not get the arguments of the recipe's, and ``stage`` selects one of several.
+    Another ``model`` does not get the arguments of the recipe's, ``stage`` selects one of several, and a ``technique`` that was
+    asked for is applied to any network.
     """
     for_all = _flat({name: value for name, value in fields.items() if not name.startswith("stages.")})
+    if for_all.get("technique"):
+        for_all = {"convert_again": True, **for_all}
     if normalize_name(str(for_all.get("model", ""))) not in ("", normalize_name(str(stated.get("model", Recipe.model)))):
         stated = {path: value for path, value in stated.items() if path.partition(".")[0] != "model_kwargs"}
     for path in for_all:

@@ -27,7 +27,7 @@ from thriftnet.store.sealed import read_json, sealed_json
 from thriftnet.train.recipe import GROUPS, RESUMABLE_FIELDS
 
 LOCK, LINES, TABLE, CURVES = ".lock", "metrics.jsonl", "metrics.csv", "curves.svg"
-NUMBERS = ("epoch", "train_loss", "loss", "top1", "lr")  # of a row, where it has them
+NUMBERS = ("epoch", "train_loss", "loss", "top1", "agreement", "lr")  # of a row, where it has them
 
 
 class RunFolder:
