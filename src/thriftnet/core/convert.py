@@ -146,8 +146,8 @@ def _prepare(
 
 def _sized(config: Any, trial: Trial | None) -> Any:
     """A config that runs the network itself, with the inputs that `convert` was given; others, and one that has some, as they are."""
-    names = {field.name for field in dataclasses.fields(config)} & {"input_size", "example"}
-    if trial is None or any(getattr(config, name) is not None for name in names):
+    names = [name for name in ("input_size", "example") if hasattr(config, name)]
+    if trial is None or not names or any(getattr(config, name) is not None for name in names):
         return config
     given = {"input_size": trial.input_size, "example": None if trial.example is None else trial.example.to_text()}
     return dataclasses.replace(config, **{name: given[name] for name in names})
