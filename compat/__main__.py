@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the results between the markers of this page")
     parser.add_argument("--processes", type=int, default=2, help="networks at a time")
     parser.add_argument(
-        "--limit", type=float, default=60.0, metavar="SECONDS", help="of processor time, for one network and technique"
+        "--limit", type=float, default=120.0, metavar="SECONDS", help="of processor time, for one network and technique"
     )
     parser.add_argument("--choose", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
