@@ -21,6 +21,7 @@ from compat.sample import Inputs, Sample
 from thriftnet.core import probe
 
 LISTED = Path(__file__).with_name("networks.txt")
+LARGEST = 320  # side of images for networks that state none, and do not run on 224
 LIMIT = 90_000_000  # parameters; larger ones take too long
 SIDES = (64, 96, 128, 160, 192, 224, 240, 256)  # sides of images to try: the smallest that runs is the quickest
 VIDEOS = {  # videos, channels, frames, height and width by what a name begins with: the quickest that runs
@@ -84,9 +85,10 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
     config: Any = getattr(model, "pretrained_cfg", {})
     stated = tuple(config.get("input_size", (3, 224, 224)))
     ghost = probe.on_meta(model)
-    for side in SIDES:
-        size = (int(stated[0]), side, side)
-        if side < stated[-1] and probe.failure(ghost, size) is None:
+    smaller = [(stated[0], side, side) for side in SIDES if side < stated[-1]]
+    for channels, height, width in (*smaller, stated, (stated[0], LARGEST, LARGEST)):
+        size = (int(channels), int(height), int(width))
+        if probe.failure(ghost, size) is None:
             return size
     return int(stated[0]), int(stated[1]), int(stated[2])
 

@@ -38,6 +38,7 @@ _PLACES = {
     "thriftnet.dynamic.search": ("search",),
     "thriftnet.planning": ("plan", "suggest"),
     "thriftnet.resolve": ("open_model",),
+    "thriftnet.train.compress": ("compress",),
     "thriftnet.train.evaluate": ("evaluate",),
 }
 
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
         similarity,
     )
     from thriftnet.techniques.weight_sharing import WeightSharing
+    from thriftnet.train.compress import compress
     from thriftnet.train.evaluate import evaluate
 
 

@@ -20,6 +20,7 @@ VERBS = {
     "plan": "show what a conversion would do, layer by layer",
     "suggest": "compare what all techniques would do within a budget",
     "convert": "convert a network with a technique, and save it",
+    "compress": "make a trained network small and win back its accuracy: choose, fit, train, fold and report",
     "train": "train a network by a recipe, on one process or many; the same command resumes",
     "evaluate": "measure the accuracy of a network on a data set",
     "recipes": "list the training recipes, or show one",

@@ -27,9 +27,14 @@ BUDGETS = ("--params", "--macs", "--bytes")
 def planning_parser(verb: str, description: str) -> Parser:
     """The options of a verb that plans: layers, budgets, and images, none of them required."""
     parser = Parser(verb, description, "model", "--select", "--exclude", *BUDGETS, "--input-size")
+    add_images(parser)
+    return parser
+
+
+def add_images(parser: Parser) -> None:
+    """The options of images, none of them required."""
     for name in IMAGE_OPTIONS:
         parser.add_shared(name, **({"required": False} if name == "--data" else {}))
-    return parser
 
 
 def budget_of(options: Namespace) -> dict[str, str | None]:
@@ -41,11 +46,12 @@ def budget_of(options: Namespace) -> dict[str, str | None]:
 def network_and_images(options: Namespace, kwargs: Mapping[str, Any]) -> Iterator[tuple[nn.Module, Loader | None]]:
     """The network, and training images if ``--data`` is given; without it, what says how to read images is refused."""
     if options.data is not None:
+        from thriftnet.core.fit import IMAGES
         from thriftnet.train.distributed import process_group
 
         with process_group(options.device) as device:
             model, source, loader_of = open_inputs(options, kwargs, "train", device)
-            yield model, loader_of(source.split("train"), options.limit)
+            yield model, loader_of(source.split("train"), options.limit or IMAGES, shuffle=True)
         return
     for name, how in IMAGE_OPTIONS.items():
         if name != "--plain" and getattr(options, name[2:].replace("-", "_")) not in (None, False, how.get("default")):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from thriftnet.core.conv import AnyConvolution
 from thriftnet.core.copied import copied
+from thriftnet.core.fit import Progress, fitted
 from thriftnet.core.fold import is_foldable
 from thriftnet.core.history import history, record
 from thriftnet.core.kept import keep_attributes, obstacle, parameter_ties
@@ -42,12 +43,14 @@ def dry_run(
     select: Select | None = None,
     input_size: Sequence[int] | None = None,
     example: Any = None,
+    images: Tensor | None = None,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, Plan]:
     """A converted copy and its plan; the random state does not change."""
     _check_convertible(model)
     with torch.random.fork_rng(devices=[]):
         model = copied(model)
-        return _prepare(model, technique, select, Trial(model, input_size, example))
+        return _prepare(model, technique, select, Trial(model, input_size, example), images, progress)
 
 
 def convert(
@@ -58,13 +61,17 @@ def convert(
     inplace: bool = False,
     input_size: Sequence[int] | None = None,
     example: Any = None,
+    images: Tensor | None = None,
+    progress: Progress | None = None,
     check: bool = True,
 ) -> nn.Module:
     """As `thriftnet.convert`, for a config or a plan that holds one; without ``check``, the result is not run."""
     _check_convertible(model)
     model = copied(model, inplace=inplace)
-    converted, done = _prepare(model, technique, select, Trial(model, input_size, example) if check else None)
-    record(converted, {"verb": "convert", "plan": done.to_dict()})
+    trial = Trial(model, input_size, example) if check else None
+    converted, done = _prepare(model, technique, select, trial, images, progress)
+    fitted = {} if images is None else {"fitted_on": len(images)}
+    record(converted, {"verb": "convert", "plan": done.to_dict(), **fitted})
     return converted
 
 
@@ -93,7 +100,12 @@ def _check_convertible(model: nn.Module) -> None:
 
 
 def _prepare(
-    model: nn.Module, technique: Technique | Plan, select: Select | None, trial: Trial | None
+    model: nn.Module,
+    technique: Technique | Plan,
+    select: Select | None,
+    trial: Trial | None,
+    images: Tensor | None = None,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Convert ``model`` in place; the new network and the plan that was carried out. If it is refused, ``model`` is as before."""
     if isinstance(technique, Plan):
@@ -113,21 +125,8 @@ def _prepare(
         )
     before, names = count_params(model), names_by_module(model)
     described = {id(module): describe(module) for module in model.modules()}
-    rows: list[PlanRow] = []
-    replaced: list[Replacement] = []
-    for number, group in enumerate(groups):
-        for site in group:
-            if (lost := obstacle(site.module)) is not None:
-                raise IncompatibleModelError(f"layer {site.name!r} {lost}")
-        members = {id(site.module) for site in group}
-        pairs = config.build(group)
-        _freeze_alike(pairs)
-        for old, new in pairs:
-            new.train(old.training)  # which may return nothing
-            replaced.append((old, new))
-            in_group = number if id(old) in members else None
-            error = relative_error(old, new)
-            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, error))
+    built = [_built(config, group) for group in groups]
+    replaced = [pair for pairs in built for pair in pairs]
     keep_attributes(replaced, names)
     model_name = type(model).__name__
     restore = restoring(model)
@@ -140,8 +139,29 @@ def _prepare(
             restore()
             hint = "" if error.layer is None else _leaving_out(config, error.layer)
             raise IncompatibleModelError(f"{format_spec(config)} does not fit {model_name}: {error}.{hint}") from error
+    if images is not None:
+        restore()
+        converted = fitted(model, built, images, progress)
+    rows: list[PlanRow] = []
+    for number, (group, pairs) in enumerate(zip(groups, built, strict=True)):
+        members = {id(site.module) for site in group}
+        for old, new in pairs:
+            in_group = number if id(old) in members else None
+            rows.append(PlanRow(names[id(old)], described[id(old)], becomes(new), in_group, relative_error(old, new)))
     counts = before, count_params(converted)
     return converted, Plan(config, model_name, tuple(rows), tuple(left), *counts, not_checked=not_checked)
+
+
+def _built(config: Technique, group: Sequence[Site[Any]]) -> list[Replacement]:
+    """New layers for a group, in the old ones' modes, and frozen where these are."""
+    for site in group:
+        if (lost := obstacle(site.module)) is not None:
+            raise IncompatibleModelError(f"layer {site.name!r} {lost}")
+    pairs = config.build(group)
+    _freeze_alike(pairs)
+    for old, new in pairs:
+        new.train(old.training)  # which may return nothing
+    return pairs
 
 
 def _sized(config: Any, trial: Trial | None) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from thriftnet.arguments import Count, Index, PositiveShare, checked
+from thriftnet.core.batches import images_of
 from thriftnet.core.history import history
 from thriftnet.core.norm import STATISTICS, PlainBatchNorm2d
 from thriftnet.core.processes import failing_together
@@ -94,14 +95,11 @@ def _pass(
 ) -> int:
     """Run every batch at every width, where some norms weigh it by its images; returns their number."""
     seen = 0
-    for batch in loader:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(images, Tensor):
-            raise DataError(f"recalibrate needs a loader of tensors or (tensor, ...), got {type(images).__name__}")
+    for images in images_of(loader, "recalibrate"):
         seen += len(images)
-        for norm in averaging if len(images) else ():
+        for norm in averaging:
             norm.momentum = len(images) / seen
-        for each in chosen if len(images) else ():
+        for each in chosen:
             select_width(model, each)
             model(images.to(like))
     return seen

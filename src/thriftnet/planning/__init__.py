@@ -13,20 +13,22 @@ from torch import Tensor
 from thriftnet.arguments import InputSize, checked
 from thriftnet.core import convert as core
 from thriftnet.core import probe
+from thriftnet.core.batches import first_images
+from thriftnet.core.fit import IMAGES as FIT_IMAGES
 from thriftnet.core.plan import Plan
 from thriftnet.core.sites import Select, Site, selection, without
 from thriftnet.core.spec import spec_name
 from thriftnet.core.technique import Technique
-from thriftnet.errors import ConfigError, DataError, IncompatibleModelError
+from thriftnet.errors import ConfigError, IncompatibleModelError
 from thriftnet.measure import Report, inspect
-from thriftnet.planning.allocate import Adjustable, Judge, Progress, allocate, layer_inputs
+from thriftnet.planning.allocate import Adjustable, Judge, LayerInputs, Progress, allocate, layer_inputs
 from thriftnet.planning.budget import Limit, read_budget
 from thriftnet.techniques import TECHNIQUES, TechniqueLike, convert, resolve
 
 if TYPE_CHECKING:
     from torch import nn
 
-IMAGES = 32  # of data, for the errors of layers
+IMAGES = 32  # for the errors of layers
 
 
 @checked
@@ -47,7 +49,8 @@ def plan(
     """What `convert` would do to ``model``; the network and the random state do not change.
 
     With a budget, the settings of the technique (templates, ranks, rate, expansion) are chosen for each set of layers that can be
-    decided on alone, so that the sum of the layers' squared errors is small: it is the technique's config in the plan.
+    decided on alone, so that the sum of the layers' squared errors is small: it is the technique's config in the plan. With data, the
+    layers are fitted as `convert` fits them, and errors are those of their outputs.
 
     Args:
         model: Any network.
@@ -57,11 +60,10 @@ def plan(
         params: At most so many stored parameters: a share in (0, 1) of what the network has, or a number, as "300K".
         macs: At most so many multiply-accumulates for one image, in the same forms.
         bytes: At most so many bytes of parameters and buffers, as "1MB".
-        data: Batches of images, or tuples that begin with them; the errors are then those of the layers' outputs for the first
-            of them. Labels are not needed.
+        data: As in `convert`. Give it to both, or to neither.
         input_size: Channels, height and width of an image. Default: the size the network states, or one it runs on.
         example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
-        progress: Called with the sets of layers that a budget has decided on, and their number.
+        progress: Called with the sets of layers that a budget has decided on, and their number; then with those that are fitted.
 
     Raises:
         ConfigError, IncompatibleModelError: As `convert`; or the budget is out of reach.
@@ -83,12 +85,15 @@ def plan(
             f"{type(model).__name__} cannot be counted on the meta device, so it cannot keep to a budget"
         )
     budget = read_budget(whole, **asked)
+    images = None if data is None else first_images(data, FIT_IMAGES, "a plan")
     with torch.random.fork_rng(devices=[]):
-        inputs = None if data is None else _inputs(model, config, chosen, data)
+        inputs = None if images is None else _inputs(model, config, chosen, images)
         if budget is not None and before is not None:
             size, total = before.input_size, whole[budget.measure]
             config = allocate(model, config, budget, total, size=size, select=chosen, inputs=inputs, progress=progress)
-        converted, planned = core.dry_run(model, config, select=chosen, input_size=input_size, example=example)
+        converted, planned = core.dry_run(
+            model, config, select=chosen, input_size=input_size, example=example, images=images, progress=progress
+        )
         if before is not None and (budget is not None or inputs is not None):
             planned = _with_errors(planned, model, converted, Judge(model, before.input_size, inputs))
     after = before and _counts(converted, before.input_size)
@@ -141,7 +146,7 @@ def suggest(
         raise ConfigError(
             f"give exactly one budget: params=, macs= or bytes=, as params=0.5; got {', '.join(asked) or 'none'}"
         )
-    images = None if data is None else _first_images(data)
+    images = None if data is None else [first_images(data, FIT_IMAGES, "a plan")]
     common: Any = {"data": images, "input_size": input_size}
     chosen = without(model, select, exclude)
     configs = [resolve(each) for each in techniques] if techniques else [TECHNIQUES[name]() for name in TECHNIQUES]
@@ -179,7 +184,8 @@ def _planned(
     half: Any = {measure: math.sqrt(budget.limit * whole[measure])}
     whole_way: Any = {measure: budget.limit}
     start = plan(model, first, **half, select=select, **common)
-    return dataclasses.replace(start, then=plan(convert(model, start), second, **whole_way, **common))
+    converted = convert(model, start, data=common["data"])
+    return dataclasses.replace(start, then=plan(converted, second, **whole_way, **common))
 
 
 def _with_errors(planned: Plan, model: nn.Module, converted: nn.Module, judge: Judge) -> Plan:
@@ -208,29 +214,12 @@ def _counts(model: nn.Module, size: Sequence[int] | None) -> Report | None:
         return None
 
 
-def _inputs(model: nn.Module, technique: Technique, select: Select | None, data: Iterable[Any]) -> dict[int, Tensor]:
-    """What the layers that may be converted read, for the first images of the data."""
+def _inputs(model: nn.Module, technique: Technique, select: Select | None, images: Tensor) -> LayerInputs:
+    """What the layers that may be converted read, for a few images."""
     like = next(p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     want = selection(model, select)
     modules = [module for name, module in model.named_modules() if want(name, module) and technique.accepts(module)]
-    return layer_inputs(model, modules, torch.cat(_first_images(data))[:IMAGES].to(like))
-
-
-def _first_images(data: Iterable[Any]) -> list[Tensor]:
-    """The first batches of images, without labels."""
-    batches: list[Tensor] = []
-    for batch in data:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(images, Tensor):
-            raise DataError(
-                f"expected batches of images as tensors, or tuples that begin with them, got {type(images).__name__}"
-            )
-        batches.append(images)
-        if sum(map(len, batches)) >= IMAGES:
-            break
-    if not sum(map(len, batches)):
-        raise DataError("the data has no images: give some, or leave it out for errors of weights")
-    return batches
+    return layer_inputs(model, modules, images[:IMAGES].to(like))
 
 
 __all__ = ["plan", "suggest"]

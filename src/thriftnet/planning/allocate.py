@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thriftnet.core.by_pattern import ByPattern
 from thriftnet.core.convert import relative_error
+from thriftnet.core.moments import before_norms
 from thriftnet.core.probe import Call, Size, image_calls, on_meta
 from thriftnet.core.sites import Select, Site, selection, sites
 from thriftnet.core.spec import format_spec
@@ -64,7 +66,7 @@ def allocate(
     *,
     size: Size,
     select: Select | None = None,
-    inputs: Mapping[int, Tensor] | None = None,
+    inputs: LayerInputs | None = None,
     progress: Progress | None = None,
 ) -> ByPattern:
     """The technique with settings of its own for each set of layers, within a budget.
@@ -76,8 +78,8 @@ def allocate(
         total: What the network has of the budget's measure now.
         size: Channels, height and width of an image.
         select: Which layers may change.
-        inputs: What each layer gets, by its module's id: errors are then those of outputs. Default: errors of weights, and of
-            outputs for noise where a layer has no single weight.
+        inputs: What each layer reads: errors are then those of outputs. Default: errors of weights, and of outputs for noise where a
+            layer has no single weight.
         progress: Called after each set.
 
     Raises:
@@ -166,8 +168,8 @@ class Judge:
         measure: Of costs.
     """
 
-    def __init__(self, model: nn.Module, size: Size, inputs: Mapping[int, Tensor] | None, measure: str = "params") -> None:
-        self.measure, self.shapes, self.inputs = measure, _shapes(model, size), inputs or {}
+    def __init__(self, model: nn.Module, size: Size, inputs: LayerInputs | None, measure: str = "params") -> None:
+        self.measure, self.shapes, self.inputs = measure, _shapes(model, size), inputs or LayerInputs({}, frozenset())
 
     def option(self, members: Sequence[Site[Any]], config: Technique) -> Option | None:
         """A config for a set of layers; None where it does not take them."""
@@ -203,20 +205,25 @@ class Judge:
 
     @torch.no_grad()
     def error(self, site: Site[Any], layer: nn.Module) -> float:
-        """Relative error of a layer's outputs, less their means, if inputs are known, else of its weight if there is one."""
+        """Relative error of a layer's outputs, less their means, if inputs are known, else of its weight if there is one.
+
+        Where a batch norm follows, an output's scale is free.
+        """
         old = site.module
-        x = self.inputs.get(id(old))
+        x = self.inputs.tensors.get(id(old))
         if x is None:
             error = relative_error(old, layer)
             if error is not None:
                 return error
             x = self._noise(site)
+        axis = 1 if isinstance(old, nn.Conv2d) else -1
         with eval_mode(old):
-            right, got = old(x).flatten(2), layer(x).flatten(2)
-        centred = right - right.mean((0, 2), keepdim=True)
-        difference = got - right
-        difference = difference - difference.mean((0, 2), keepdim=True)
-        return float(difference.norm() / centred.norm().clamp_min(1e-30))
+            right, got = (out.movedim(axis, 0).flatten(1) for out in (old(x), layer(x)))
+        right, got = (rows - rows.mean(1, keepdim=True) for rows in (right, got))
+        if id(old) in self.inputs.rescaled:
+            right, got = (F.normalize(rows, dim=1) for rows in (right, got))
+            got = got * (got * right).sum(1, keepdim=True).clamp_min(0)
+        return float((got - right).norm() / right.norm().clamp_min(1e-30))
 
     def _noise(self, site: Site[Any]) -> Tensor:
         shape = next((shape for name in site.names for shape in self.shapes.get(name, ())), None)
@@ -239,9 +246,22 @@ def _shapes(model: nn.Module, size: Size) -> dict[str, Counter[tuple[int, ...]]]
     return found
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What layers read when the network sees images.
+
+    Args:
+        tensors: By the layer's id.
+        rescaled: Ids of layers whose outputs go to a batch norm only.
+    """
+
+    tensors: Mapping[int, Tensor]
+    rescaled: frozenset[int]
+
+
 @torch.no_grad()
-def layer_inputs(model: nn.Module, modules: Sequence[nn.Module], images: Tensor, rows: int = 32) -> dict[int, Tensor]:
-    """What modules read when the network sees images: by id, of the first run of each, at most ``rows`` of the batch."""
+def layer_inputs(model: nn.Module, modules: Sequence[nn.Module], images: Tensor, rows: int = 32) -> LayerInputs:
+    """What modules read when the network sees images: in the first run of each, at most ``rows`` of the batch."""
     found: dict[int, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -252,9 +272,10 @@ def layer_inputs(model: nn.Module, modules: Sequence[nn.Module], images: Tensor,
     try:
         with eval_mode(model):
             model(images)
+            rescaled = before_norms(model, modules, images[:2])
     finally:
         for handle in handles:
             handle.remove()
     if any(not bool(tensor.isfinite().all()) for tensor in found.values()):
         raise ConfigError("the network computes NaN or infinity for these images: its weights, or the data, are broken")
-    return found
+    return LayerInputs(found, rescaled)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
@@ -112,10 +112,15 @@ def convert(
     select: Select | None = None,
     exclude: Select | None = None,
     inplace: bool = False,
+    data: Iterable[Any] | None = None,
     input_size: InputSize | None = None,
     example: Any = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> nn.Module:
     """Make a network small with a technique, starting from the weights it has.
+
+    With ``data``, the new layers are then fitted to the outputs that the old ones give for its first images, and the statistics of batch
+    norms are estimated again: the accuracy before any training is far higher.
 
     The result runs once beside the plain network, at each width and without computing anything (on the meta device): every new layer
     must run where the old one did, and outputs must keep their shapes.
@@ -129,14 +134,18 @@ def convert(
             the first block of each stage.
         exclude: Which of them to leave alone, in the same forms.
         inplace: Replace the layers in ``model`` itself; if the conversion is refused, it is as before.
+        data: Batches of images as the network sees them, or tuples that begin with them. Labels are not needed, and at most 1,024
+            images are read.
         input_size: Channels, height and width of an image. Default: what the network states, or one that it runs on.
         example: What the network reads, if not images: a tensor, a tuple of arguments, or a dict of arguments by name.
+        progress: Called with the groups of layers that are fitted, and their number.
 
     Returns:
         The converted network.
 
     Raises:
         ConfigError: ``select`` matches nothing, or names a layer that does not exist; or the network does not run on the given input.
+        DataError: ``data`` has no images, some that the network does not run on, or for which it computes NaN.
         IncompatibleModelError: A listed layer that the technique cannot replace, nothing to convert, or a result that does not run as
             the plain network does.
 
@@ -146,15 +155,18 @@ def convert(
         >>> shared = tn.convert(model, "soft-sharing(templates=2)", select="layer3")
     """
     from thriftnet.core import convert as core
+    from thriftnet.core.batches import first_images
+    from thriftnet.core.fit import IMAGES
     from thriftnet.core.plan import Plan
     from thriftnet.core.sites import without
 
     select = without(model, select, exclude)
+    images = None if data is None else first_images(data, IMAGES, "a fit")
+    common: Any = {"input_size": input_size, "example": example, "progress": progress}
     if isinstance(technique, Plan):
         planned = dataclasses.replace(technique, technique=resolve(technique.technique), then=None)
-        converted = core.convert(model, planned, select=select, inplace=inplace, input_size=input_size, example=example)
+        converted = core.convert(model, planned, select=select, inplace=inplace, images=images, **common)
         if technique.then is None:
             return converted
-        return convert(converted, technique.then, inplace=True, input_size=input_size, example=example)
-    config = resolve(technique)
-    return core.convert(model, config, select=select, inplace=inplace, input_size=input_size, example=example)
+        return convert(converted, technique.then, inplace=True, data=None if images is None else [images], **common)
+    return core.convert(model, resolve(technique), select=select, inplace=inplace, images=images, **common)

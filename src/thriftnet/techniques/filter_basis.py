@@ -175,6 +175,11 @@ class BasisConv2d(ComposedConv2d):
         self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
         self.adopt_widths(like)
 
+    @staticmethod
+    def settle(layers: Sequence[BasisConv2d]) -> None:
+        """Make their bases orthonormal."""
+        orthonormalise(layers)
+
     @property
     def rank(self) -> int:
         """Filters of the basis, shared and unique."""
@@ -247,6 +252,11 @@ class BasisLinear(ComposedLinear):
         self.coefficients = PlainLinear(plain_layer(nn.Linear, coefficients.shape[::-1], coefficients, bias))
         self.adopt_widths(like)
 
+    @staticmethod
+    def settle(layers: Sequence[BasisLinear]) -> None:
+        """Make their bases orthonormal."""
+        orthonormalise(layers)
+
     @property
     def rank(self) -> int:
         """Rows of the basis, shared and unique."""
@@ -266,6 +276,39 @@ class BasisLinear(ComposedLinear):
         coefficients = self.coefficients.fold()  # another technique may have replaced them
         rows, _ = self.filters.active()
         return plain_linear(self.filters, coefficients.weight @ rows, coefficients.bias).train(self.training)
+
+
+@torch.no_grad()
+def orthonormalise(layers: Sequence[BasisConv2d | BasisLinear]) -> None:
+    """Make the bases of layers that share a bank orthonormal; their coefficients follow, so that the function stays.
+
+    Each shared basis first, then each layer's unique filters, which also become orthogonal to it.
+    """
+    bank = layers[0].filters.bank
+    turned: dict[int, Tensor] = {}  # by base: (S, S), the old shared filters in terms of the new ones
+    if bank.shared is not None:
+        for base in {layer.filters.base for layer in layers}:
+            directions, triangle = torch.linalg.qr(bank.shared[base].flatten(1).double().mT)
+            bank.shared[base] = directions.mT.reshape(bank.shared[base].shape)
+            turned[base] = triangle.mT
+    for layer in layers:
+        number, base = layer.filters.layer, layer.filters.base
+        weight = layer.coefficients.weight
+        scale = scale_and_shift(layer.norm)[0] if isinstance(layer, BasisConv2d) else weight.new_ones(layer.rank)
+        mix = weight.flatten(1).double() * scale
+        count = 0 if bank.unique is None else bank.unique.shape[1]
+        own, common = mix[:, :count], mix[:, count:]
+        if base in turned:
+            common = common @ turned[base]
+        if bank.unique is not None:
+            rest = bank.unique[number].flatten(1).double()
+            if bank.shared is not None:
+                shared = bank.shared[base].flatten(1).double()
+                common, rest = common + own @ (rest @ shared.mT), rest - rest @ shared.mT @ shared
+            directions, triangle = torch.linalg.qr(rest.mT)
+            bank.unique[number] = directions.mT.reshape(bank.unique[number].shape)
+            own = own @ triangle.mT
+        weight.copy_((torch.cat([own, common], 1) / scale).view(weight.shape))
 
 
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
