@@ -9,6 +9,7 @@ from thriftnet import __version__
 from thriftnet.core.spec import format_spec
 from thriftnet.report import plots
 from thriftnet.report.page import Page, Picture
+from thriftnet.techniques import resolve
 
 if TYPE_CHECKING:
     from thriftnet.core.plan import Plan
@@ -61,9 +62,7 @@ def compress_page(result: Mapping[str, Any], plan: Plan, training: Sequence[Mapp
     ]
     tried = ", ".join(f"{rate}: {top1:.2f}%" for rate, top1 in result["rates"].items())
     facts = {
-        "technique": "; then ".join(
-            step.technique if isinstance(step.technique, str) else format_spec(step.technique) for step in steps
-        ),
+        "technique": "; then ".join(format_spec(resolve(step.technique)) for step in steps),
         "learning rate": f"{result['rate']:g}"
         + (f" (of {tried} on held-out images, after short trainings)" if tried else ""),
         "seconds": ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items()),

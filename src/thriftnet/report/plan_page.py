@@ -9,6 +9,7 @@ from thriftnet import __version__
 from thriftnet.core.spec import format_spec
 from thriftnet.report import plots
 from thriftnet.report.page import Page, Picture
+from thriftnet.techniques import resolve
 
 if TYPE_CHECKING:
     from thriftnet.core.plan import Plan
@@ -37,10 +38,7 @@ def plan_page(model: str, plan: Plan) -> Page:
         )
         for number, step in enumerate(steps, 1)
     ]
-    techniques = {
-        f"technique {number}": each.technique if isinstance(each.technique, str) else format_spec(each.technique)
-        for number, each in enumerate(steps, 1)
-    }
+    techniques = {f"technique {number}": format_spec(resolve(each.technique)) for number, each in enumerate(steps, 1)}
     return Page(f"Plan for {model}", summary, COLUMNS, rows, pictures, {**techniques, "thriftnet": __version__})
 
 

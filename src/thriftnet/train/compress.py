@@ -26,6 +26,7 @@ from thriftnet.core.plan import Plan
 from thriftnet.core.provenance import add_data_facts
 from thriftnet.core.sites import Select
 from thriftnet.core.spec import to_dict
+from thriftnet.core.technique import Technique
 from thriftnet.data.dataset import DataSource
 from thriftnet.data.loaders import Loader, make_loader
 from thriftnet.data.sources import open_data
@@ -168,9 +169,10 @@ def compress(
         IncompatibleModelError: No technique fits the network.
         Interrupted: Stopped by a signal; the same call goes on.
     """
+    config: Technique | None = None if technique is None else resolve(technique)
     budget = {"params": params, "macs": macs, "bytes": bytes}
     budget = {name: value for name, value in budget.items() if value is not None}
-    if technique is None and not budget:
+    if config is None and not budget:
         raise ConfigError("say how small: params=0.5, macs=0.5 or bytes='1MB', or give a technique with its settings")
     if epochs is not None and minutes is not None:
         raise ConfigError("say how long to train with either epochs or minutes")
@@ -183,7 +185,7 @@ def compress(
         "model": f"{type(model).__name__} {weights_hash(job.plain)[:16]}",
         "data": source.spec,
         "budget": budget,
-        "technique": None if technique is None else to_dict(resolve(technique)),
+        "technique": None if config is None else to_dict(config),
         "layers": [repr(select), repr(exclude)],
         "minutes": minutes,
         "rates": list(rates),
@@ -194,8 +196,8 @@ def compress(
         with locked(folder / LOCK):
             state = _State(folder, json.loads(json.dumps(asked, default=str)), on_step)
             state.step("plain", lambda: job.measure(job.plain, "plain"))
-            state.step("plan", lambda: job.planned(technique, budget, select, exclude, on_step))
-            planned = Plan.from_dict(state.done["plan"]["plan"])
+            state.step("plan", lambda: job.planned(config, budget, select, exclude, on_step))
+            planned = _resolved(Plan.from_dict(state.done["plan"]["plan"]))
             state.step("fitted", lambda: job.fitted(planned, folder / "fitted"))
             for rate in rates if len(rates) > 1 else ():
                 state.step(f"rate {rate:g}", lambda rate=rate: job.probe(folder, rate, minutes, len(rates), on_progress))  # type: ignore[misc]
@@ -274,7 +276,7 @@ class _Job:
 
     def planned(
         self,
-        technique: TechniqueLike | None,
+        technique: Technique | None,
         budget: Mapping[str, Any],
         select: Select | None,
         exclude: Select | None,
@@ -379,6 +381,12 @@ def _recipe(
     if not source.labelled:
         fields |= {"distill_weight": 1.0}
     return recipe.replace(needs=(), **fields)
+
+
+def _resolved(planned: Plan) -> Plan:
+    """A plan that was read, with its techniques' configs."""
+    then = None if planned.then is None else _resolved(planned.then)
+    return dataclasses.replace(planned, technique=resolve(planned.technique), then=then)
 
 
 def _accuracy(row: Mapping[str, Any]) -> float:
