@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import reference
 import thriftnet as tn
 from laws import assert_close, output
-from networks import NETWORKS, perturb
+from networks import NETWORKS, perturb, randomise_norms
 from thriftnet.techniques.filter_basis import SharedBasis, SharedBasisConv2d, fitted, leading_directions
 
 
@@ -226,14 +226,15 @@ def test_lambda_may_be_zero() -> None:
 
 def test_convolutions_it_does_not_take() -> None:
     basis = tn.FilterBasis()
-    assert not basis.accepts(nn.Conv2d(4, 4, 3, groups=2))
+    assert not basis.accepts(nn.Conv2d(4, 4, 3, groups=4))  # depthwise
+    assert not tn.FilterBasis(whole=True).accepts(nn.Conv2d(4, 4, 3, groups=2))
     assert basis.accepts(nn.Conv2d(4, 4, 1))
     assert not tn.FilterBasis(pointwise=False).accepts(nn.Conv2d(4, 4, 1))
     with pytest.raises(
         tn.IncompatibleModelError,
-        match=r"layer 'grouped\.0' is Conv2d\(8, 8.*groups=2.*filter-basis takes convolutions with groups=1",
+        match=r"layer 'depthwise\.0' is Conv2d\(8, 8.*groups=8.*filter-basis takes convolutions with a weight of their own \(no depthwise",
     ):
-        tn.convert(NETWORKS["depthwise"].make(), basis, select=["grouped.0"])
+        tn.convert(NETWORKS["depthwise"].make(), basis, select=["depthwise.0"])
 
 
 def test_a_layer_alone_has_filters_of_its_own() -> None:
@@ -310,3 +311,37 @@ def test_fresh_filters_are_spread_by_their_outputs() -> None:
     assert bank.unique is not None
     assert bank.unique.std().item() == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.03)
     assert model[0].coefficients.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.15)
+
+
+class Grouped(nn.Module):
+    """Grouped convolutions, as ResNeXt's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=i > 0) for i in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv in self.convs:
+            x = x + conv(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_groups_of_channels_share_a_basis_and_have_coefficients_of_their_own() -> None:
+    torch.manual_seed(0)
+    plain = Grouped().double().eval()
+    x = torch.randn(2, 3, 8, 8).double()
+    exact = tn.convert(plain, "filter-basis(shared_rank=36, unique_rank=0)", select="convs")
+    assert torch.allclose(exact(x), plain(x), rtol=1e-9)
+    small = randomise_norms(tn.convert(plain, "filter-basis(shared_rank=6, unique_rank=1)", select="convs")).eval()
+    norms, coefficients = 3 * 2 * 4 * 7, 3 * 16 * 7
+    assert sum(p.numel() for p in small.convs.parameters()) == (6 + 3) * 36 + norms + coefficients + 2 * 16
+    layer = small.convs[1]
+    y = torch.randn(2, 16, 8, 8).double()
+    assert isinstance(layer, tn.BasisConv2d)
+    for same in (tn.fold(layer), layer.decomposed()):
+        assert torch.allclose(same(y), layer(y), rtol=1e-9)
+    assert torch.allclose(torch.nn.functional.conv2d(y, layer.weight, layer.bias, padding=1, groups=4), layer(y), rtol=1e-9)
+    assert torch.allclose(tn.fold(small)(x), small(x), rtol=1e-9)

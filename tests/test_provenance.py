@@ -69,6 +69,11 @@ def test_other_classes_have_other_names():
 WRITERS: dict[str, tuple[list[str], list[str], bool]] = {
     "convert": ([], ["--technique", "soft-sharing(templates=6)", "--select", r"^layer1\.[0-2]\.conv"], True),
     "fold": ([SOFT], [], True),
+    "compress": (
+        [],
+        ["--technique", "soft-sharing(templates=2)", "--data", "folder:data", "--epochs", "1", "--rates", "0.01"],
+        False,
+    ),
     "similarity": ([SOFT], ["--threshold", "0.01"], False),
     "recalibrate": ([SLIM], ["--data", "folder:data", "--batch-size", "4"], False),
     "search": (

@@ -255,8 +255,10 @@ def interrupt_at(step: int, number: int = signal.SIGINT):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: Path):
+def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, tmp_path: Path, request: pytest.FixtureRequest):
     wanted = run(tmp_path / "whole")
+    outside = signal.signal(number, signal.default_int_handler)  # the suite may run where it is ignored
+    request.addfinalizer(lambda: signal.signal(number, outside))
     before = signal.getsignal(number)
     with pytest.raises(
         Interrupted, match=r"^stopped after step 4 of 15; checkpoint: .*step-000000004.* goes on from there$"

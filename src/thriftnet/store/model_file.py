@@ -150,7 +150,7 @@ def read_config(source: str | os.PathLike[str]) -> Config:
 
 
 def model_path(source: str | os.PathLike[str]) -> Path:
-    """The model file in a model folder, in the folder of a training or of its last finished stage, or the file itself."""
+    """The model file in a model folder, in the folder of a training, of its last finished stage or of a compression, or the file itself."""
     place = as_path(source, "source")
     if place.is_file():
         return place
@@ -159,7 +159,8 @@ def model_path(source: str | os.PathLike[str]) -> Path:
     if place.is_dir() and not (place / RUN).exists():
         stages = [path for path in place.iterdir() if path.name.partition("-")[0].isdecimal() and _is_finished(path / RUN)]
         place = max(stages, key=lambda stage: int(stage.name.partition("-")[0]), default=place)
-    return place / RUN_MODEL / MODEL if (place / RUN).exists() else place / MODEL
+    inside = place / RUN_MODEL / MODEL
+    return inside if (place / RUN).exists() or inside.exists() else place / MODEL
 
 
 def _is_finished(run: Path) -> bool:

@@ -27,6 +27,7 @@ from thriftnet.core.conv import (
     SharedConv2d,
     geometry,
     is_convolution,
+    is_depthwise,
     is_pointwise,
     plain_conv2d,
     signature,
@@ -132,13 +133,19 @@ class OfBasis(Kind):
         return self.bank.filters(self.layer, self.base)
 
 
-class BasisFilters(OfBasis, GeneratedConv2d):  # type: ignore[override]
-    """The convolution with a layer's basis: I channels in, one out per basis filter."""
+class BasisFilters(OfBasis, GeneratedConv2d):
+    """The convolution with a layer's basis: I channels in, one out per basis filter and group of channels."""
 
     def __init__(self, like: Convolution, bank: SharedBasis, layer: int, base: int) -> None:
         super().__init__(like)
         self._use(bank, layer, base)
         self.out_channels = self.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The basis, once for each group: (G * (U + S), I/G, kh, kw)."""
+        basis = self.bank.filters(self.layer, self.base)
+        return basis if self.groups == 1 else basis.repeat(self.groups, 1, 1, 1)
 
 
 class BasisRows(OfBasis, GeneratedLinear):  # type: ignore[override]
@@ -156,12 +163,14 @@ class BasisConv2d(ComposedConv2d):
 
     Shape: as the convolution it replaces.
 
-    State dict: ``filters.bank.*`` once per group, ``norm.*`` (U + S,), ``coefficients.weight`` (O, U + S, 1, 1) and
+    All groups of channels of a grouped convolution have the same basis, and coefficients of their own.
+
+    State dict: ``filters.bank.*`` once per group of layers, ``norm.*`` (G * (U + S),), ``coefficients.weight`` (O, U + S, 1, 1) and
     ``coefficients.bias`` (O,).
 
     Args:
         like: The convolution to replace.
-        bank: The group's filters.
+        bank: The filters of the layers that share.
         layer: Which of the bank's unique filters are its own.
         base: Which of the bank's shared bases it uses.
         coefficients: (O, U + S).
@@ -170,9 +179,10 @@ class BasisConv2d(ComposedConv2d):
     def __init__(self, like: Convolution, bank: SharedBasis, layer: Index, base: Index, coefficients: Tensor) -> None:
         super().__init__(like)
         self.filters = BasisFilters(like, bank, layer, base)
-        rank = coefficients.shape[1]
-        self.norm = PlainBatchNorm2d(nn.BatchNorm2d(rank, device=coefficients.device, dtype=coefficients.dtype))
-        self.coefficients = PlainConv2d(pointwise(coefficients, None if like.bias is None else like.bias.detach()))
+        inner = like.groups * coefficients.shape[1]
+        self.norm = PlainBatchNorm2d(nn.BatchNorm2d(inner, device=coefficients.device, dtype=coefficients.dtype))
+        bias = None if like.bias is None else like.bias.detach()
+        self.coefficients = PlainConv2d(pointwise(coefficients, bias, like.groups))
         self.adopt_widths(like)
 
     @staticmethod
@@ -183,30 +193,30 @@ class BasisConv2d(ComposedConv2d):
     @property
     def rank(self) -> int:
         """Filters of the basis, shared and unique."""
-        return self.filters.out_channels
+        return self.filters.out_channels // self.groups
 
     @property
     def weight(self) -> Tensor:
         """The weight of the one convolution that computes the same in eval mode."""
         scale, _ = scale_and_shift(self.norm)
-        return torch.einsum("or,rihw->oihw", self.coefficients.weight.flatten(1) * scale, self.filters.weight)
+        return product(self.coefficients.weight.flatten(1), scale, self.filters.weight)
 
     @property
     def bias(self) -> Tensor:
         """The bias of that convolution: the norm between has a shift."""
         _, shift = scale_and_shift(self.norm)
-        return self.coefficients.weight.flatten(1) @ shift + (
-            0 if self.coefficients.bias is None else self.coefficients.bias
-        )
+        return offsets(self.coefficients.weight.flatten(1), shift, self.coefficients.bias)
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
-        return (self.rank,) * len(width_spec.widths)  # the basis keeps its rank at every width
+        """The basis keeps its rank at every width."""
+        channels = self.in_channels // self.groups
+        return tuple(self.rank if self.groups == 1 else self.rank * ins // channels for ins in width_spec.ins)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """The plain convolution with bias that computes the same in eval mode: the norm between is affine there."""
-        filters, mix, bias, _ = self._parts()
-        return plain_conv2d(self.filters, torch.einsum("or,rihw->oihw", mix, filters), bias, 1).train(self.training)
+        filters, mix, scale, bias, groups = self._parts()
+        return plain_conv2d(self.filters, product(mix, scale, filters), bias, groups).train(self.training)
 
     def fold_for(self, prefer: str) -> nn.Module:
         """One plain convolution, or two where that is better: the basis, and coefficients that the norm is folded into.
@@ -215,23 +225,44 @@ class BasisConv2d(ComposedConv2d):
         output channels. "speed" asks for a tenth fewer, since two layers cost more than one of the same size.
         """
         entries, outs = self.filters.weight[0].numel(), self.out_channels
-        share = self.filters.out_channels * (entries + outs) / (outs * entries)
+        share = (self.filters.out_channels * entries + outs * self.rank) / (outs * entries)
         limit = {"": 0.0, "speed": WORTH_TWO_LAYERS, "size": 1.0}[prefer]
         return self.fold() if share >= limit else self.decomposed()
 
     @torch.no_grad()
     def decomposed(self) -> nn.Sequential:
         """The same in eval mode as two plain convolutions: the concatenated basis, and 1 x 1 coefficients with bias."""
-        filters, mix, bias, groups = self._parts()
-        return nn.Sequential(plain_conv2d(self.filters, filters, None, groups), pointwise(mix, bias)).train(self.training)
+        filters, mix, scale, bias, groups = self._parts()
+        second = pointwise((by_group(mix, groups) * scale.view(groups, 1, -1)).flatten(0, 1), bias, groups)
+        return nn.Sequential(plain_conv2d(self.filters, filters, None, groups), second).train(self.training)
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Filters (r, I, kh, kw), coefficients (O, r) and bias (O,) with the norm folded in, and groups."""
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Filters (G * r, I/G, kh, kw), coefficients (O, r), the norm's scale (G * r,), the bias (O,), and groups."""
         filters, _, groups = self.filters.active()
         coefficients = self.coefficients.fold()  # another technique may have replaced them
         scale, shift = scale_and_shift(self.norm)
         mix = coefficients.weight.flatten(1)
-        return filters, mix * scale, mix @ shift + (0 if coefficients.bias is None else coefficients.bias), groups
+        return filters, mix, scale, offsets(mix, shift, coefficients.bias), groups
+
+
+def product(mix: Tensor, scale: Tensor, filters: Tensor) -> Tensor:
+    """The weight (O, I/G, kh, kw) that coefficients (O, r), a scale (G * r,) and filters (G * r, I/G, kh, kw) make."""
+    rank = mix.shape[1]
+    groups = len(filters) // rank
+    scaled = by_group(scale[:, None, None, None] * filters, groups)  # (G, r, I/G, kh, kw)
+    return torch.einsum("gor,grihw->goihw", by_group(mix, groups), scaled).flatten(0, 1)
+
+
+def offsets(mix: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias (O,) that coefficients (O, r) make of a shift (G * r,) before them."""
+    shifts = shift.view(-1, mix.shape[1])  # (G, r)
+    moved = torch.einsum("gor,gr->go", by_group(mix, len(shifts)), shifts).flatten()
+    return moved if bias is None else moved + bias
+
+
+def by_group(rows: Tensor, groups: int) -> Tensor:
+    """(G * n, ...) as (G, n, ...)."""
+    return rows.reshape(groups, -1, *rows.shape[1:])
 
 
 @checked
@@ -294,8 +325,10 @@ def orthonormalise(layers: Sequence[BasisConv2d | BasisLinear]) -> None:
     for layer in layers:
         number, base = layer.filters.layer, layer.filters.base
         weight = layer.coefficients.weight
-        scale = scale_and_shift(layer.norm)[0] if isinstance(layer, BasisConv2d) else weight.new_ones(layer.rank)
-        mix = weight.flatten(1).double() * scale
+        scale = weight.new_ones(1, 1, layer.rank)
+        if isinstance(layer, BasisConv2d):
+            scale = scale_and_shift(layer.norm)[0].detach().view(layer.groups, 1, layer.rank)
+        mix = (by_group(weight.flatten(1).double(), len(scale)) * scale).flatten(0, 1)
         count = 0 if bank.unique is None else bank.unique.shape[1]
         own, common = mix[:, :count], mix[:, count:]
         if base in turned:
@@ -308,12 +341,13 @@ def orthonormalise(layers: Sequence[BasisConv2d | BasisLinear]) -> None:
             directions, triangle = torch.linalg.qr(rest.mT)
             bank.unique[number] = directions.mT.reshape(bank.unique[number].shape)
             own = own @ triangle.mT
-        weight.copy_((torch.cat([own, common], 1) / scale).view(weight.shape))
+        weight.copy_((by_group(torch.cat([own, common], 1), len(scale)) / scale).view(weight.shape))
 
 
-def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """A 1 x 1 convolution with these weights, (O, I)."""
-    return plain_layer(nn.Conv2d, (weight.shape[1], weight.shape[0], 1), weight[..., None, None], bias)
+def pointwise(weight: Tensor, bias: Tensor | None, groups: int) -> nn.Conv2d:
+    """A 1 x 1 convolution with these weights, (O, I/G)."""
+    sizes = (groups * weight.shape[1], weight.shape[0], 1)
+    return plain_layer(nn.Conv2d, sizes, weight[..., None, None], bias, groups=groups)
 
 
 @checked
@@ -349,7 +383,7 @@ class FilterBasis:
     """
 
     takes: ClassVar[str] = (
-        "convolutions with groups=1 and a weight of their own (1 x 1 only with pointwise=True), and Linear with linear=True"
+        "convolutions with a weight of their own (no depthwise ones; 1 x 1 unless pointwise=False), and Linear unless linear=False"
     )
 
     shared_rank: Rank | PositiveShare = 0.25
@@ -376,9 +410,9 @@ class FilterBasis:
     def accepts(self, module: nn.Module) -> bool:
         if is_linear(module):
             return self.linear and not self.whole and executed(module) is not None
-        if not (is_convolution(module) and module.groups == 1 and (self.pointwise or not is_pointwise(module))):
+        if not is_convolution(module) or is_depthwise(module) or (is_pointwise(module) and not self.pointwise):
             return False
-        return self.whole or executed(module) is not None
+        return module.groups == 1 if self.whole else executed(module) is not None
 
     def group(self, sites: Sequence[Site[Layer]]) -> list[list[Site[Layer]]]:
         if self.whole:
@@ -413,7 +447,11 @@ class FilterBasis:
         shared, unique = (self._rank(rank, full, layers[0]) for rank in (self.shared_rank, self.unique_rank))
         if len(layers) == 1 and shared:
             is_full = isinstance(self.shared_rank, float) and self.shared_rank == 1
-            smaller = full if is_full else (entries * outs[0] - 1) // (entries + outs[0] + 2)
+            smaller = (
+                full
+                if is_full
+                else (entries * outs[0] - 1) // (entries + outs[0] + 2 * int(getattr(layers[0], "groups", 1)))
+            )
             return 0, min(shared + unique, smaller)
         shared = min(shared, entries, max(sum(outs[base :: self.bases]) for base in range(self.bases)))
         return shared, min(unique, entries - shared, max(outs))
@@ -455,9 +493,10 @@ class FilterBasis:
 
 def stored(layers: Sequence[Layer], shared: int, unique: int, bases: int) -> int:
     """Weights of a group with these ranks: filters, norms and coefficients."""
-    entries, norm = layers[0].weight[0].numel(), 0 if isinstance(layers[0], nn.Linear) else 2
+    entries = layers[0].weight[0].numel()
     filters = (bases * shared + len(layers) * unique) * entries
-    return filters + (shared + unique) * sum(len(layer.weight) + norm for layer in layers)
+    norms = [0 if isinstance(layer, nn.Linear) else 2 * layer.groups for layer in layers]
+    return filters + (shared + unique) * sum(len(layer.weight) + norm for layer, norm in zip(layers, norms, strict=True))
 
 
 def dense(layers: Sequence[Layer]) -> int:

@@ -23,7 +23,7 @@ from thriftnet.core.copied import copied
 from thriftnet.core.fit import IMAGES
 from thriftnet.core.fold import fold
 from thriftnet.core.plan import Plan
-from thriftnet.core.provenance import add_data_facts
+from thriftnet.core.provenance import add_data_facts, data_facts, stated_input_size
 from thriftnet.core.sites import Select
 from thriftnet.core.spec import to_dict
 from thriftnet.core.technique import Technique
@@ -179,7 +179,7 @@ def compress(
     if launched()[1] > 1:
         raise ConfigError("compress runs in one process: start it without torchrun; thriftnet train takes several")
     source = open_data(data) if isinstance(data, str) else data
-    how = _recipe(recipe or load_recipe("convert-and-recover"), source, seed, device, limit, epochs)
+    how = _recipe(recipe or load_recipe("convert-and-recover"), model, source, seed, device, limit, epochs)
     job = _Job(copied(model).cpu().eval(), source, how, device)
     asked = {
         "model": f"{type(model).__name__} {weights_hash(job.plain)[:16]}",
@@ -369,11 +369,23 @@ class _Job:
 
 
 def _recipe(
-    recipe: Recipe, source: DataSource, seed: int, device: str | None, limit: int | None, epochs: int | None
+    recipe: Recipe,
+    model: nn.Module,
+    source: DataSource,
+    seed: int,
+    device: str | None,
+    limit: int | None,
+    epochs: int | None,
 ) -> Recipe:
-    """The recipe for these images and this device."""
+    """The recipe for these images, which become inputs as those that the network was trained on did, and for this device."""
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     fields: dict[str, Any] = {"technique": (), "seed": seed, "limit": limit}
+    facts = data_facts(model)
+    size = stated_input_size(model) if source.input_size is None else facts.input_size
+    if size is not None and recipe.augmentation.image_size is None:
+        known = {name: getattr(facts, name) for name in ("resize", "crop_pct", "eval_interpolation")}
+        fields |= {name: value for name, value in known.items() if value is not None}
+        fields |= {"image_size": size[1], "crop_padding": min(recipe.augmentation.crop_padding, size[1] // 8)}
     if on_cpu:  # where these are slower
         fields |= {"precision": "fp32", "memory_format": "contiguous"}
     if epochs is not None:
