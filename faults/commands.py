@@ -44,7 +44,14 @@ OUTCOMES = {0: "done", AT_WORK: "at work", 1: "stopped by the system", 2: "refus
 INTERRUPTED = 0.1  # share of the command lines that are interrupted, within
 SOON = 0.3  # seconds
 WORK = ("thriftnet.train.loop", "thriftnet.measure.latency", "thriftnet.dynamic.search", "thriftnet.train.evaluate")
-WORK += ("thriftnet.core.recalibrate", "thriftnet.cli.bench", "torch._dynamo", "torch._inductor")
+WORK += (
+    "thriftnet.core.recalibrate",
+    "thriftnet.core.fit",
+    "thriftnet.train.compress",
+    "thriftnet.cli.bench",
+    "torch._dynamo",
+    "torch._inductor",
+)
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
