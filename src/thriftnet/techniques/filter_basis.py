@@ -199,13 +199,13 @@ class BasisConv2d(ComposedConv2d):
     def weight(self) -> Tensor:
         """The weight of the one convolution that computes the same in eval mode."""
         scale, _ = scale_and_shift(self.norm)
-        return product(self.coefficients.weight.flatten(1), scale, self.filters.weight)
+        return product(self.coefficients.weight.flatten(1), scale, self.filters.weight, self.groups)
 
     @property
     def bias(self) -> Tensor:
         """The bias of that convolution: the norm between has a shift."""
         _, shift = scale_and_shift(self.norm)
-        return offsets(self.coefficients.weight.flatten(1), shift, self.coefficients.bias)
+        return offsets(self.coefficients.weight.flatten(1), shift, self.coefficients.bias, self.groups)
 
     def inner_channels(self, width_spec: WidthSpec) -> tuple[int, ...]:
         """The basis keeps its rank at every width."""
@@ -216,7 +216,7 @@ class BasisConv2d(ComposedConv2d):
     def fold(self) -> nn.Conv2d:
         """The plain convolution with bias that computes the same in eval mode: the norm between is affine there."""
         filters, mix, scale, bias, groups = self._parts()
-        return plain_conv2d(self.filters, product(mix, scale, filters), bias, groups).train(self.training)
+        return plain_conv2d(self.filters, product(mix, scale, filters, groups), bias, groups).train(self.training)
 
     def fold_for(self, prefer: str) -> nn.Module:
         """One plain convolution, or two where that is better: the basis, and coefficients that the norm is folded into.
@@ -242,27 +242,25 @@ class BasisConv2d(ComposedConv2d):
         coefficients = self.coefficients.fold()  # another technique may have replaced them
         scale, shift = scale_and_shift(self.norm)
         mix = coefficients.weight.flatten(1)
-        return filters, mix, scale, offsets(mix, shift, coefficients.bias), groups
+        return filters, mix, scale, offsets(mix, shift, coefficients.bias, groups), groups
 
 
-def product(mix: Tensor, scale: Tensor, filters: Tensor) -> Tensor:
+def product(mix: Tensor, scale: Tensor, filters: Tensor, groups: int) -> Tensor:
     """The weight (O, I/G, kh, kw) that coefficients (O, r), a scale (G * r,) and filters (G * r, I/G, kh, kw) make."""
-    rank = mix.shape[1]
-    groups = len(filters) // rank
     scaled = by_group(scale[:, None, None, None] * filters, groups)  # (G, r, I/G, kh, kw)
     return torch.einsum("gor,grihw->goihw", by_group(mix, groups), scaled).flatten(0, 1)
 
 
-def offsets(mix: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
+def offsets(mix: Tensor, shift: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """The bias (O,) that coefficients (O, r) make of a shift (G * r,) before them."""
-    shifts = shift.view(-1, mix.shape[1])  # (G, r)
-    moved = torch.einsum("gor,gr->go", by_group(mix, len(shifts)), shifts).flatten()
+    shifts = shift.view(groups, -1)  # (G, r)
+    moved = torch.einsum("gor,gr->go", by_group(mix, groups), shifts).flatten()
     return moved if bias is None else moved + bias
 
 
 def by_group(rows: Tensor, groups: int) -> Tensor:
     """(G * n, ...) as (G, n, ...)."""
-    return rows.reshape(groups, -1, *rows.shape[1:])
+    return torch.unflatten(rows, 0, (groups, -1))
 
 
 @checked
